@@ -1,0 +1,231 @@
+"""The configuration: every field typed, documented and checked. An unknown key is an error.
+
+The help text, docs and error messages are made from the descriptions here. Batch sizes have one unit, the question;
+``derive.py`` computes and prints the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and how long it is."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is `directory/name`."""
+    directory: Path = Path("runs")
+    """Folder that holds all runs."""
+    seed: int = Field(0, ge=0)
+    """Seed of every random stream."""
+    steps: int = Field(100, ge=1)
+    """Number of training steps."""
+    save_every: int = Field(50, ge=0)
+    """Steps between checkpoints (0: only the last one)."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints to keep."""
+    record_rollouts: bool = True
+    """Whether all rollouts are written to `rollouts/` (JSON lines)."""
+    collective_timeout: float = Field(1800.0, gt=0)
+    """Seconds before a stuck collective ends the job."""
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: Path
+    """Hugging Face folder of the Qwen2.5-VL policy to start from."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of parameters and activations (main parameters and gradients are always float32)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation of megatron-core."""
+
+
+class ParallelConfig(Section):
+    """How the ranks are laid out; the data-parallel size is what is left over."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel size."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline-parallel size."""
+    data: int | None = Field(None, ge=1)
+    """Data-parallel size; None: the number of processes over the other sizes (1 where the command starts them itself)."""
+    sequence: bool = False
+    """Sequence parallelism (needs tensor > 1)."""
+
+
+class DataConfig(Section):
+    """The questions."""
+
+    train: Path | None = None
+    """JSON-lines file of training records."""
+    evaluation: Path | None = None
+    """JSON-lines file of held-out records."""
+    system_prompt: str = (
+        "First think about the question inside <think> </think>. Then give the final answer inside \\boxed{}."
+    )
+    """System message of every prompt."""
+    max_prompt_tokens: int = Field(8192, ge=1)
+    """Records with a longer prompt (images included) are dropped at load, counted and named; nothing is truncated."""
+    min_pixels: int | None = Field(None, ge=784)
+    """Images are enlarged to this area at least; None: the checkpoint's own setting."""
+    max_pixels: int | None = Field(None, ge=784)
+    """Images are reduced to this area at most, once, before engine and trainer; None: the checkpoint's own setting."""
+    max_corrupt_fraction: float = Field(0.01, ge=0, le=1)
+    """The run is refused if more than this share of records is corrupt (each one is dropped and named)."""
+
+
+class PermutationConfig(Section):
+    """Permuted views (PeRL, Algorithm 1)."""
+
+    num_permuted: int = Field(1, ge=0)
+    """n_s: permuted copies of each question beside the original; 0 is plain GRPO."""
+    schedule: Literal["constant", "linear", "exponential", "power"] = "linear"
+    """How the swap probability α decays over the run: 1 - t/T, 1 - c^(T-t), 1 - (t/T)^c."""
+    start: float = Field(1.0, ge=0, le=1)
+    """Scale of α: its value at the first step after warm-up."""
+    coefficient: float = Field(2.0, gt=0)
+    """The schedule's c: the exponent of 'power'; the base of 'exponential', which needs c < 1."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which α rises linearly from 0 before it decays."""
+
+
+class RolloutConfig(Section):
+    """Sampling of responses."""
+
+    engine: Literal["auto", "vllm", "embedded"] = "auto"
+    """'vllm': colocated in the trainer's processes; 'embedded': transformers; 'auto': vllm where it is installed."""
+    questions_per_step: int = Field(128, ge=1)
+    """Informative questions (groups) that make up one training step."""
+    num_rollouts: int = Field(6, ge=1)
+    """n: responses sampled for each view."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling threshold; below 1 the trainer's log-probabilities differ from the sampling distribution."""
+    max_response_tokens: int = Field(2048, ge=1)
+    """Responses are cut at this length."""
+    max_concurrent_sequences: int = Field(64, ge=1)
+    """Sequences that an engine works on at once."""
+    gpu_memory_fraction: float = Field(0.5, gt=0, lt=1)
+    """vLLM on CUDA: the share of device memory that it may take."""
+    cpu_cache_gib: float = Field(1.0, gt=0)
+    """vLLM on CPU: size of its key-value cache in GiB, for each engine rank."""
+
+
+class FilterConfig(Section):
+    """Which groups are kept for the update."""
+
+    no_signal: bool = True
+    """Drop groups whose rewards are all exactly equal."""
+    min_accuracy: float = Field(0.0, ge=0, le=1)
+    """Drop groups whose mean accuracy is lower."""
+    max_accuracy: float = Field(1.0, ge=0, le=1)
+    """Drop groups whose mean accuracy is higher."""
+    max_truncated: float = Field(1.0, ge=0, le=1)
+    """Drop groups where more than this share of responses was cut at the token limit."""
+    max_refills: int = Field(4, ge=0)
+    """How often a step may draw again to replace dropped groups (0: train on what is left)."""
+
+
+class RewardConfig(Section):
+    """Weights of the reward's parts."""
+
+    accuracy: float = Field(0.9, ge=0)
+    """Weight of a right answer."""
+    format: float = Field(0.1, ge=0)
+    """Weight of the format `<think>…</think> … \\boxed{…}`."""
+
+
+class AlgorithmConfig(Section):
+    """The GRPO objective (method: PeRL Eq. 4-6)."""
+
+    standardize: bool = True
+    """Divide advantages by the group's standard deviation (unbiased, + 1e-6); False is Dr.GRPO's form."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """ε of the lower clip bound 1 - ε."""
+    clip_high: float = Field(0.2, gt=0)
+    """ε of the upper clip bound 1 + ε."""
+    dual_clip: float | None = Field(3.0, gt=1)
+    """c: for negative advantages the objective is bounded by c·A; None turns it off."""
+    kl_coefficient: float = Field(0.01, ge=0)
+    """β: weight of the KL divergence from the reference policy."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL divergence (Schulman): k1 = -log r, k2 = (log r)²/2, k3 = r - 1 - log r."""
+    aggregation: Literal["token", "sequence"] = "token"
+    """'token': mean over all response tokens; 'sequence': mean over responses of their token means."""
+    updates_per_step: int = Field(1, ge=1)
+    """Optimizer steps (mini-batches of questions) for each training step."""
+
+
+class OptimizerSection(Section):
+    """AdamW through megatron-core's (distributed) optimizer."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    min_learning_rate: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay of the learning rate over the run, after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay (not on biases and norms)."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's first-moment decay."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Adam's second-moment decay."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Adam's ε."""
+    clip_gradient: float = Field(1.0, ge=0)
+    """Global gradient-norm bound (0: none)."""
+    distributed: bool = True
+    """Shard the optimizer over data-parallel ranks."""
+    micro_batch_sequences: int = Field(8, ge=1)
+    """Sequences in one micro-batch on each data-parallel rank."""
+
+
+class SupervisedConfig(Section):
+    """`perl-megatron sft`: imitation of the records' demonstrations."""
+
+    steps: int = Field(100, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = Field(64, ge=1)
+    """Demonstrations in one step, over all ranks."""
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation, every question in several image orders."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations (0: only before and after training)."""
+    num_orders: int = Field(4, ge=1)
+    """Image orders of each question (fewer where a record has fewer); the original order is always one of them."""
+    max_records: int | None = Field(None, ge=1)
+    """Evaluate only the first so many records; None: all."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    permutation: PermutationConfig = PermutationConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    filter: FilterConfig = FilterConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerSection = OptimizerSection()
+    supervised: SupervisedConfig = SupervisedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

