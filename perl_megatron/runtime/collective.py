@@ -1,0 +1,65 @@
+"""Small agreements between ranks: sharing work on Python objects, and deciding together.
+
+All functions also work in one process without an initialised process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    """This process's global rank (0 without a process group)."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes (1 without a process group)."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shared_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``[function(item) for item in items]`` on every rank, each rank computing its share.
+
+    ``function`` may be non-deterministic (a deadline, say): every rank gets the one result that one rank computed.
+    """
+    mine = [function(item) for item in items[rank() :: world_size()]]
+    return interleave(gather_objects(mine), len(items))
+
+
+def gather_objects(mine: Result) -> list[Result]:
+    """The objects of all ranks, in rank order, on every rank."""
+    if world_size() == 1:
+        return [mine]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+def interleave(shares: Sequence[Sequence[Result]], total: int) -> list[Result]:
+    """The inverse of giving share ``r`` the items ``r, r + R, r + 2R, …``."""
+    return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on at least one rank; the same answer on all."""
+    return any(gather_objects(flag))
+
+
+def sum_over_ranks(value: float) -> float:
+    """The sum of ``value`` over all ranks, in rank order (so bit for bit the same on all)."""
+    return float(sum(gather_objects(float(value))))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        token = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(token)
