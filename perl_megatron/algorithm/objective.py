@@ -1,0 +1,114 @@
+"""The clipped policy objective and the KL estimators of GRPO, token by token (PeRL, arXiv 2506.14907, Eq. 6).
+
+Shape suffix: ``T`` is the number of response tokens; a token belongs to one rollout, and each rollout's probabilities
+are conditioned on its own view x_i. Sums over tokens are left to ``aggregation``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to ±20 before they are exponentiated, as the released code does: a ratio stays finite, and a
+token beyond the clamp has no gradient (exp would overflow float32 at 88, and 0 · inf poisons the whole gradient)."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The policy loss of each token, and which bound holds it. A token held by a bound has no gradient."""
+
+    loss: Tensor
+    """[T], to be minimised: the negated objective."""
+    ratio: Tensor
+    """[T], detached: ρ = π_θ / π_old."""
+    clipped_low: Tensor
+    """bool [T]: A < 0 and ρ < 1 - clip_low."""
+    clipped_high: Tensor
+    """bool [T]: A > 0 and ρ > 1 + clip_high."""
+    clipped_dual: Tensor
+    """bool [T]: A < 0 and ρ > dual_clip."""
+
+
+def clipped_objective(
+    logprob: Tensor,
+    logprob_old: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> TokenLoss:
+    """PPO's clipped surrogate (the inner term of PeRL Eq. 6) with dual clip (Ye et al. 2020, arXiv 1912.09729, Eq. 5).
+
+        ρ_t = exp(logprob_t - logprob_old_t)
+        J_t = min(ρ_t A_t, clip(ρ_t, 1 - clip_low, 1 + clip_high) A_t)
+        J_t = max(J_t, dual_clip · A_t)    where A_t < 0
+
+    Both lines together only bound the ratio on the side that the sign of A_t makes greedy, which is how it is computed:
+
+        loss_t = -A_t · min(ρ_t, 1 + clip_high)                    where A_t ≥ 0
+        loss_t = -A_t · min(max(ρ_t, 1 - clip_low), dual_clip)     where A_t < 0
+
+    The paper has clip_low = clip_high = ε and no dual clip; the released code has dual_clip = 3.
+
+    Args:
+        logprob: float [T], log π_θ; the only argument that is differentiated.
+        logprob_old: float [T], log π_old.
+        advantage: float [T], or anything that broadcasts to it.
+        clip_low: ε of the lower bound, in (0, 1).
+        clip_high: ε of the upper bound, > 0.
+        dual_clip: c > 1; None turns it off.
+    """
+    assert logprob.shape == logprob_old.shape, f"{tuple(logprob.shape)} against {tuple(logprob_old.shape)}"
+    advantage = advantage.detach().to(logprob).expand_as(logprob)
+    log_ratio = logprob - logprob_old.detach()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    negative = advantage < 0
+    bounded = torch.where(
+        negative,
+        ratio.clamp(min=1 - clip_low, max=dual_clip),
+        ratio.clamp(max=1 + clip_high),
+    )
+    ratio = ratio.detach()
+    return TokenLoss(
+        loss=-advantage * bounded,
+        ratio=ratio,
+        clipped_low=negative & (ratio < 1 - clip_low),
+        clipped_high=(advantage > 0) & (ratio > 1 + clip_high),
+        clipped_dual=negative & (ratio > dual_clip) if dual_clip is not None else torch.zeros_like(negative),
+    )
+
+
+def kl_estimate(logprob: Tensor, logprob_ref: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Estimates KL(π_θ ‖ π_ref) from tokens sampled by π_θ (Schulman 2020, "Approximating KL divergence").
+
+    With r = π_ref / π_θ of the sampled token:
+
+        k1 = -log r              unbiased, may be negative, high variance
+        k2 = (log r)² / 2        biased, low variance
+        k3 = (r - 1) - log r     unbiased, never negative, low variance; the released code's choice
+
+    The names speak of the *value*. As a loss, its gradient is another matter (Tang & Munos, arXiv 2506.09477): only
+    k2's gradient is, in expectation, that of KL(π_θ ‖ π_ref); k3's is that of KL(π_ref ‖ π_θ), and k1's is zero.
+
+    Args:
+        logprob: float [T], log π_θ; differentiated.
+        logprob_ref: float [T], log π_ref.
+        estimator: which one.
+
+    Returns:
+        float [T].
+    """
+    assert logprob.shape == logprob_ref.shape, f"{tuple(logprob.shape)} against {tuple(logprob_ref.shape)}"
+    log_r = logprob_ref.detach() - logprob
+    if estimator == "k1":
+        return -log_r
+    if estimator == "k2":
+        return log_r.square() / 2
+    assert estimator == "k3", f"unknown KL estimator {estimator!r}"
+    log_r = log_r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_r.expm1() - log_r
