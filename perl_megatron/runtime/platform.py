@@ -1,0 +1,64 @@
+"""The one place that knows whether this machine has CUDA.
+
+Call ``install()`` first in every process that imports megatron-core, transformers or torchvision. With CUDA it leaves
+megatron-core as it is; without, ``megatron_cpu`` makes megatron-core run on the CPU with gloo.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from perl_megatron.runtime import megatron_cpu, torchvision_schema
+
+_installed = False
+
+
+def install() -> None:
+    """Prepare this process for megatron-core and transformers; idempotent."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    torchvision_schema.install()
+    if not is_cuda():
+        megatron_cpu.install()
+
+
+def is_cuda() -> bool:
+    """Whether this machine has a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its local rank's GPU, or the CPU."""
+    return torch.device("cuda", local_rank()) if is_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend for this machine's tensors: 'nccl' or 'gloo'."""
+    return "nccl" if is_cuda() else "gloo"
+
+
+def local_rank() -> int:
+    """This process's index on its machine, as torchrun sets it; 0 for a process started by hand."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(rank, world size), as torchrun sets them; (0, 1) for a process started by hand."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_torchrun() -> bool:
+    """Whether a launcher has set the rendezvous variables that torch.distributed reads."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def set_threads() -> int:
+    """On the CPU, share the cores evenly among this machine's ranks; returns the number of threads in use."""
+    if not is_cuda():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return torch.get_num_threads()

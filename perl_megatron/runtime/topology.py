@@ -1,0 +1,124 @@
+"""The layout of the ranks: megatron-core's process groups behind one small immutable record."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from perl_megatron.config.schema import ParallelConfig
+from perl_megatron.errors import UserError
+from perl_megatron.runtime import platform
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands. Ranks are ordered tensor-fastest, then data, then pipeline (megatron-core's order)."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds the tokens and images."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the logits."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def tensor_group(self) -> dist.ProcessGroup:
+        """The ranks that share each layer's matrices."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """The ranks that hold successive blocks of layers; its order is the order of the stages."""
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    def data_group(self) -> dist.ProcessGroup:
+        """The replicas."""
+        return parallel_state.get_data_parallel_group()
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """The number of replicas of ``world_size`` ranks; UserError where the sizes do not multiply to it."""
+    model_ranks = parallel.tensor * parallel.pipeline
+    if world_size % model_ranks or world_size < model_ranks:
+        raise UserError(
+            f"{world_size} processes cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline}",
+            where="parallel.tensor, parallel.pipeline",
+            fix=f"start a multiple of {model_ranks} processes, or change the sizes",
+        )
+    data = world_size // model_ranks
+    if parallel.data is not None and parallel.data != data:
+        raise UserError(
+            f"parallel.data is {parallel.data}, but {world_size} processes leave {data} replicas of "
+            f"tensor {parallel.tensor} x pipeline {parallel.pipeline}",
+            where="parallel.data",
+            fix=f"start {parallel.data * model_ranks} processes, set parallel.data={data}, or leave it out",
+        )
+    return data
+
+
+def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -> Topology:
+    """Join the process group, make megatron-core's groups, and seed every generator of this process.
+
+    Works under torchrun, and in a single process started by hand. ``timeout_seconds`` bounds every collective. The
+    model-parallel generators (dropout) differ between tensor ranks; the others are equal on all ranks.
+    """
+    platform.install()
+    rank, world_size = platform.rank_and_world_size()
+    data_parallel_size(parallel, world_size)
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError(
+            "sequence parallelism needs tensor parallelism",
+            where="parallel.sequence",
+            fix="set parallel.tensor to 2 or more, or parallel.sequence=false",
+        )
+    if platform.is_cuda():
+        torch.cuda.set_device(platform.device())
+    if not dist.is_initialized():
+        # By hand, a store within the process: no port is opened that another job could hold.
+        store = None if platform.is_torchrun() else dist.HashStore()
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        distributed_timeout_minutes=max(1, math.ceil(timeout_seconds / 60)),
+    )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process groups; a later ``initialize`` may choose another layout."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
