@@ -21,21 +21,21 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run lives and how long it is."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is `directory/name`."""
     directory: Path = Path("runs")
     """Folder that holds all runs."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of every random stream."""
-    steps: int = Field(100, ge=1)
+    steps: int = Field(default=100, ge=1)
     """Number of training steps."""
-    save_every: int = Field(50, ge=0)
+    save_every: int = Field(default=50, ge=0)
     """Steps between checkpoints (0: only the last one)."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """How many checkpoints to keep."""
     record_rollouts: bool = True
     """Whether all rollouts are written to `rollouts/` (JSON lines)."""
-    collective_timeout: float = Field(1800.0, gt=0)
+    collective_timeout: float = Field(default=1800.0, gt=0)
     """Seconds before a stuck collective ends the job."""
 
 
@@ -53,12 +53,12 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How the ranks are laid out; the data-parallel size is what is left over."""
 
-    tensor: int = Field(1, ge=1)
+    tensor: int = Field(default=1, ge=1)
     """Tensor-parallel size."""
-    pipeline: int = Field(1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
     """Pipeline-parallel size."""
-    data: int | None = Field(None, ge=1)
-    """Data-parallel size; None: the number of processes over the other sizes (1 where the command starts them itself)."""
+    data: int | None = Field(default=None, ge=1)
+    """Data-parallel size; None: the processes over the other sizes (1 where the command starts them itself)."""
     sequence: bool = False
     """Sequence parallelism (needs tensor > 1)."""
 
@@ -74,28 +74,28 @@ class DataConfig(Section):
         "First think about the question inside <think> </think>. Then give the final answer inside \\boxed{}."
     )
     """System message of every prompt."""
-    max_prompt_tokens: int = Field(8192, ge=1)
+    max_prompt_tokens: int = Field(default=8192, ge=1)
     """Records with a longer prompt (images included) are dropped at load, counted and named; nothing is truncated."""
-    min_pixels: int | None = Field(None, ge=784)
+    min_pixels: int | None = Field(default=None, ge=784)
     """Images are enlarged to this area at least; None: the checkpoint's own setting."""
-    max_pixels: int | None = Field(None, ge=784)
+    max_pixels: int | None = Field(default=None, ge=784)
     """Images are reduced to this area at most, once, before engine and trainer; None: the checkpoint's own setting."""
-    max_corrupt_fraction: float = Field(0.01, ge=0, le=1)
+    max_corrupt_fraction: float = Field(default=0.01, ge=0, le=1)
     """The run is refused if more than this share of records is corrupt (each one is dropped and named)."""
 
 
 class PermutationConfig(Section):
     """Permuted views (PeRL, Algorithm 1)."""
 
-    num_permuted: int = Field(1, ge=0)
+    num_permuted: int = Field(default=1, ge=0)
     """n_s: permuted copies of each question beside the original; 0 is plain GRPO."""
     schedule: Literal["constant", "linear", "exponential", "power"] = "linear"
     """How the swap probability α decays over the run: 1 - t/T, 1 - c^(T-t), 1 - (t/T)^c."""
-    start: float = Field(1.0, ge=0, le=1)
+    start: float = Field(default=1.0, ge=0, le=1)
     """Scale of α: its value at the first step after warm-up."""
-    coefficient: float = Field(2.0, gt=0)
+    coefficient: float = Field(default=2.0, gt=0)
     """The schedule's c: the exponent of 'power'; the base of 'exponential', which needs c < 1."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps over which α rises linearly from 0 before it decays."""
 
 
@@ -104,21 +104,21 @@ class RolloutConfig(Section):
 
     engine: Literal["auto", "vllm", "embedded"] = "auto"
     """'vllm': colocated in the trainer's processes; 'embedded': transformers; 'auto': vllm where it is installed."""
-    questions_per_step: int = Field(128, ge=1)
+    questions_per_step: int = Field(default=128, ge=1)
     """Informative questions (groups) that make up one training step."""
-    num_rollouts: int = Field(6, ge=1)
+    num_rollouts: int = Field(default=6, ge=1)
     """n: responses sampled for each view."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling threshold; below 1 the trainer's log-probabilities differ from the sampling distribution."""
-    max_response_tokens: int = Field(2048, ge=1)
+    max_response_tokens: int = Field(default=2048, ge=1)
     """Responses are cut at this length."""
-    max_concurrent_sequences: int = Field(64, ge=1)
+    max_concurrent_sequences: int = Field(default=64, ge=1)
     """Sequences that an engine works on at once."""
-    gpu_memory_fraction: float = Field(0.5, gt=0, lt=1)
+    gpu_memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """vLLM on CUDA: the share of device memory that it may take."""
-    cpu_cache_gib: float = Field(1.0, gt=0)
+    cpu_cache_gib: float = Field(default=1.0, gt=0)
     """vLLM on CPU: size of its key-value cache in GiB, for each engine rank."""
 
 
@@ -127,22 +127,22 @@ class FilterConfig(Section):
 
     no_signal: bool = True
     """Drop groups whose rewards are all exactly equal."""
-    min_accuracy: float = Field(0.0, ge=0, le=1)
+    min_accuracy: float = Field(default=0.0, ge=0, le=1)
     """Drop groups whose mean accuracy is lower."""
-    max_accuracy: float = Field(1.0, ge=0, le=1)
+    max_accuracy: float = Field(default=1.0, ge=0, le=1)
     """Drop groups whose mean accuracy is higher."""
-    max_truncated: float = Field(1.0, ge=0, le=1)
+    max_truncated: float = Field(default=1.0, ge=0, le=1)
     """Drop groups where more than this share of responses was cut at the token limit."""
-    max_refills: int = Field(4, ge=0)
+    max_refills: int = Field(default=4, ge=0)
     """How often a step may draw again to replace dropped groups (0: train on what is left)."""
 
 
 class RewardConfig(Section):
     """Weights of the reward's parts."""
 
-    accuracy: float = Field(0.9, ge=0)
+    accuracy: float = Field(default=0.9, ge=0)
     """Weight of a right answer."""
-    format: float = Field(0.1, ge=0)
+    format: float = Field(default=0.1, ge=0)
     """Weight of the format `<think>…</think> … \\boxed{…}`."""
 
 
@@ -151,66 +151,66 @@ class AlgorithmConfig(Section):
 
     standardize: bool = True
     """Divide advantages by the group's standard deviation (unbiased, + 1e-6); False is Dr.GRPO's form."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
     """ε of the lower clip bound 1 - ε."""
-    clip_high: float = Field(0.2, gt=0)
+    clip_high: float = Field(default=0.2, gt=0)
     """ε of the upper clip bound 1 + ε."""
-    dual_clip: float | None = Field(3.0, gt=1)
+    dual_clip: float | None = Field(default=3.0, gt=1)
     """c: for negative advantages the objective is bounded by c·A; None turns it off."""
-    kl_coefficient: float = Field(0.01, ge=0)
+    kl_coefficient: float = Field(default=0.01, ge=0)
     """β: weight of the KL divergence from the reference policy."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence (Schulman): k1 = -log r, k2 = (log r)²/2, k3 = r - 1 - log r."""
     aggregation: Literal["token", "sequence"] = "token"
     """'token': mean over all response tokens; 'sequence': mean over responses of their token means."""
-    updates_per_step: int = Field(1, ge=1)
+    updates_per_step: int = Field(default=1, ge=1)
     """Optimizer steps (mini-batches of questions) for each training step."""
 
 
 class OptimizerSection(Section):
     """AdamW through megatron-core's (distributed) optimizer."""
 
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
-    min_learning_rate: float = Field(0.0, ge=0)
+    min_learning_rate: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of the learning rate over the run, after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay (not on biases and norms)."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Adam's first-moment decay."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     """Adam's second-moment decay."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0)
     """Adam's ε."""
-    clip_gradient: float = Field(1.0, ge=0)
+    clip_gradient: float = Field(default=1.0, ge=0)
     """Global gradient-norm bound (0: none)."""
     distributed: bool = True
     """Shard the optimizer over data-parallel ranks."""
-    micro_batch_sequences: int = Field(8, ge=1)
+    micro_batch_sequences: int = Field(default=8, ge=1)
     """Sequences in one micro-batch on each data-parallel rank."""
 
 
 class SupervisedConfig(Section):
     """`perl-megatron sft`: imitation of the records' demonstrations."""
 
-    steps: int = Field(100, ge=1)
+    steps: int = Field(default=100, ge=1)
     """Number of optimizer steps."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Demonstrations in one step, over all ranks."""
 
 
 class EvaluationConfig(Section):
     """Held-out evaluation, every question in several image orders."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Steps between evaluations (0: only before and after training)."""
-    num_orders: int = Field(4, ge=1)
+    num_orders: int = Field(default=4, ge=1)
     """Image orders of each question (fewer where a record has fewer); the original order is always one of them."""
-    max_records: int | None = Field(None, ge=1)
+    max_records: int | None = Field(default=None, ge=1)
     """Evaluate only the first so many records; None: all."""
 
 

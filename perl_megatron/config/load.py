@@ -1,0 +1,217 @@
+"""Read a config: YAML files, then `section.key=value` overrides; every value keeps the name of the place that set it.
+
+A file may start from another with a top-level `base: other.yaml` (relative to the file; its own keys win). All other
+relative paths in a config are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from perl_megatron.config import yaml_source
+from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+BASE_KEY = "base"
+NOT_OFFERED = {
+    "parallel.context": "context parallelism is not offered; use parallel.tensor with parallel.sequence=true",
+    "parallel.virtual_pipeline": "virtual pipeline parallelism is not offered; use parallel.pipeline",
+}
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked config and where each of its values comes from."""
+
+    config: Config
+    origins: dict[str, str]
+    """For every dotted key: 'default', 'FILE:line' or 'command line'."""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    value: Any
+    origin: str
+
+
+def config_fields() -> dict[str, FieldInfo]:
+    """Every dotted key of the schema with its pydantic field (type, description, default)."""
+    return dict(_fields(Config, ""))
+
+
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read `path` (None: defaults only), apply the overrides in order, and check everything.
+
+    Raises UserError for an unknown key (with the nearest valid one), a key set twice, a wrong type or range, or a bad
+    override, and names the place that set it.
+    """
+    settings = {} if path is None else _read_file(Path(path), seen=())
+    for override in overrides:
+        settings.update(_read_override(override))
+    nested: dict[str, Any] = {}
+    for key, setting in settings.items():
+        section, leaf = key.split(".")
+        nested.setdefault(section, {})[leaf] = setting.value
+    try:
+        config = Config.model_validate(nested, strict=True)
+    except ValidationError as error:
+        raise _explain(error, settings, path) from error
+    origins = {key: settings[key].origin if key in settings else DEFAULT for key in config_fields()}
+    return LoadedConfig(config=config, origins=origins)
+
+
+def save_resolved(loaded: LoadedConfig, path: Path) -> None:
+    """Write the whole config as YAML, each value's origin as a comment. Loading the file gives an equal config."""
+    lines = ["# Every value of this run, with the place that set it."]
+    for section_name in Config.model_fields:
+        lines.append(f"{section_name}:")
+        section = getattr(loaded.config, section_name)
+        for name in type(section).model_fields:
+            origin = loaded.origins[f"{section_name}.{name}"].replace("\n", " ")
+            lines.append(f"  {name}: {yaml_source.dump_scalar(getattr(section, name))}  # {origin}")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, info in model.model_fields.items():
+        section = _section_type(info)
+        if section is None:
+            yield prefix + name, info
+        else:
+            yield from _fields(section, f"{prefix}{name}.")
+
+
+def _section_type(info: FieldInfo) -> type[BaseModel] | None:
+    annotation = info.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, _Setting]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError("config files name each other as `base` in a circle", where=" → ".join(map(str, (*seen, path))))
+    root = yaml_source.read(path)
+    if yaml_source.is_null(root):
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("a config file holds sections such as `model:`", where=f"{path}:1")
+    settings: dict[str, _Setting] = {}
+    for key, key_node, value_node in yaml_source.items(root, str(path)):
+        if key == BASE_KEY:
+            base = yaml_source.plain(value_node, str(path))
+            if not isinstance(base, str):
+                raise UserError("`base` is the path of one config file", where=f"{path}:{yaml_source.line(key_node)}")
+            # The file's own keys win, wherever `base` stands in it.
+            settings = _read_file(path.parent / base, seen=(*seen, resolved)) | settings
+        else:
+            settings.update(_read_value(key, value_node, str(path), f"{path}:{yaml_source.line(key_node)}"))
+    return settings
+
+
+def _read_override(override: str) -> dict[str, _Setting]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(
+            f"'{override}' is not an override", where=COMMAND_LINE, fix="write section.key=value, such as run.steps=50"
+        )
+    info = config_fields().get(key)
+    if info is not None and _takes_text(info) and not text.lstrip().startswith(("'", '"')):
+        # Free text may hold anything, ': ' and '#' included.
+        is_null = text.strip() in ("", "null", "~") and type(None) in get_args(info.annotation)
+        return {key: _Setting(None if is_null else _as_text(info, text), COMMAND_LINE)}
+    return _read_value(key, yaml_source.parse(text, f"{COMMAND_LINE}: {override}"), COMMAND_LINE, COMMAND_LINE)
+
+
+def _read_value(key: str, node: yaml.Node | None, where: str, origin: str) -> dict[str, _Setting]:
+    """The settings under a dotted key: one for a field, all of its fields for a section."""
+    fields = config_fields()
+    if key in fields:
+        return {key: _Setting(_field_value(fields[key], node, where), origin)}
+    if key not in Config.model_fields:
+        raise _unknown_key(key, origin)
+    if node is None or yaml_source.is_null(node):
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        example = next(dotted for dotted in fields if dotted.startswith(f"{key}."))
+        raise UserError(f"`{key}` is a section, not a value", where=origin, fix=f"set its keys, such as {example}")
+    settings: dict[str, _Setting] = {}
+    for name, key_node, value_node in yaml_source.items(node, where):
+        dotted = f"{key}.{name}"
+        place = origin if origin == COMMAND_LINE else f"{where}:{yaml_source.line(key_node)}"
+        if dotted not in fields:
+            raise _unknown_key(dotted, place)
+        settings[dotted] = _Setting(_field_value(fields[dotted], value_node, where), place)
+    return settings
+
+
+def _field_value(info: FieldInfo, node: yaml.Node | None, where: str) -> Any:
+    if isinstance(node, yaml.ScalarNode) and _takes_text(info) and not yaml_source.is_null(node):
+        yaml_source.plain(node, where)  # refuses tags
+        return _as_text(info, node.value)  # unconverted, so that a run may be called 2026
+    return yaml_source.plain(node, where)
+
+
+def _as_text(info: FieldInfo, text: str) -> str | Path:
+    return Path(text) if Path in (info.annotation, *get_args(info.annotation)) else text
+
+
+def _takes_text(info: FieldInfo) -> bool:
+    return bool({info.annotation, *get_args(info.annotation)} & {str, Path})
+
+
+def _unknown_key(key: str, origin: str) -> UserError:
+    if key in NOT_OFFERED:
+        return UserError(f"'{key}' cannot be set: {NOT_OFFERED[key]}", where=origin)
+    return UserError(f"unknown key '{key}'", where=origin, fix=f"did you mean '{nearest_key(key)}'?")
+
+
+def nearest_key(key: str) -> str:
+    """The valid dotted key or section that `key` most likely means."""
+    keys = list(config_fields())
+    leaf = key.rpartition(".")[2]
+    same_leaf = [candidate for candidate in keys if candidate.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return max(same_leaf, key=lambda candidate: difflib.SequenceMatcher(None, key, candidate).ratio())
+
+    def closeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        return max(whole, difflib.SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio() * 0.95)
+
+    candidates = keys if "." in key else [*Config.model_fields, *keys]
+    return max(candidates, key=closeness)
+
+
+def _explain(error: ValidationError, settings: dict[str, _Setting], path: Path | str | None) -> UserError:
+    problems = error.errors(include_url=False)
+    lines, places, fixes = [], [], []
+    for problem in problems:
+        key = ".".join(str(part) for part in problem["loc"][:2])
+        if problem["type"] == "missing":
+            key = "model.path" if key == "model" else key
+            lines.append(f"'{key}' has to be set")
+            places.append(str(path) if path is not None else COMMAND_LINE)
+        else:
+            setting = settings[key]
+            lines.append(f"{key} = {yaml_source.dump_scalar(setting.value)}: {_lower_first(problem['msg'])}")
+            places.append(setting.origin)
+        info = config_fields()[key]
+        fixes.append(f"{key}: {info.description}")
+    return UserError("\n".join(lines), where=", ".join(dict.fromkeys(places)), fix="\n         ".join(fixes))
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
