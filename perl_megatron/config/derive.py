@@ -1,0 +1,288 @@
+"""Everything that follows from a config and a number of processes; refuses what cannot run, before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
+
+Command = Literal["train", "sft", "eval"]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """The arithmetic of a run. A question is a record; a sequence is one response with its prompt."""
+
+    world_size: int
+    """Processes."""
+    tensor_size: int
+    pipeline_size: int
+    data_size: int
+    """Data-parallel size: world over tensor times pipeline."""
+    layers_per_stage: int
+    """Language-model layers of each pipeline stage."""
+    engine: Literal["vllm", "embedded"]
+    engine_tensor_size: int
+    """Processes that one engine replica is spread over."""
+    engine_replicas: int
+    """Engine replicas, which share each step's questions."""
+    views_per_question: int
+    """n_s + 1."""
+    rollouts_per_view: int
+    """n."""
+    group_size: int
+    """(n_s + 1) · n: responses that are compared with each other."""
+    questions_per_step: int
+    rollouts_per_step: int
+    """Responses of the kept groups of one step."""
+    updates_per_step: int
+    """Optimizer steps in one training step."""
+    questions_per_update: int
+    sequences_per_update: int
+    micro_batches_per_update: int
+    """Micro-batches of the busiest data-parallel rank in one optimizer step."""
+    total_steps: int
+    total_updates: int
+    """Optimizer steps of the whole run; the learning-rate schedule counts these."""
+    total_questions: int
+    total_rollouts: int
+    """Responses trained on over the whole run."""
+    max_sequence_tokens: int
+    """Longest prompt plus longest response."""
+
+
+def launched_processes(config: Config) -> int:
+    """How many processes the command starts when it is not started by torchrun: tensor · pipeline · (data or 1)."""
+    return config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
+
+
+def resolve_engine(config: Config) -> Literal["vllm", "embedded"]:
+    """The engine that `rollout.engine` means on this machine. UserError where vLLM is asked for but not installed."""
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if config.rollout.engine == "vllm" and not has_vllm:
+        raise UserError(
+            "vLLM is not installed",
+            where="rollout.engine = vllm",
+            fix="pip install 'perl-megatron[cpu]' or '[gpu]', or set rollout.engine=embedded",
+        )
+    if config.rollout.engine == "embedded" or not has_vllm:
+        return "embedded"
+    return "vllm"
+
+
+def derive(
+    config: Config, *, world_size: int, architecture: ArchitectureNumbers, command: Command = "train"
+) -> Derived:
+    """Check that the config can run on `world_size` processes and compute what follows from it.
+
+    Raises UserError, naming the option and the alternatives, for an impossible layout or a contradiction. `command`
+    says which parts matter: batches of groups only for training.
+    """
+    data_size = _check_layout(config, world_size)
+    _check_divisible(config, architecture)
+    _check_sections(config)
+    engine = resolve_engine(config)
+    if command == "train":
+        _check_training(config, data_size)
+    parallel, rollout = config.parallel, config.rollout
+    # vLLM is spread over the trainer's tensor-parallel ranks; the embedded engine is whole in every process.
+    engine_tensor = parallel.tensor if engine == "vllm" else 1
+    views = config.permutation.num_permuted + 1
+    group_size = views * rollout.num_rollouts
+    if command == "sft":
+        steps, updates, sequences = config.supervised.steps, 1, config.supervised.batch_size
+        questions_per_step = questions_per_update = sequences
+    else:
+        steps, updates, questions_per_step = (
+            config.run.steps,
+            config.algorithm.updates_per_step,
+            rollout.questions_per_step,
+        )
+        questions_per_update = questions_per_step // updates
+        sequences = questions_per_update * group_size
+    if command != "eval":
+        _check_warmup(config, steps * updates)
+    return Derived(
+        world_size=world_size,
+        tensor_size=parallel.tensor,
+        pipeline_size=parallel.pipeline,
+        data_size=data_size,
+        layers_per_stage=architecture.num_layers // parallel.pipeline,
+        engine=engine,
+        engine_tensor_size=engine_tensor,
+        engine_replicas=world_size // engine_tensor,
+        views_per_question=views,
+        rollouts_per_view=rollout.num_rollouts,
+        group_size=group_size,
+        questions_per_step=questions_per_step,
+        rollouts_per_step=0 if command == "sft" else questions_per_step * group_size,
+        updates_per_step=updates,
+        questions_per_update=questions_per_update,
+        sequences_per_update=sequences,
+        micro_batches_per_update=math.ceil(math.ceil(sequences / data_size) / config.optimizer.micro_batch_sequences),
+        total_steps=steps,
+        total_updates=steps * updates,
+        total_questions=steps * questions_per_step,
+        total_rollouts=0 if command == "sft" else steps * questions_per_step * group_size,
+        max_sequence_tokens=config.data.max_prompt_tokens + rollout.max_response_tokens,
+    )
+
+
+def require_training_data(config: Config) -> None:
+    """UserError where `data.train` is not set or does not exist, or `data.evaluation` is set and does not exist."""
+    if config.data.train is None:
+        raise UserError("there is no training data", where="data.train", fix="set it to a JSON-lines file of records")
+    _require_file("data.train", config.data.train)
+    if config.data.evaluation is not None:
+        _require_file("data.evaluation", config.data.evaluation)
+
+
+def require_evaluation_data(config: Config) -> None:
+    """UserError where `data.evaluation` is not set or does not exist."""
+    if config.data.evaluation is None:
+        fix = "set it to a JSON-lines file of held-out records"
+        raise UserError("there is no evaluation data", where="data.evaluation", fix=fix)
+    _require_file("data.evaluation", config.data.evaluation)
+
+
+def _require_file(key: str, path: Path) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"the file {path} does not exist",
+            where=key,
+            fix=f"paths in a config are relative to the current directory, {Path.cwd()}",
+        )
+
+
+def _check_layout(config: Config, world_size: int) -> int:
+    """The data-parallel size."""
+    parallel = config.parallel
+    shape = parallel.tensor * parallel.pipeline
+    if world_size % shape:
+        raise UserError(
+            f"{world_size} processes cannot be laid out as tensor {parallel.tensor} × pipeline {parallel.pipeline}",
+            where="parallel.tensor, parallel.pipeline",
+            fix=f"start a multiple of {shape} processes, or choose sizes whose product divides {world_size}",
+        )
+    data_size = world_size // shape
+    if parallel.data is not None and parallel.data != data_size:
+        raise UserError(
+            f"{world_size} processes over tensor {parallel.tensor} × pipeline {parallel.pipeline} leave data-parallel "
+            f"size {data_size}, not {parallel.data}",
+            where=f"parallel.data = {parallel.data}",
+            fix=f"start {shape * parallel.data} processes, or set parallel.data={data_size}, or leave it out",
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError(
+            "sequence parallelism needs tensor parallelism",
+            where="parallel.sequence = true",
+            fix="set parallel.tensor above 1, or parallel.sequence=false",
+        )
+    return data_size
+
+
+def _check_divisible(config: Config, architecture: ArchitectureNumbers) -> None:
+    split = {
+        "attention heads": architecture.num_heads,
+        "key-value heads": architecture.num_kv_heads,
+        "feed-forward size": architecture.ffn_size,
+        "vision heads": architecture.vision_num_heads,
+        "vision feed-forward size": architecture.vision_ffn_size,
+    }
+    tensor = config.parallel.tensor
+    wrong = [f"{name} ({size})" for name, size in split.items() if size % tensor]
+    if wrong:
+        possible = [size for size in range(1, tensor) if all(number % size == 0 for number in split.values())]
+        raise UserError(
+            f"tensor-parallel size {tensor} does not divide the policy's {', '.join(wrong)}",
+            where=f"parallel.tensor = {tensor}",
+            fix=f"smaller sizes that do: {_join(possible)}; use parallel.pipeline or parallel.data for more processes",
+        )
+    pipeline, layers = config.parallel.pipeline, architecture.num_layers
+    if layers % pipeline:
+        possible = [size for size in range(1, layers + 1) if layers % size == 0]
+        raise UserError(
+            f"pipeline-parallel size {pipeline} does not divide the policy's {layers} layers",
+            where=f"parallel.pipeline = {pipeline}",
+            fix=f"sizes that do: {_join(possible)}",
+        )
+
+
+def _check_sections(config: Config) -> None:
+    data, optimizer = config.data, config.optimizer
+    if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
+        raise UserError(
+            f"images cannot have at least {data.min_pixels} and at most {data.max_pixels} pixels",
+            where="data.min_pixels, data.max_pixels",
+            fix="make data.min_pixels the smaller one",
+        )
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        raise UserError(
+            f"the final learning rate {optimizer.min_learning_rate} is above the peak {optimizer.learning_rate}",
+            where="optimizer.min_learning_rate, optimizer.learning_rate",
+            fix="make optimizer.min_learning_rate the smaller one",
+        )
+
+
+def _check_training(config: Config, data_size: int) -> None:
+    rollout, updates = config.rollout, config.algorithm.updates_per_step
+    group_size = (config.permutation.num_permuted + 1) * rollout.num_rollouts
+    if group_size < 2:
+        raise UserError(
+            "a group of one response gives no learning signal: nothing to compare it with",
+            where="rollout.num_rollouts = 1, permutation.num_permuted = 0",
+            fix="set rollout.num_rollouts to 2 or more, or permutation.num_permuted to 1 or more",
+        )
+    if rollout.questions_per_step % updates:
+        possible = [number for number in range(1, 65) if rollout.questions_per_step % number == 0]
+        raise UserError(
+            f"{rollout.questions_per_step} questions a step cannot be split into {updates} equal updates",
+            where=f"rollout.questions_per_step = {rollout.questions_per_step}, algorithm.updates_per_step = {updates}",
+            fix=f"algorithm.updates_per_step may be {_join(possible)}",
+        )
+    sequences = rollout.questions_per_step // updates * group_size
+    if sequences < data_size:
+        raise UserError(
+            f"an update of {sequences} sequences leaves some of {data_size} data-parallel ranks without work",
+            where="rollout.questions_per_step, algorithm.updates_per_step",
+            fix="ask more questions in a step, or use fewer processes",
+        )
+    low, high = config.filter.min_accuracy, config.filter.max_accuracy
+    if low > high:
+        raise UserError(
+            f"no group has a mean accuracy of at least {low} and at most {high}",
+            where="filter.min_accuracy, filter.max_accuracy",
+            fix="make filter.min_accuracy the smaller one",
+        )
+    permutation = config.permutation
+    if permutation.schedule == "exponential" and permutation.coefficient >= 1:
+        raise UserError(
+            f"the exponential schedule 1 - c^(T-t) needs c below 1, and c is {permutation.coefficient}",
+            where="permutation.coefficient",
+            fix="set permutation.coefficient=0.9, say, or another permutation.schedule (linear, power, constant)",
+        )
+    if config.reward.accuracy == 0 and config.reward.format == 0:
+        raise UserError(
+            "all rewards are 0",
+            where="reward.accuracy = 0, reward.format = 0",
+            fix="set reward.accuracy or reward.format above 0",
+        )
+
+
+def _check_warmup(config: Config, total_updates: int) -> None:
+    if config.optimizer.warmup_steps >= total_updates:
+        raise UserError(
+            f"a warm-up of {config.optimizer.warmup_steps} steps never ends in {total_updates} optimizer steps",
+            where=f"optimizer.warmup_steps = {config.optimizer.warmup_steps}",
+            fix="shorten the warm-up or lengthen the run",
+        )
+
+
+def _join(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) if numbers else "none"

@@ -1,0 +1,142 @@
+import json
+
+import pytest
+
+from perl_megatron.config.architecture import ArchitectureNumbers, read_architecture_numbers
+from perl_megatron.config.derive import derive, launched_processes, require_training_data
+from perl_megatron.config.load import load_config
+from perl_megatron.errors import UserError
+
+TINY = ArchitectureNumbers(
+    num_layers=4,
+    hidden_size=128,
+    ffn_size=336,
+    num_heads=4,
+    num_kv_heads=2,
+    vocabulary_size=1000,
+    vision_depth=4,
+    vision_hidden_size=64,
+    vision_ffn_size=172,
+    vision_num_heads=4,
+)
+
+
+def config_of(*overrides):
+    return load_config(None, ["model.path=m", "rollout.engine=embedded", *overrides]).config
+
+
+def test_paper_arithmetic():
+    config = config_of("rollout.questions_per_step=128", "rollout.num_rollouts=6", "algorithm.updates_per_step=2")
+    derived = derive(config, world_size=4, architecture=TINY)
+    assert (derived.group_size, derived.rollouts_per_step, derived.data_size) == (12, 1536, 4)
+    assert (derived.questions_per_update, derived.sequences_per_update) == (64, 768)
+    assert derived.micro_batches_per_update == 24  # 768 / 4 ranks / 8 a micro-batch
+    assert (derived.total_updates, derived.total_rollouts) == (200, 153600)
+    assert (derived.engine, derived.engine_tensor_size, derived.engine_replicas) == ("embedded", 1, 4)
+
+
+def test_layout():
+    config = config_of("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
+    derived = derive(config, world_size=8, architecture=TINY)
+    assert (derived.tensor_size, derived.pipeline_size, derived.data_size, derived.layers_per_stage) == (2, 2, 2, 2)
+    assert launched_processes(config) == 4
+    assert launched_processes(config_of("parallel.data=3")) == 3
+
+
+def test_supervised_counts_demonstrations():
+    config = config_of("supervised.batch_size=20", "optimizer.micro_batch_sequences=4", "rollout.num_rollouts=1")
+    derived = derive(config, world_size=2, architecture=TINY, command="sft")
+    assert (derived.sequences_per_update, derived.micro_batches_per_update, derived.total_updates) == (20, 3, 100)
+    assert derived.total_rollouts == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "what", "where", "fix"),
+    [
+        (["parallel.tensor=2"], 3, "3 processes", "parallel.tensor", "multiple of 2"),
+        (["parallel.data=2"], 3, "size 3, not 2", "parallel.data", "parallel.data=3"),
+        (["parallel.sequence=true"], 1, "needs tensor", "parallel.sequence", "parallel.tensor"),
+        (["parallel.tensor=4"], 4, "key-value heads (2)", "parallel.tensor = 4", "1, 2"),
+        (["parallel.tensor=3"], 3, "vision heads (4)", "parallel.tensor = 3", "1, 2"),
+        (["parallel.pipeline=3"], 3, "4 layers", "parallel.pipeline = 3", "1, 2, 4"),
+        (
+            ["rollout.questions_per_step=6", "algorithm.updates_per_step=4"],
+            1,
+            "6 questions",
+            "updates_per_step",
+            "1, 2, 3, 6",
+        ),
+        (
+            ["rollout.num_rollouts=1", "permutation.num_permuted=0"],
+            1,
+            "no learning signal",
+            "num_rollouts",
+            "2 or more",
+        ),
+        (["filter.min_accuracy=0.9", "filter.max_accuracy=0.1"], 1, "at least 0.9", "min_accuracy", "smaller"),
+        (["permutation.schedule=exponential"], 1, "below 1", "permutation.coefficient", "0.9"),
+        (["reward.accuracy=0", "reward.format=0"], 1, "all rewards", "reward.accuracy", "above 0"),
+        (["data.min_pixels=2000", "data.max_pixels=1000"], 1, "at least 2000", "data.min_pixels", "smaller"),
+        (["optimizer.min_learning_rate=1"], 1, "above the peak", "min_learning_rate", "smaller"),
+        (["optimizer.warmup_steps=100"], 1, "never ends", "optimizer.warmup_steps", "shorten"),
+        (["rollout.questions_per_step=1", "rollout.num_rollouts=1"], 3, "without work", "questions_per_step", "fewer"),
+    ],
+)
+def test_refusals(overrides, world_size, what, where, fix):
+    with pytest.raises(UserError) as caught:
+        derive(config_of(*overrides), world_size=world_size, architecture=TINY)
+    error = caught.value
+    assert what in error.what
+    assert where in str(error.where)
+    assert fix in str(error.fix)
+
+
+def test_training_data(tmp_path):
+    with pytest.raises(UserError, match="no training data"):
+        require_training_data(config_of())
+    with pytest.raises(UserError, match="does not exist"):
+        require_training_data(config_of(f"data.train={tmp_path / 'none.jsonl'}"))
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    require_training_data(config_of(f"data.train={tmp_path / 'train.jsonl'}"))
+    with pytest.raises(UserError, match=r"data\.evaluation"):
+        require_training_data(config_of(f"data.train={tmp_path / 'train.jsonl'}", "data.evaluation=none.jsonl"))
+
+
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 336,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
+VISION = {"depth": 4, "hidden_size": 64, "intermediate_size": 172, "num_heads": 4}
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_architecture_from_both_layouts(tmp_path, layout):
+    content = {"model_type": "qwen2_5_vl", "vision_config": VISION}
+    content |= TEXT if layout == "flat" else {"text_config": TEXT}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_architecture_numbers(tmp_path) == TINY
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "does not exist"),
+        ("{", "not a readable JSON"),
+        ("[]", "model type is None"),
+        (json.dumps({"model_type": "llama", **TEXT}), "'llama'"),
+        (
+            json.dumps({"model_type": "qwen2_5_vl", "vision_config": VISION, **TEXT, "num_hidden_layers": 0}),
+            "num_hidden_layers",
+        ),
+        (json.dumps({"model_type": "qwen2_5_vl", **TEXT}), "'depth' is None"),
+    ],
+)
+def test_bad_architectures(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=says):
+        read_architecture_numbers(tmp_path)
