@@ -106,8 +106,6 @@ def derive(
         )
         questions_per_update = questions_per_step // updates
         sequences = questions_per_update * group_size
-    if command != "eval":
-        _check_warmup(config, steps * updates)
     return Derived(
         world_size=world_size,
         tensor_size=parallel.tensor,
@@ -272,15 +270,6 @@ def _check_training(config: Config, data_size: int) -> None:
             "all rewards are 0",
             where="reward.accuracy = 0, reward.format = 0",
             fix="set reward.accuracy or reward.format above 0",
-        )
-
-
-def _check_warmup(config: Config, total_updates: int) -> None:
-    if config.optimizer.warmup_steps >= total_updates:
-        raise UserError(
-            f"a warm-up of {config.optimizer.warmup_steps} steps never ends in {total_updates} optimizer steps",
-            where=f"optimizer.warmup_steps = {config.optimizer.warmup_steps}",
-            fix="shorten the warm-up or lengthen the run",
         )
 
 
