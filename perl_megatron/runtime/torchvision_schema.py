@@ -50,5 +50,6 @@ def _declare_missing_schemas() -> None:
 def install() -> None:
     """Arrange it for the first import of torchvision; idempotent, and no import of torch or torchvision itself."""
     already = any(isinstance(finder, _DeclareBeforeImport) for finder in sys.meta_path)
-    if not already and "torchvision" not in sys.modules:
+    # A finder is also asked by importlib.util.find_spec, which imports nothing: declared is declared all the same.
+    if not already and not _libraries and "torchvision" not in sys.modules:
         sys.meta_path.insert(0, _DeclareBeforeImport())
