@@ -1,0 +1,235 @@
+"""From a view to what the model reads: token ids, image patches, and back to text.
+
+The checkpoint's own chat template, tokenizer and image processor are used (through transformers). Images reach them
+already resized (``data/images.py``), and the image processor has to leave that size alone: so the trainer and every
+engine see the same pixels and the same number of image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+from perl_megatron.data.cache import ByteBoundedCache
+from perl_megatron.data.images import image_key, load_image
+from perl_megatron.errors import UserError
+from perl_megatron.runtime import torchvision_schema
+from perl_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, View
+
+torchvision_schema.install()  # transformers imports torchvision for Qwen2.5-VL's processor
+
+import transformers  # noqa: E402
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+"""Special tokens that only a prompt may hold: sampled ones would shift the images, so engines never sample them."""
+
+PATCH_SIZE = 14
+PATCH_VALUES = 3 * 2 * PATCH_SIZE * PATCH_SIZE
+MERGE_SIZE = 2
+
+
+class PromptEncoder:
+    """Encodes views for one checkpoint. P prompt tokens, I images, N patches of an image.
+
+    Pixels and patches are each kept up to ``cache_bytes``, prompts up to an eighth of it; what was dropped is made
+    again from the image file when it is needed.
+    """
+
+    def __init__(
+        self,
+        model_path: Path | str,
+        *,
+        system_prompt: str,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        cache_bytes: int = 512 * 2**20,
+    ):
+        """Read tokenizer, chat template and image processor of a Qwen2.5-VL folder.
+
+        ``min_pixels`` and ``max_pixels`` bound an image's area in pixels; None: the checkpoint's own. Raises UserError
+        if the folder holds no Qwen2.5-VL or the system prompt holds a special token.
+        """
+        self.model_path = Path(model_path)
+        processor, model_config, self.end_token_ids = _read_checkpoint(self.model_path)
+        self.tokenizer: Any = processor.tokenizer
+        self._image_processor = processor.image_processor
+        size = self._image_processor.size
+        self.min_pixels = int(size["shortest_edge"] if min_pixels is None else min_pixels)
+        self.max_pixels = int(size["longest_edge"] if max_pixels is None else max_pixels)
+        self._image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+
+        added = self.tokenizer.added_tokens_decoder
+        self._special_tokens = {token.content: index for index, token in added.items() if token.special}
+        vision_ids = [self._special_tokens.get(token) for token in VISION_TOKENS]
+        self.banned_token_ids = tuple(index for index in vision_ids if index is not None)
+        self.image_token_id = int(model_config.image_token_id)
+        self.turn_end_id = int(self.tokenizer.eos_token_id)
+        self.pad_token_id = int(self.tokenizer.pad_token_id)
+        self.vocabulary_size = int(model_config.get_text_config().vocab_size)
+        if self.image_token_id not in self.banned_token_ids:
+            raise UserError(
+                f"image token id {self.image_token_id} of config.json is not the tokenizer's <|image_pad|>",
+                where=str(self.model_path),
+                fix="use the tokenizer that belongs to the model",
+            )
+        self._refuse_special_tokens(system_prompt, where="data.system_prompt")
+        self._system_prompt = system_prompt
+
+        self._prompts: ByteBoundedCache[EncodedPrompt] = ByteBoundedCache(cache_bytes // 8)
+        self._key_of_path: dict[Path, str] = {}
+        self._path_of_key: dict[str, Path] = {}
+        self._grids: dict[str, tuple[int, int, int]] = {}
+        self._images: ByteBoundedCache[Image] = ByteBoundedCache(cache_bytes)
+        self._patches: ByteBoundedCache[np.ndarray] = ByteBoundedCache(cache_bytes)
+
+    def encode(self, view: View) -> EncodedPrompt:
+        """The view's prompt, up to where the assistant's turn begins; nothing is truncated.
+
+        Raises UserError if the text's placeholders do not match the images, the text holds a special token (such as
+        ``<|image_pad|>``), or an image cannot be read.
+        """
+        memo = (view.text, view.images)
+        prompt = self._prompts.get(memo)
+        if prompt is None:
+            prompt = self._encode(view)
+            self._prompts.put(memo, prompt, num_bytes=prompt.token_ids.nbytes + 40 * len(prompt.compact_ids))
+        return prompt
+
+    def image(self, key: str) -> Image:
+        """The resized RGB image whose content hash is ``key`` (of a prompt encoded before)."""
+        image = self._images.get(key)
+        if image is None:
+            path = self._path_of_key[key]
+            image = load_image(path, self.min_pixels, self.max_pixels)
+            if image_key(image) != key:
+                raise UserError("the image file changed while it was in use", where=str(path), fix="restart the run")
+            self._images.put(key, image, num_bytes=3 * image.width * image.height)
+        return image
+
+    def patches(self, key: str) -> np.ndarray:
+        """float32 [N, 1176]: an image's normalised patches, in 2 × 2 merge blocks, as the vision tower reads them."""
+        patches = self._patches.get(key)
+        if patches is None:
+            patches = self._process_image(self.image(key), where=str(self._path_of_key[key]))[0]
+            self._patches.put(key, patches, num_bytes=patches.nbytes)
+        return patches
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of a response without its end-of-turn token; every other special token stays visible."""
+        kept = [int(index) for index in token_ids]
+        while kept and kept[-1] in self.end_token_ids:
+            kept.pop()
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def encode_response(self, text: str) -> np.ndarray:
+        """int64 [R]: a demonstration's tokens and the end-of-turn token; UserError if it holds a special token."""
+        self._refuse_special_tokens(text, where=f"demonstration {text[:60]!r}")
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return np.array([*ids, self.turn_end_id], dtype=np.int64)
+
+    def messages(self, view: View) -> list[dict[str, Any]]:
+        """System and user message in transformers' form; an image's part is ``{"type": "image"}``, without pixels."""
+        content: list[dict[str, Any]] = []
+        for index, piece in enumerate(view.text.split(IMAGE_PLACEHOLDER)):
+            if index > 0:
+                content.append({"type": "image"})
+            if piece:
+                content.append({"type": "text", "text": piece})
+        system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
+        return [*system, {"role": "user", "content": content}]
+
+    def _encode(self, view: View) -> EncodedPrompt:
+        where = f"record {view.record_id}"
+        num_placeholders = view.text.count(IMAGE_PLACEHOLDER)
+        if num_placeholders != len(view.images):
+            raise UserError(
+                f"the text has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders, but there are "
+                f"{len(view.images)} images",
+                where=where,
+                fix=f"write {IMAGE_PLACEHOLDER} once for each image",
+            )
+        self._refuse_special_tokens(view.text, where=where)
+        keys = tuple(self._read_image(path) for path in view.images)
+        prompt = self.tokenizer.apply_chat_template(self.messages(view), tokenize=False, add_generation_prompt=True)
+        compact = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        grids = np.array([self._grids[key] for key in keys], dtype=np.int64).reshape(-1, 3)
+        token_ids, starts = _expand(compact, self.image_token_id, grids.prod(axis=1) // MERGE_SIZE**2)
+        return EncodedPrompt(np.array(token_ids, dtype=np.int64), tuple(compact), tuple(starts), grids, keys)
+
+    def _read_image(self, path: Path) -> str:
+        """Key of the image at ``path``; its grid is checked and remembered."""
+        if path not in self._key_of_path:
+            image = load_image(path, self.min_pixels, self.max_pixels)
+            key = image_key(image)
+            if key not in self._grids:
+                patches, grid = self._process_image(image, where=str(path))
+                self._grids[key], self._path_of_key[key] = grid, path
+                self._images.put(key, image, num_bytes=3 * image.width * image.height)
+                self._patches.put(key, patches, num_bytes=patches.nbytes)
+            self._key_of_path[path] = key
+        return self._key_of_path[path]
+
+    def _process_image(self, image: Image, *, where: str) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Patches float32 [N, 1176] and (time, height, width) in patches of an image that is resized already."""
+        features = self._image_processor(images=[image], return_tensors="pt")
+        time, height, width = (int(size) for size in features["image_grid_thw"][0])
+        if (time, height * PATCH_SIZE, width * PATCH_SIZE) != (1, image.height, image.width):
+            raise UserError(
+                f"the checkpoint's image processor would resize an image of {image.width}x{image.height} pixels again, "
+                f"to {width * PATCH_SIZE}x{height * PATCH_SIZE}",
+                where=where,
+                fix="raise data.max_pixels, or crop the image to a less extreme shape",
+            )
+        patches = features["pixel_values"].float().contiguous().numpy()
+        assert patches.shape == (height * width, PATCH_VALUES), patches.shape
+        return patches, (time, height, width)
+
+    def _refuse_special_tokens(self, text: str, *, where: str) -> None:
+        """A special token in a user's text would forge a turn or an image."""
+        found = [token for token in self._special_tokens if token in text]
+        if found:
+            raise UserError(f"the text holds the model's special token {found[0]}", where=where, fix="remove it")
+
+
+def _expand(compact: Sequence[int], image_token_id: int, counts: np.ndarray) -> tuple[list[int], list[int]]:
+    """Repeat the k-th image token ``counts[k]`` times; returns the ids and where each image begins."""
+    token_ids: list[int] = []
+    starts: list[int] = []
+    for index in compact:
+        if index == image_token_id:
+            starts.append(len(token_ids))
+            token_ids.extend([index] * int(counts[len(starts) - 1]))
+        else:
+            token_ids.append(index)
+    assert len(starts) == len(counts), f"the chat template wrote {len(starts)} image tokens for {len(counts)} images"
+    return token_ids, starts
+
+
+def _read_checkpoint(path: Path) -> tuple[Any, Any, tuple[int, ...]]:
+    """Processor, model configuration and the ids that end a turn of the Qwen2.5-VL folder ``path``."""
+    where = "model.path"
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a Hugging Face model folder: it has no config.json", where=where)
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.model_type != "qwen2_5_vl":
+        raise UserError(f"{path} holds a {config.model_type} model", where=where, fix="use a Qwen2.5-VL checkpoint")
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read tokenizer and image processor of {path}: {error}",
+            where=where,
+            fix="the folder needs tokenizer.json, the chat template and preprocessor_config.json of the model",
+        ) from error
+    if not processor.tokenizer.chat_template:
+        processor.tokenizer.chat_template = processor.chat_template
+    ends = [processor.tokenizer.eos_token_id]
+    if (path / "generation_config.json").is_file():
+        generation = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+        listed = generation.eos_token_id
+        ends += listed if isinstance(listed, list) else [listed]
+    return processor, config, tuple(dict.fromkeys(int(index) for index in ends if index is not None))

@@ -1,0 +1,156 @@
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_policy import make_images, make_policy, make_view
+
+from perl_megatron.data.cache import ByteBoundedCache
+from perl_megatron.data.images import image_key
+from perl_megatron.data.processor import VISION_TOKENS, PromptEncoder
+from perl_megatron.errors import UserError
+
+SIZES = [(28, 28), (56, 84), (100, 131), (30, 20)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def encoder(checkpoint):
+    return PromptEncoder(checkpoint, system_prompt="Think first.")
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2, 4])
+def test_tokens_and_patches_equal_transformers_full_processor(checkpoint, encoder, tmp_path, num_images):
+    from transformers import AutoProcessor
+
+    view = make_view(make_images(tmp_path, SIZES[:num_images]))
+    prompt = encoder.encode(view)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    text = processor.apply_chat_template(encoder.messages(view), tokenize=False, add_generation_prompt=True)
+    images = [encoder.image(key) for key in prompt.image_keys]
+    expected = processor(text=[text], images=images or None, return_tensors="pt")
+    assert prompt.token_ids.tolist() == expected["input_ids"][0].tolist()
+    assert prompt.token_ids.dtype == np.int64
+    if images:
+        assert prompt.grids.tolist() == expected["image_grid_thw"].tolist()
+        patches = np.concatenate([encoder.patches(key) for key in prompt.image_keys])
+        np.testing.assert_array_equal(patches, expected["pixel_values"].numpy())
+    assert prompt.compact_ids == tuple(encoder.tokenizer(text).input_ids)
+
+
+def test_prompt_has_the_published_shape(encoder, tmp_path):
+    view = make_view(make_images(tmp_path, [(28, 28)]), question="Which?")
+    compact = encoder.tokenizer.decode(encoder.encode(view).compact_ids)
+    assert compact == (
+        "<|im_start|>system\nThink first.<|im_end|>\n<|im_start|>user\n"
+        "Image 1: <|vision_start|><|image_pad|><|vision_end|> Which?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_image_starts_point_at_each_image(encoder, tmp_path):
+    prompt = encoder.encode(make_view(make_images(tmp_path, SIZES)))
+    for start, grid in zip(prompt.image_starts, prompt.grids, strict=True):
+        count = int(grid.prod()) // 4
+        assert (prompt.token_ids[start : start + count] == encoder.image_token_id).all()
+        assert prompt.token_ids[start - 1] != encoder.image_token_id != prompt.token_ids[start + count]
+    assert (prompt.token_ids == encoder.image_token_id).sum() == prompt.grids.prod(axis=1).sum() // 4
+
+
+def test_equal_images_share_a_key_and_an_encoding_is_memoised(encoder, tmp_path):
+    first, second = make_images(tmp_path, [(28, 28), (56, 56)])
+    copy = tmp_path / "copy.png"
+    shutil.copy(first, copy)
+    prompt = encoder.encode(make_view([first, second, copy]))
+    assert prompt.image_keys[0] == prompt.image_keys[2] != prompt.image_keys[1]
+    assert encoder.encode(make_view([first, second, copy])) is prompt
+
+
+def test_dropped_pixels_are_read_again_and_a_changed_file_is_noticed(checkpoint, tmp_path):
+    (path,) = make_images(tmp_path, [(28, 28)])
+    kept = PromptEncoder(checkpoint, system_prompt="")
+    dropped = PromptEncoder(checkpoint, system_prompt="", cache_bytes=0)
+    key = kept.encode(make_view([path])).image_keys[0]
+    assert dropped.encode(make_view([path])).image_keys == (key,)
+    assert image_key(dropped.image(key)) == key
+    np.testing.assert_array_equal(dropped.patches(key), kept.patches(key))
+    Image.new("RGB", (28, 28)).save(path)
+    with pytest.raises(UserError, match="changed while it was in use"):
+        dropped.patches(key)
+    kept.patches(key)
+
+
+def test_pixel_bounds_of_the_config_hold(checkpoint, tmp_path):
+    (path,) = make_images(tmp_path, [(280, 280)])
+    small = PromptEncoder(checkpoint, system_prompt="", max_pixels=100 * 100)
+    assert small.encode(make_view([path])).grids.tolist() == [[1, 6, 6]]
+    large = PromptEncoder(checkpoint, system_prompt="", min_pixels=300 * 300)
+    assert large.encode(make_view([path])).grids.tolist() == [[1, 22, 22]]
+
+
+def test_image_that_would_be_resized_twice_is_refused(checkpoint, tmp_path):
+    encoder = PromptEncoder(checkpoint, system_prompt="", max_pixels=28 * 28 * 4)
+    path = tmp_path / "long.png"
+    Image.new("RGB", (28 * 60, 28)).save(path)
+    with pytest.raises(UserError, match="again"):
+        encoder.encode(make_view([path]))
+
+
+@pytest.mark.parametrize("token", [*VISION_TOKENS, "<|im_end|>"])
+def test_special_tokens_in_a_users_text_are_refused(encoder, checkpoint, tmp_path, token):
+    view = make_view(make_images(tmp_path, [(28, 28)]), question=f"What is {token}?")
+    with pytest.raises(UserError, match="special token"):
+        encoder.encode(view)
+    with pytest.raises(UserError, match="special token"):
+        encoder.encode_response(token)
+    with pytest.raises(UserError, match=r"data\.system_prompt"):
+        PromptEncoder(checkpoint, system_prompt=token)
+
+
+def test_placeholders_must_match_images(encoder, tmp_path):
+    view = make_view(make_images(tmp_path, [(28, 28)]), question="and <image>?")
+    with pytest.raises(UserError, match="2 <image> placeholders, but there are 1 images"):
+        encoder.encode(view)
+
+
+def test_a_response_ends_its_turn_and_decodes_to_itself(encoder):
+    text = "<think>3, 71</think> \\boxed{é 5}"
+    ids = encoder.encode_response(text)
+    assert ids.dtype == np.int64
+    assert ids[-1] == encoder.turn_end_id
+    assert encoder.turn_end_id in encoder.end_token_ids
+    assert encoder.decode(ids) == text
+    assert len(encoder.encode_response("<think>375</think>\\boxed{7}")) == 9
+    assert encoder.decode([encoder.image_token_id, *ids]) == "<|image_pad|>" + text
+
+
+def test_every_embedding_row_is_a_token(encoder):
+    assert encoder.vocabulary_size == len(encoder.tokenizer)
+    assert len(encoder.banned_token_ids) == len(VISION_TOKENS)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        PromptEncoder(tmp_path, system_prompt="")
+
+
+def test_tiny_policy_is_deterministic_and_follows_its_seed(checkpoint, tmp_path):
+    again, other = make_policy(tmp_path / "again"), make_policy(tmp_path / "other", seed=1)
+    for path in checkpoint.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+        assert (path.read_bytes() == (other / path.name).read_bytes()) == (path.suffix != ".safetensors"), path.name
+
+
+def test_cache_drops_the_least_recently_used_by_bytes():
+    cache: ByteBoundedCache[int] = ByteBoundedCache(10)
+    cache.put("a", 1, num_bytes=4)
+    cache.put("b", 2, num_bytes=4)
+    assert cache.get("a") == 1
+    cache.put("c", 3, num_bytes=4)
+    assert (cache.get("a"), cache.get("b"), cache.get("c")) == (1, None, 3)
+    cache.put("d", 4, num_bytes=11)
+    assert cache.get("d") is None
+    assert cache.num_bytes == 8
