@@ -1,0 +1,39 @@
+"""JSON-lines files that survive a crash in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows, in order; a last line that was cut off is left out. An absent file has no rows."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for index, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            assert index == len(lines) - 1, f"{path}:{index + 1} is not JSON"
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write the whole file at once: it is either the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(to_line(row) for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """One line of strict JSON; a number that is not finite becomes null."""
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
+    return json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n"

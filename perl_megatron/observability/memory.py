@@ -1,0 +1,57 @@
+"""Peak resident memory of a process and everything it started, sampled in the background."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import psutil
+
+GIB = 2**30
+
+
+def tree_rss_gib(root_pid: int | None = None) -> float:
+    """Resident memory of the process (None: this one) and all its descendants, summed, in GiB.
+
+    Pages that processes share (libraries) count once for each of them, so this errs on the high side.
+    """
+    try:
+        root = psutil.Process(root_pid)
+        processes = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
+    total = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += process.memory_info().rss
+    return total / GIB
+
+
+class PeakMemory:
+    """Samples `tree_rss_gib` every `interval` seconds from construction to `close`.
+
+    Args:
+        root_pid: the process at the top; None: this one. The launcher's pid gives all ranks of the machine together.
+    """
+
+    def __init__(self, root_pid: int | None = None, *, interval: float = 0.5):
+        self._root_pid, self._interval = root_pid, interval
+        self._peak = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_stopped, name="peak-memory", daemon=True)
+        self._thread.start()
+
+    @property
+    def gib(self) -> float:
+        """The highest sum seen so far."""
+        self._peak = max(self._peak, tree_rss_gib(self._root_pid))
+        return self._peak
+
+    def close(self) -> None:
+        """End the sampling."""
+        self._stop.set()
+        self._thread.join()
+
+    def _sample_until_stopped(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._peak = max(self._peak, tree_rss_gib(self._root_pid))

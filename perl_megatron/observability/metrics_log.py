@@ -1,0 +1,56 @@
+"""`metrics.jsonl` and TensorBoard events of a run, written by rank 0."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from perl_megatron.observability.json_lines import read_rows, to_line, write_rows
+from perl_megatron.observability.metrics import check_names
+
+
+class MetricsLog:
+    """Appends rows `{"step", "time", name: value, …}`.
+
+    Args:
+        metrics_file: the `metrics.jsonl`.
+        tensorboard: folder of the event files.
+        resumed_step: the step that the run continues from (0: a new run). Rows and events of later steps are removed,
+            so that a step is never logged twice.
+    """
+
+    def __init__(self, metrics_file: Path, tensorboard: Path, *, resumed_step: int = 0):
+        self.path = metrics_file
+        self._rows = [row for row in read_rows(metrics_file) if row["step"] <= resumed_step]
+        write_rows(metrics_file, self._rows)
+        self._file = metrics_file.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1 if resumed_step else None)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of the run so far, those before a resume included."""
+        return list(self._rows)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether the metric is already logged at this step (an evaluation of a resumed step, say)."""
+        return any(row["step"] == step and name in row for row in self._rows)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one row now; every name has to be in the catalogue (assert)."""
+        check_names(metrics)
+        row = {"step": step, "time": round(time.time(), 3), **{name: float(value) for name, value in metrics.items()}}
+        self._rows.append(row)
+        self._file.write(to_line(row))
+        self._file.flush()
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        self._writer.close()

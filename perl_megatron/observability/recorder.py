@@ -1,0 +1,95 @@
+"""Every rollout of every step, as JSON lines that a person can read: `rollouts/step-000001.jsonl`.
+
+The images that a rollout saw lie beside them once each, by content hash: `rollouts/images/KEY.png`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+from perl_megatron.observability.json_lines import write_rows
+from perl_megatron.types import Group, Rollout
+
+
+class RolloutRecorder:
+    """Writes one file a step (rank 0 only).
+
+    Args:
+        directory: `rollouts/` of the run.
+        image_of: gives the resized image of a content hash, for the image store; None: no image store.
+        resumed_step: files of later steps are removed.
+    """
+
+    def __init__(self, directory: Path, *, image_of: Callable[[str], Image] | None = None, resumed_step: int = 0):
+        self._directory, self._image_of = directory, image_of
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in directory.glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > resumed_step:
+                path.unlink()
+
+    def path(self, step: int) -> Path:
+        """The file of a step."""
+        return self._directory / f"step-{step:06d}.jsonl"
+
+    def record(self, step: int, *, kept: Sequence[Group], dropped: Sequence[Group] = ()) -> None:
+        """Write all rollouts of the step; those of kept groups carry advantages and the trainer's log-probabilities."""
+        rows = [
+            row(step, group, rollout, kept=is_kept)
+            for groups, is_kept in ((kept, True), (dropped, False))
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        write_rows(self.path(step), rows)
+        if self._image_of is not None:
+            keys = {key for group in (*kept, *dropped) for prompt in group.prompts for key in prompt.image_keys}
+            self._store_images(sorted(keys), self._image_of)
+
+    def _store_images(self, keys: Sequence[str], image_of: Callable[[str], Image]) -> None:
+        store = self._directory / "images"
+        store.mkdir(exist_ok=True)
+        for key in keys:
+            path = store / f"{key}.png"
+            if not path.exists():
+                image_of(key).save(path)
+
+
+def row(step: int, group: Group, rollout: Rollout, *, kept: bool) -> dict[str, Any]:
+    """What is recorded of one rollout."""
+    view = group.views[rollout.view_index]
+    return {
+        "step": step,
+        "record": view.record_id,
+        "kind": view.kind,
+        "kept": kept,
+        "view": view.index,
+        "order": list(view.order),
+        "images": list(group.prompts[rollout.view_index].image_keys),
+        "question": view.text,
+        "answer": view.answer,
+        "response": rollout.text,
+        "num_tokens": len(rollout.token_ids),
+        "finish_reason": rollout.finish_reason,
+        "weight_version": rollout.weight_version,
+        "reward": rollout.reward,
+        "reward_parts": rollout.reward_parts,
+        "advantage": rollout.advantage,
+        "logprob_rollout_mean": _mean(rollout.logprob_rollout),
+        "logprob_old_mean": _mean(rollout.logprob_old),
+        "logprob_ref_mean": _mean(rollout.logprob_ref),
+        "logprob_gap_max": _largest_gap(rollout),
+    }
+
+
+def _mean(values: np.ndarray | None) -> float | None:
+    return None if values is None or len(values) == 0 else float(np.mean(values, dtype=np.float64))
+
+
+def _largest_gap(rollout: Rollout) -> float | None:
+    if rollout.logprob_old is None or len(rollout.token_ids) == 0:
+        return None
+    return float(np.max(np.abs(rollout.logprob_rollout.astype(np.float64) - rollout.logprob_old)))

@@ -1,0 +1,112 @@
+"""The folder of a run: what lies where, and who may create it when.
+
+It is made only after every check has passed, by rank 0, so a run that was refused leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from perl_megatron.config.load import LoadedConfig, save_resolved
+from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, config: Config) -> RunFolder:
+        """The folder of this config's run; nothing is created."""
+        return cls(config.run.directory / config.run.name)
+
+    @classmethod
+    def create(cls, loaded: LoadedConfig, *, resume: bool) -> RunFolder:
+        """Make the folder (or take the existing one, with `resume`) and write the resolved config into it.
+
+        Only rank 0 calls this, after all checks. Raises UserError as `check_available` does.
+        """
+        folder = cls.of(loaded.config)
+        folder.check_available(resume=resume)
+        for path in (folder.root, folder.tensorboard, folder.checkpoints, folder.rollouts, folder.evaluations):
+            path.mkdir(parents=True, exist_ok=True)
+        save_resolved(loaded, folder.config)
+        return folder
+
+    def check_available(self, *, resume: bool) -> None:
+        """UserError where a new run would overwrite an old one, or where there is no run to resume."""
+        if resume and not self.config.is_file():
+            raise UserError(
+                f"there is no run to resume in {self.root}",
+                where="run.directory, run.name, --resume",
+                fix="leave --resume out to start a new run",
+            )
+        if not resume and self.root.exists():
+            raise UserError(
+                f"the run folder {self.root} exists",
+                where="run.directory, run.name",
+                fix="continue it with --resume, choose another run.name, or remove the folder",
+            )
+
+    @property
+    def config(self) -> Path:
+        """The resolved config with the origin of every value."""
+        return self.root / "config.yaml"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of every rank, a folder for each launch."""
+        return self.root / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """JSON lines: one row for each step or evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states."""
+        return self.root / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        """Recorded rollouts, a file for each step, and the images they saw."""
+        return self.root / "rollouts"
+
+    @property
+    def evaluations(self) -> Path:
+        """Raw outputs of every evaluation."""
+        return self.root / "evaluations"
+
+    def evaluation_outputs(self, step: int) -> Path:
+        """Raw outputs of the evaluation after `step` steps."""
+        return self.evaluations / f"step-{step:06d}.jsonl"
+
+    @property
+    def export(self) -> Path:
+        """The final policy as a Hugging Face folder."""
+        return self.root / "export"
+
+    @property
+    def summary(self) -> Path:
+        """The run in a few numbers (JSON)."""
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """Self-contained HTML report."""
+        return self.root / "report.html"
+
+    @property
+    def curves(self) -> Path:
+        """Plot of reward, accuracy and flip rate (PNG)."""
+        return self.root / "curves.png"
