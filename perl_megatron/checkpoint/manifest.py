@@ -1,0 +1,185 @@
+"""Checkpoint folders: written under a temporary name, renamed when complete, checked by digest, the newest N kept.
+
+A folder that has its name is whole, because the rename comes last; ``manifest.json`` (size and BLAKE2b digest of every
+other file) finds what happened to it later. All ranks need the same file system. Every function with "Collective" in
+its description has to be called by all ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perl_megatron.errors import UserError
+from perl_megatron.runtime.collective import barrier, gather_objects, rank, shared_map
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY = ".incomplete-"
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class PendingCheckpoint:
+    """A checkpoint that is being written. Collective, all of it."""
+
+    step: int
+    target: Path
+    """Its folder once it is complete."""
+    temporary: Path
+    """Where its files are written until then."""
+
+    @classmethod
+    def begin(cls, directory: Path, step: int) -> PendingCheckpoint:
+        """Make an empty temporary folder; what an interrupted save left behind is deleted."""
+        name = f"step-{step:08d}"
+        pending = cls(step, directory / name, directory / f"{_TEMPORARY}{name}")
+        on_rank_zero(lambda: _make_empty(pending.temporary))
+        return pending
+
+    def write(self, name: str, text: str) -> None:
+        """Add a text file."""
+        on_rank_zero(lambda: _write(self.temporary / name, text))
+
+    def commit(self, *, keep: int) -> Path:
+        """Digest all files (the ranks share the work), rename, and delete all but the newest ``keep`` checkpoints."""
+        barrier()
+        files = sorted(path for path in self.temporary.rglob("*") if path.is_file())
+        entries = dict(
+            zip([str(file.relative_to(self.temporary)) for file in files], shared_map(_entry, files), strict=True)
+        )
+        self.write(MANIFEST, json.dumps({"format": FORMAT, "step": self.step, "files": entries}, indent=1))
+        on_rank_zero(lambda: _publish(self.temporary, self.target, keep))
+        return self.target
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints below ``directory``, oldest first; damaged ones included."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; None where there is none. Collective.
+
+    A damaged one is passed over with a warning that names the file.
+    """
+    for checkpoint in reversed(list_checkpoints(directory)):
+        try:
+            verify_checkpoint(checkpoint)
+        except UserError as error:
+            if rank() == 0:
+                logger.warning("Passing over a damaged checkpoint, trying the one before:\n%s", error)
+        else:
+            return checkpoint
+    return None
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Compare every file with the manifest, the ranks sharing the work. Collective; UserError names the file."""
+    expected = _read_manifest(checkpoint / MANIFEST)
+
+    def fault(name: str) -> str | None:
+        file = checkpoint / name
+        if not file.is_file():
+            return "a file of the checkpoint is missing"
+        size = file.stat().st_size
+        if size != expected[name][0]:
+            return f"a file of the checkpoint has {size} bytes, and was written with {expected[name][0]}"
+        return None if _digest(file) == expected[name][1] else "a file of the checkpoint is not what was written"
+
+    names = sorted(expected)
+    for name, problem in zip(names, shared_map(fault, names), strict=True):
+        if problem is not None:
+            raise UserError(problem, where=str(checkpoint / name), fix="delete that checkpoint, continue from another")
+
+
+def on_rank_zero(action: Callable[[], None]) -> None:
+    """Run ``action`` on one rank; if it cannot write, every rank raises UserError and none waits. Collective."""
+    failure: str | None = None
+    if rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = f"{type(error).__name__}: {error}"
+    for text in gather_objects(failure):
+        if text is not None:
+            raise UserError(f"the checkpoint could not be written: {text}", where="run.directory")
+
+
+def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
+    """Size and digest of each file. UserError if the manifest is missing, damaged, or of another format."""
+    try:
+        content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        version = content["format"]
+        expected = {name: (int(entry["size"]), str(entry["blake2b"])) for name, entry in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the checkpoint's manifest cannot be read: {error!r}",
+            where=str(manifest),
+            fix="delete that checkpoint, continue from another",
+        ) from error
+    if version != FORMAT:
+        raise UserError(f"the checkpoint has format {version!r}; this version reads {FORMAT}", where=str(manifest))
+    return expected
+
+
+def _make_empty(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in temporary.parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir()
+
+
+def _publish(temporary: Path, target: Path, keep: int) -> None:
+    _sync(temporary)
+    replaced = target.with_name(f"{_TEMPORARY}replaced-{target.name}")
+    if target.exists():
+        target.rename(replaced)
+    temporary.rename(target)
+    _sync(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    for old in list_checkpoints(target.parent)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make new names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "blake2b": _digest(file)}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

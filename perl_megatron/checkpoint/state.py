@@ -1,0 +1,125 @@
+"""Training state on disk: weights, optimizer, schedule and progress, whole or not at all.
+
+    directory/step-00000020/
+        .metadata, *.distcp, common.pt, metadata.json   megatron-core's torch_dist checkpoint (any layout loads it)
+        training_state.json                             schedule, step and the caller's ``extra``
+        manifest.json                                   size and digest of every other file (``checkpoint/manifest.py``)
+
+torch_dist's own index is a pickle: continue only from checkpoints that you trust (the manifest protects against damage,
+not against malice).
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
+
+from perl_megatron.checkpoint.manifest import PendingCheckpoint, latest_checkpoint, verify_checkpoint
+from perl_megatron.errors import UserError
+
+__all__ = ["latest_checkpoint", "load_training_state", "save_training_state"]
+
+STATE = "training_state.json"
+
+
+def save_training_state(
+    directory: Path,
+    step: int,
+    modules: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    extra: dict[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write ``directory/step-NNNNNNNN``, then delete all but the newest ``keep`` checkpoints. Collective.
+
+    ``modules`` are the model chunks without their DDP wrapper. ``extra`` must be JSON and equal on all ranks. Returns
+    the checkpoint's folder. If writing fails, all ranks raise UserError and earlier checkpoints are untouched.
+    """
+    state = json.dumps({"step": step, "scheduler": scheduler.state_dict(), "extra": extra})
+    pending = PendingCheckpoint.begin(directory, step)
+    content, metadata = _sharded(modules, optimizer, is_loading=False)
+    described = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
+    replicas = metadata["dp_cp_group"]
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), replicas)
+    # Without this, megatron-core starts a process, which imports torch again and needs a __main__ guard (10 s), only
+    # to hand results from one of its functions to the next; a save that is not asynchronous does that in-process.
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        dist_checkpointing.save(content, str(pending.temporary), strategy, content_metadata=described)
+    except CheckpointException as error:
+        raise UserError(f"the checkpoint could not be written: {error}", where=str(directory)) from error
+    pending.write(STATE, state)
+    return pending.commit(keep=keep)
+
+
+def load_training_state(
+    checkpoint: Path,
+    modules: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    *,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Restore what ``save_training_state`` wrote, in this or another layout; returns its ``extra``. Collective.
+
+    ``verify=False`` is for a checkpoint that ``latest_checkpoint`` has just read through. Raises UserError, naming the
+    file, where the checkpoint is damaged, and where it belongs to another model.
+    """
+    if verify:
+        verify_checkpoint(checkpoint)
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    content, _ = _sharded(modules, optimizer, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(content, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
+    except (CheckpointException, CheckpointingException, KeyError) as error:
+        raise UserError(
+            f"the checkpoint does not fit this policy: {error}",
+            where=str(checkpoint),
+            fix="continue with the model.path, model.dtype and optimizer.distributed that it was written with",
+        ) from error
+    for index, module in enumerate(modules):
+        module.load_state_dict(loaded[_model_key(index, modules)])
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.num_steps = 0  # load_state_dict adds the checkpoint's count to it
+    scheduler.load_state_dict(state["scheduler"])
+    return state["extra"]
+
+
+def _sharded(
+    modules: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """megatron-core's description of which part of each global tensor is this rank's, and the options behind it."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    content: dict[str, Any] = {
+        _model_key(index, modules): module.sharded_state_dict(metadata=metadata) for index, module in enumerate(modules)
+    }
+    content["optimizer"] = optimizer.sharded_state_dict(dict(content), is_loading=is_loading, metadata=metadata)
+    return content, metadata
+
+
+def _model_key(index: int, modules: Sequence[torch.nn.Module]) -> str:
+    return "model" if len(modules) == 1 else f"model{index}"

@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from perl_megatron.checkpoint.manifest import (
+    MANIFEST,
+    PendingCheckpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    verify_checkpoint,
+)
+from perl_megatron.errors import UserError
+
+
+def write(directory, step, *, keep=9, text="weights"):
+    pending = PendingCheckpoint.begin(directory, step)
+    pending.write("a.txt", f"{text} of step {step}")
+    pending.write("b.txt", "x" * 100)
+    return pending.commit(keep=keep)
+
+
+def test_a_complete_checkpoint_verifies_and_the_newest_is_found(tmp_path):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    for step in (2, 10, 9):
+        write(tmp_path, step)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000009", "step-00000010"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000010"
+
+
+def test_all_but_the_newest_are_deleted(tmp_path):
+    for step in range(1, 6):
+        write(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_an_interrupted_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path):
+    write(tmp_path, 1)
+    interrupted = PendingCheckpoint.begin(tmp_path, 2)
+    interrupted.write("a.txt", "half")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
+    write(tmp_path, 3)
+    assert not interrupted.temporary.exists()
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    write(tmp_path, 1)
+    checkpoint = write(tmp_path, 1, text="other")
+    verify_checkpoint(checkpoint)
+    assert (checkpoint / "a.txt").read_text() == "other of step 1"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip_a_byte,
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_names_the_file_and_the_one_before_is_taken(tmp_path, damage, caplog):
+    write(tmp_path, 1)
+    checkpoint = write(tmp_path, 2)
+    DAMAGES[damage](checkpoint / "b.txt")
+    with pytest.raises(UserError, match=r"b\.txt"):
+        verify_checkpoint(checkpoint)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
+    assert "b.txt" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "files": {"a.txt": 3}}'])
+def test_a_damaged_manifest_is_named(tmp_path, text):
+    checkpoint = write(tmp_path, 1)
+    (checkpoint / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=MANIFEST):
+        verify_checkpoint(checkpoint)
+
+
+def test_another_format_is_refused(tmp_path):
+    checkpoint = write(tmp_path, 1)
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**content, "format": 99}))
+    with pytest.raises(UserError, match="99"):
+        verify_checkpoint(checkpoint)
+
+
+def test_a_failed_write_is_a_clear_error_and_keeps_the_earlier_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    pending = PendingCheckpoint.begin(tmp_path, 2)
+    with pytest.raises(UserError, match="FileNotFoundError"):
+        pending.write("no/such/folder.txt", "")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
