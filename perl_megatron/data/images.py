@@ -89,14 +89,14 @@ def image_key(image: Image.Image) -> str:
 
 def _decode(path: Path) -> Image.Image:
     """The image with its pixels decoded and its EXIF rotation applied."""
-    if not path.is_file():
-        raise UserError("image file not found", where=str(path), fix="check the path in the record")
     try:
         with Image.open(path, formats=FORMATS) as image:
             too_large = image.width * image.height > MAX_SOURCE_PIXELS
             if not too_large:
                 image.load()
                 return ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise UserError("image file not found", where=str(path), fix="check the path in the record") from error
     except Image.DecompressionBombError:
         too_large = True
     except (
