@@ -1,0 +1,110 @@
+"""All that a run leaves for a person to read. Every rank calls every method; only rank 0 writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from perl_megatron.observability.memory import PeakMemory
+from perl_megatron.observability.metrics_log import MetricsLog
+from perl_megatron.observability.progress import RunProgress
+from perl_megatron.observability.recorder import RolloutRecorder
+from perl_megatron.observability.report import write_report
+from perl_megatron.observability.run_folder import RunFolder
+from perl_megatron.observability.summary import summarize, write_summary
+from perl_megatron.types import Group
+
+
+class Journal:
+    """Metrics, rollout records, progress, summary and report of one run.
+
+    Args:
+        folder: the run's folder, already created.
+        total_steps: steps of the whole run.
+        first_step: the step that the run continues from (0: a new run); later entries are removed.
+        writes: whether this rank writes (rank 0).
+        image_of: gives an image by content hash, for the rollout records; None: rollouts are not recorded.
+        seconds_before: wall time that the run had used before this start.
+        root_pid: the process whose descendants count as the run's memory.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        total_steps: int,
+        first_step: int,
+        writes: bool,
+        image_of: Callable[[str], Image] | None,
+        seconds_before: float,
+        root_pid: int,
+    ):
+        self.folder = folder
+        self._start = time.monotonic() - seconds_before
+        self._log: MetricsLog | None = None
+        if not writes:
+            return
+        self._log = MetricsLog(folder.metrics, folder.tensorboard, resumed_step=first_step)
+        self._recorder = None
+        if image_of is not None:
+            self._recorder = RolloutRecorder(folder.rollouts, image_of=image_of, resumed_step=first_step)
+        self._progress = RunProgress(folder.root.name, total_steps, first_step=first_step)
+        self._memory = PeakMemory(root_pid)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, earlier starts included."""
+        return time.monotonic() - self._start
+
+    def phase(self, name: str) -> None:
+        """Show which phase begins."""
+        if self._log is not None:
+            self._progress.phase(name)
+
+    def note(self, text: str) -> None:
+        """Tell the person something once."""
+        if self._log is not None:
+            self._progress.note(text)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log one step's metrics, with the peak memory so far."""
+        if self._log is not None:
+            self._log.log(step, {**metrics, "memory/peak_rss_gib": self._memory.gib})
+            self._progress.step(step, metrics)
+
+    def rollouts(self, step: int, kept: Sequence[Group], dropped: Sequence[Group]) -> None:
+        """Record all rollouts of a step."""
+        if self._log is not None and self._recorder is not None:
+            self._recorder.record(step, kept=kept, dropped=dropped)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], write_outputs: Callable[[Path], None]) -> None:
+        """Log one evaluation and keep its raw outputs."""
+        if self._log is not None:
+            self._log.log(step, metrics)
+            write_outputs(self.folder.evaluation_outputs(step))
+            accuracy, flip_rate = metrics["evaluation/accuracy"], metrics["evaluation/flip_rate"]
+            self.note(f"held-out after step {step}: accuracy {accuracy:.1%}, flip rate {flip_rate:.1%}")
+
+    def summarize(self, *, engine: str, layout: str) -> dict[str, Any]:
+        """Write and return the summary; empty on ranks that do not write."""
+        if self._log is None:
+            return {}
+        summary = summarize(self._log.rows, engine=engine, layout=layout, seconds_total=self.seconds)
+        write_summary(self.folder.summary, summary)
+        return summary
+
+    def report(self) -> None:
+        """Write the plot and the HTML report."""
+        if self._log is not None:
+            write_report(self.folder)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        if self._log is not None:
+            self._progress.close()
+            self._memory.close()
+            self._log.close()

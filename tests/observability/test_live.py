@@ -1,0 +1,91 @@
+import io
+import subprocess
+import sys
+import time
+
+import pytest
+
+from perl_megatron.observability.memory import PeakMemory, tree_rss_gib
+from perl_megatron.observability.phases import Phases
+from perl_megatron.observability.progress import RunProgress, step_line
+
+
+def test_phases_add_up_and_restart():
+    entered = []
+    phases = Phases(on_enter=entered.append)
+    for _ in range(2):
+        with phases("update"):
+            assert phases.current == "update"
+            time.sleep(0.02)
+    assert phases.current is None
+    first = phases.take()
+    assert entered == ["update", "update"]
+    assert first["seconds/step"] >= first["seconds/update"] >= 0.04
+    assert set(phases.take()) == {"seconds/step"}
+
+
+def test_an_error_names_its_phase():
+    phases = Phases()
+    with pytest.raises(RuntimeError) as caught, phases("generate"):
+        raise RuntimeError("broken")
+    assert caught.value.__notes__ == ["in phase 'generate'"]
+    assert phases.current is None
+
+
+def test_plain_progress_lines():
+    stream = io.StringIO()
+    progress = RunProgress("demo", 10, first_step=4, stream=stream)
+    progress.phase("update")
+    progress.step(5, {"loss": 0.5, "reward/mean": 0.25, "groups/kept": 3, "groups/dropped": 1, "seconds/step": 2})
+    progress.note("saved")
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith(
+        "[demo] step 5/10  loss 0.5000  reward 0.250  groups 3 kept, 1 dropped  2.0 s  left 0:00:0"
+    )
+    assert lines[1] == "[demo] saved"
+
+
+def test_time_left(monkeypatch):
+    clock = iter([0.0, 10.0, 30.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    progress = RunProgress("demo", 100, stream=stream)
+    progress.step(1, {})
+    progress.step(2, {})
+    assert stream.getvalue().splitlines()[1].endswith("left 0:24:30")  # 98 steps of 15 s
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_bar_on_a_terminal():
+    stream = Terminal()
+    progress = RunProgress("demo", 2, stream=stream)
+    progress.phase("generate")
+    progress.step(2, {"loss": 0.5})
+    progress.note("evaluation 50 % [bold]")
+    progress.close()
+    assert "2/2" in stream.getvalue()
+    assert "evaluation 50 % [bold]" in stream.getvalue()
+
+
+def test_step_line_shows_what_is_there():
+    assert step_line({}) == ""
+    assert step_line({"throughput/tokens_per_second": 812.4}) == "812 tokens/s"
+
+
+def test_peak_memory_counts_children():
+    code = "x = bytearray(300 * 2**20); print('ready', flush=True); input()"
+    before = tree_rss_gib()
+    peak = PeakMemory(interval=0.05)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        time.sleep(0.2)
+        child.communicate(b"\n")
+    assert peak.gib - before > 0.25
+    assert tree_rss_gib() - before < 0.1
+    peak.close()
+    assert tree_rss_gib(2**22 - 1) == 0.0  # no such process
