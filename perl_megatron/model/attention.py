@@ -1,0 +1,85 @@
+"""Core attention in plain torch: what megatron-core takes in place of TransformerEngine's DotProductAttention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
+
+from perl_megatron.model.segments import Segments
+
+
+class TorchCoreAttention(MegatronModule):
+    """Causal attention over a batch, or attention within the segments of one packed row; grouped queries or not."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ):
+        super().__init__(config=config)
+        assert attention_type == "self", attention_type
+        assert config.context_parallel_size == 1, "this core attention does not split the sequence"
+        assert not (config.attention_dropout if attention_dropout is None else attention_dropout)
+        self.attn_mask_type = attn_mask_type
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> torch.Tensor:
+        """[S, B, heads, D] queries, [S, B, groups, D] keys and values → [S, B, heads · D]."""
+        assert attention_mask is None
+        assert attention_bias is None
+        if packed_seq_params is not None:
+            assert query.shape[1] == 1, "segments are packed into one row"
+            output = self._within_segments(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
+            return output.flatten(1).unsqueeze(1)
+        causal = (attn_mask_type or self.attn_mask_type) is AttnMaskType.causal
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        return self._attend(query, key, value, causal=causal).permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool) -> torch.Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=self.scale, enable_gqa=grouped
+        )  # [batch, heads, length, D]
+
+    def _within_segments(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """[N, heads, D]; one call for all segments of a length: images of 28×28 pixels are thousands of 4 patches."""
+        packed = (query, key, value)
+        if segments.inverse is None:
+            batch = (tensor.unflatten(0, (-1, segments.longest)).transpose(1, 2) for tensor in packed)
+            return self._attend(*batch, causal=False).transpose(1, 2).flatten(0, 1)
+        outputs = []
+        for group in segments.groups:
+            batch = (tensor[group].transpose(1, 2) for tensor in packed)
+            outputs.append(self._attend(*batch, causal=False).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)[segments.inverse]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """No parameters, nothing to save."""
+        return {}

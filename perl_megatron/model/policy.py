@@ -1,0 +1,157 @@
+"""The policy: a Qwen2.5-VL on megatron-core's GPTModel, for one pipeline stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.module import MegatronModule
+
+from perl_megatron.config.schema import ModelConfig, ParallelConfig
+from perl_megatron.model import transformer_configs
+from perl_megatron.model.architecture import Architecture, check_parallel
+from perl_megatron.model.layer_specs import block_spec, choose_provider
+from perl_megatron.model.vision import VisionModel
+from perl_megatron.runtime import platform
+from perl_megatron.runtime.topology import Topology
+
+_MASKED_LOGIT = -1e9
+"""Logit of the rows that only fill up the vocabulary: far below any real one, and finite, so that 0 · logit is 0."""
+
+
+@dataclass
+class VisionInput:
+    """The images of a micro-batch: U unique images, M image-pad positions."""
+
+    patches: torch.Tensor
+    """float32 [N, 1176]: the patches of the unique images, one image after the other."""
+    grids: torch.Tensor
+    """int64 [U, 3]: (time, height, width) of each in patches."""
+    feature_index: torch.Tensor
+    """int64 [M]: for each image-pad position, in row-major [B, S] order, the row of the merged features [N / 4]."""
+    image_mask: torch.Tensor
+    """bool [B, S]: the image-pad positions. A sampled image-pad token is text and is not marked."""
+
+
+class Policy(MegatronModule):
+    """One pipeline stage: the first holds the vision tower and the embedding, the last the output layer."""
+
+    def __init__(self, architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, topology: Topology):
+        config = transformer_configs.language_config(architecture, model, parallel)
+        super().__init__(config=config)
+        self.architecture = architecture
+        # megatron-core's schedules and gradient reduction ask for these by name.
+        self.pre_process = topology.is_first_stage
+        self.post_process = topology.is_last_stage
+        self.share_embeddings_and_output_weights = architecture.tied_embeddings
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage: int | None = None
+        provider = choose_provider()
+        self.vision_model = None
+        if self.pre_process:
+            self.vision_model = VisionModel(
+                transformer_configs.vision_config(architecture, model, parallel),
+                transformer_configs.merger_config(architecture, model, parallel),
+                architecture.vision,
+                provider,
+            )
+        self.language_model = GPTModel(
+            config,
+            block_spec(provider, architecture.num_layers // parallel.pipeline, mask=AttnMaskType.causal),
+            vocab_size=architecture.padded_vocabulary(parallel.tensor),
+            max_sequence_length=architecture.max_positions,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="mrope",
+            rotary_base=architecture.rope_theta,
+            scatter_embedding_sequence_parallel=False,  # the image features go in first
+        )
+        if self.post_process:
+            # Its input is gathered and cut to the wanted positions here, so it takes whole rows and reduces their
+            # gradient itself, with or without sequence parallelism.
+            self.language_model.output_layer.sequence_parallel = False
+            self.language_model.output_layer.allreduce_dgrad = parallel.tensor > 1
+        real = architecture.vocabulary_size - topology.tensor_rank * (
+            architecture.padded_vocabulary(parallel.tensor) // parallel.tensor
+        )
+        self._num_real_logits = max(real, 0)
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Take the previous stage's hidden states (called by megatron-core's schedules)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """The tied matrix of this stage (called by megatron-core's gradient reduction)."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        vision: VisionInput | None = None,
+        output_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of the wanted positions, or the hidden states for the next stage.
+
+        ``token_ids`` int64 [B, S], padded on the right; ``position_ids`` int64 [3, B, S]; ``vision`` for the first
+        stage, None without images; ``output_mask`` bool [B, S], None for all. Attention is causal; with sequence
+        parallelism S must be a multiple of the tensor-parallel size.
+        Returns on the last stage logits [selected, V / tp] in row-major [B, S] order, this rank's part of the
+        vocabulary, in the parameters' dtype; else hidden states [S, B, H] ([S / tp, B, H] if sequence-parallel).
+        """
+        embedded = self._embed(token_ids, vision) if self.pre_process else None
+        language = self.language_model
+        hidden = language.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=language.rotary_pos_emb(position_ids, language.mrope_section),
+        )
+        return self._logits(hidden, output_mask) if self.post_process else hidden
+
+    def _embed(self, token_ids: torch.Tensor, vision: VisionInput | None) -> torch.Tensor:
+        """[S, B, H], image features in place; this rank's part of S if sequence-parallel."""
+        embedded = self.language_model.embedding(input_ids=token_ids, position_ids=None)
+        if vision is not None:
+            assert self.vision_model is not None
+            features = self.vision_model(vision.patches, vision.grids)[vision.feature_index].to(embedded.dtype)
+            positions = vision.image_mask.unsqueeze(-1)
+            embedded = embedded.transpose(0, 1).masked_scatter(positions, features).transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded)
+        return embedded
+
+    def _logits(self, hidden: torch.Tensor, output_mask: torch.Tensor | None) -> torch.Tensor:
+        if self.config.sequence_parallel:
+            # The output layer sums the gradient over the ranks, so going back each rank takes only its part of it.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        tokens = hidden.transpose(0, 1).flatten(0, 1)
+        if output_mask is not None:
+            tokens = tokens[output_mask.flatten()]
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits = self.language_model.output_layer(tokens.unsqueeze(1), weight=tied)[0].squeeze(1)
+        if self._num_real_logits < logits.shape[1]:
+            filling = torch.arange(logits.shape[1], device=logits.device) >= self._num_real_logits
+            logits = logits.masked_fill(filling, _MASKED_LOGIT)
+        return logits
+
+
+def build_policy(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, topology: Topology
+) -> list[Policy]:
+    """This rank's stage, one for each virtual stage (one for now), on its device.
+
+    Norm weights are 1; all other weights are uninitialised until ``checkpoint.stream.import_weights``. With
+    ``model.dtype`` bfloat16 parameters and activations are bfloat16 throughout: no Float16Module stands between, the
+    policy casts its own inputs, and ``kernels.logprob`` reads the logits as float32.
+    Raises UserError where the model does not split evenly.
+    """
+    check_parallel(architecture, parallel)
+    policy = Policy(architecture, model, parallel, topology).to(platform.device())
+    for parameter in policy.parameters():
+        assert parameter.dtype == policy.config.params_dtype, parameter.dtype
+    return [policy]

@@ -1,0 +1,106 @@
+"""megatron-core's configuration of the three parts: language model, vision tower, merger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import gelu, silu
+
+from perl_megatron.config.schema import ModelConfig, ParallelConfig
+from perl_megatron.model.architecture import Architecture
+from perl_megatron.runtime import platform
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _shared(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    dtype = _DTYPES[model.dtype]
+    recompute: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "normalization": "RMSNorm",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "perform_initialization": False,  # every weight is imported; stream.import_weights proves it
+        "use_cpu_initialization": not platform.is_cuda(),
+        # The fusions are torch.compile or CUDA kernels; TransformerEngine brings its own.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "cross_entropy_loss_fusion": False,
+        "tp_comm_overlap": False,
+        **recompute[model.recompute],
+    }
+
+
+def language_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """The language model: pipeline stages exchange activations of any length, sums of the loss stay per token."""
+    dtype = _DTYPES[model.dtype]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn_size,
+        layernorm_epsilon=architecture.norm_epsilon,
+        mrope_section=list(architecture.mrope_section),
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_dtype=dtype,
+        sequence_parallel=parallel.sequence,
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here: the default's check refuses variable lengths
+        calculate_per_token_loss=True,
+        batch_p2p_sync=platform.is_cuda(),
+        deallocate_pipeline_outputs=platform.is_cuda(),  # on gloo a buffer may still be in flight
+        **_shared(model, parallel),
+    )
+
+
+def vision_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """The vision tower: whole on the first pipeline stage, tensor-parallel over heads, never sequence-parallel."""
+    vision = architecture.vision
+    return TransformerConfig(
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_heads,
+        num_query_groups=vision.num_heads,
+        ffn_hidden_size=vision.ffn_size,
+        layernorm_epsilon=1e-6,  # fixed in the architecture
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        **_shared(model, parallel),
+    )
+
+
+def merger_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """The merger: a two-layer GELU network over a cell's patches."""
+    vision = architecture.vision
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=vision.out_hidden_size,
+        num_attention_heads=vision.num_heads,
+        kv_channels=vision.head_dim,
+        ffn_hidden_size=vision.hidden_size * vision.merge_size**2,
+        gated_linear_unit=False,
+        activation_func=gelu,
+        add_bias_linear=True,
+        **_shared(model, parallel),
+    )
