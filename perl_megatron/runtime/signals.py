@@ -1,0 +1,46 @@
+"""Stop after the current step: SIGINT and SIGTERM set a flag that all ranks read together."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+
+class StopRequest:
+    """Context manager: the first SIGINT or SIGTERM becomes a request, a further SIGINT raises KeyboardInterrupt.
+
+    Main thread only. The handlers that were there before come back at the end.
+    """
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The first signal that this process got, if any."""
+        return self._received
+
+    def requested(self, agree: Callable[[bool], bool] | None = None) -> bool:
+        """Whether to stop now. `agree` says whether any rank was asked (`collective.any_rank`), so that all stop
+        after the same step although the signal reaches them at different times; every rank has to call it.
+        """
+        mine = self._received is not None
+        return mine if agree is None else agree(mine)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = self._received or signal.Signals(number)
