@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_policy import make_images, make_policy, make_view
+from tiny_checkpoint import make_images, make_policy, make_view
 
 from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.images import image_key
