@@ -18,6 +18,7 @@ from perl_megatron.launch.ports import HOST, free_port, require_free_port
 from perl_megatron.launch.supervise import Supervisor, die_with_parent
 
 LAUNCHER_VARIABLE = "PERL_MEGATRON_LAUNCHER"
+PROGRAM = ("-m", "perl_megatron")
 
 
 def under_torchrun() -> bool:
@@ -37,12 +38,17 @@ def launcher_pid() -> int | None:
 
 
 def launch(
-    argv: Sequence[str], num_processes: int, log_directory: Path | None = None, *, master_port: int | None = None
+    argv: Sequence[str],
+    *,
+    num_processes: int,
+    log_dir: Path | None = None,
+    master_port: int | None = None,
+    program: Sequence[str] = PROGRAM,
 ) -> int:
-    """Run `python ARGV…` (a script or `-m module`, with its arguments) as `num_processes` ranks; returns the exit code.
+    """Run `perl-megatron ARGV…` (or another program) as `num_processes` ranks; returns the exit code.
 
     Rank 0's output is on the console; every rank's is kept. Logs are in a temporary folder until the folder that holds
-    `log_directory` exists (a refused run leaves no folder), then in `log_directory/TIME`. The first SIGINT or SIGTERM
+    `log_dir` exists (a refused run leaves no folder), then in `log_dir/TIME`. The first SIGINT or SIGTERM
     is passed to the ranks, once, which end after their step; the second ends everything at once. Ends with the first
     failing rank's traceback. Exit code: 0; 2 for a user's mistake; 130 when ended at once; 1 for the rest.
 
@@ -55,7 +61,7 @@ def launch(
     failures.mkdir()
     with (staging / "torchrun.log").open("wb") as agent_log:
         agent = subprocess.Popen(
-            _command(argv, num_processes, staging, master_port),
+            _command([*program, *argv], num_processes, staging, master_port),
             env=_environment(num_processes, failures),
             stdout=agent_log,
             stderr=subprocess.STDOUT,
@@ -63,19 +69,19 @@ def launch(
             start_new_session=True,
             preexec_fn=die_with_parent,  # noqa: PLW1509 - only a system call, no lock is taken
         )
-        logs = _Logs(staging, log_directory)
+        logs = _Logs(staging, log_dir)
         supervisor = Supervisor(agent, rank_zero_logs=staging, on_tick=logs.link)
         code = supervisor.wait()
     place = logs.settle()
-    return _conclude(code, place, ended_at_once=supervisor.ended_at_once)
+    return conclude(code, place, ended_at_once=supervisor.ended_at_once)
 
 
 class _Logs:
     """Temporary folder → the run's folder, as soon as there is one."""
 
-    def __init__(self, staging: Path, log_directory: Path | None):
+    def __init__(self, staging: Path, log_dir: Path | None):
         self._staging = staging
-        self._final = None if log_directory is None else log_directory / time.strftime("%Y%m%d-%H%M%S")
+        self._final = None if log_dir is None else log_dir / time.strftime("%Y%m%d-%H%M%S")
 
     def link(self) -> None:
         """Show the logs in the run's folder while the run goes."""
@@ -93,7 +99,8 @@ class _Logs:
         return self._final
 
 
-def _conclude(code: int, logs: Path, *, ended_at_once: bool) -> int:
+def conclude(code: int, logs: Path, *, ended_at_once: bool) -> int:
+    """Tell a person how the job ended, the first failure last; returns the exit code of `launch`."""
     if ended_at_once:
         print(f"ended at once; logs: {logs}", file=sys.stderr)
         return 130
@@ -116,14 +123,14 @@ def _tail(path: Path, num_lines: int = 25) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
 
-def _command(argv: Sequence[str], num_processes: int, logs: Path, master_port: int | None) -> list[str]:
+def _command(program: Sequence[str], num_processes: int, logs: Path, master_port: int | None) -> list[str]:
     port = master_port if master_port is not None else free_port()
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", "1", "--nproc-per-node", str(num_processes)),
         *("--rdzv-backend", "static", "--master-addr", HOST, "--master-port", str(port)),
         *("--log-dir", str(logs), "--redirects", "3"),
-        *argv,
+        *program,
     ]
 
 
