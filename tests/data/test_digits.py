@@ -19,7 +19,6 @@ from perl_megatron.data.records import read_records
 from perl_megatron.errors import UserError
 from perl_megatron.types import AnswerRule
 
-
 SLOT_KINDS = ("lookup", "find", "compare")
 
 
