@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from perl_megatron.collect import Drawn, assign_advantages
-from perl_megatron.data.schedule import swap_probability
-from perl_megatron.session import TrainingSession
+from perl_megatron.data.planner import swap_probability
+from perl_megatron.session import SupervisedSession, TrainingSession
 from perl_megatron.step_metrics import rollout_metrics
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import Group
@@ -68,7 +68,7 @@ def mini_batches(drawn: Drawn, count: int) -> list[list[Group]]:
     return [kept[start:end] for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
 
 
-def supervise(session: TrainingSession) -> None:
+def supervise(session: SupervisedSession) -> None:
     """Supervised warm start: imitate the records' demonstrations, through the same actor."""
     step = session.restore()
     while step < session.total_steps and not session.stop_requested():

@@ -1,0 +1,133 @@
+"""The command `perl-megatron`: train, sft, eval, plan, doctor.
+
+A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from perl_megatron import __version__
+from perl_megatron.config.architecture import read_architecture_numbers
+from perl_megatron.config.derive import (
+    derive,
+    launched_processes,
+    require_evaluation_data,
+    require_training_data,
+)
+from perl_megatron.config.load import LoadedConfig, load_config
+from perl_megatron.errors import UserError
+from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    options = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("perl_megatron").setLevel(logging.INFO)
+    try:
+        return options.handler(options, argv)
+    except UserError as error:
+        if not record_failure(error):
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Exception as error:
+        if not record_failure(error):
+            raise
+        return EXIT_FAILURE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="perl-megatron", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, description, handler in (
+        ("train", "permuted GRPO", run_job),
+        ("sft", "supervised warm start on the records' demonstrations", run_job),
+        ("eval", "held-out accuracy and flip rate of model.path", run_job),
+        ("plan", "batch arithmetic and topology, without starting anything", run_plan),
+    ):
+        command = commands.add_parser(name, help=description, description=description)
+        command.set_defaults(handler=handler)
+        command.add_argument("config", type=Path, help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+        if name in ("train", "sft"):
+            command.add_argument("--resume", action="store_true", help="continue from the last good checkpoint")
+        if name in ("train", "sft", "eval"):
+            command.add_argument("--master-port", type=int, help="rendezvous port of the processes (default: a free one)")
+        if name == "plan":
+            command.add_argument("--processes", type=int, help="number of processes (default: the fewest that fit)")
+            command.add_argument("--json", action="store_true", help="print JSON")
+    doctor = commands.add_parser("doctor", help="versions, device, live fused paths, what to install")
+    doctor.set_defaults(handler=run_doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run_job(options: argparse.Namespace, argv: list[str]) -> int:
+    """Start the processes that the layout needs, or be one of them."""
+    from perl_megatron.launch import torchrun
+
+    loaded = load_config(options.config, options.overrides)
+    if torchrun.needs_launch(loaded.config):
+        processes = launched_processes(loaded.config)
+        check_before_start(loaded, options, processes)
+        from perl_megatron.observability.run_folder import RunFolder
+
+        logs = RunFolder.of(loaded.config).logs
+        return torchrun.launch(argv, num_processes=processes, log_dir=logs, master_port=options.master_port)
+    from perl_megatron.runtime import platform
+
+    platform.install()  # before anything imports megatron-core or transformers
+    from perl_megatron import jobs
+
+    check_before_start(loaded, options, jobs.world_size())
+    return jobs.run(options.command, loaded, resume=getattr(options, "resume", False))
+
+
+def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_size: int) -> None:
+    """All that can be checked without torch: layout, files, run folder. Nothing is created."""
+    from perl_megatron.observability.run_folder import RunFolder
+
+    config, command = loaded.config, options.command
+    derive(
+        config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command
+    )
+    if command == "eval":
+        require_evaluation_data(config)
+    else:
+        require_training_data(config)
+        RunFolder.of(config).check_available(resume=options.resume)
+
+
+def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
+    """Print what follows from a config."""
+    from perl_megatron.plan.summary import make_plan, render_plan
+
+    loaded = load_config(options.config, options.overrides)
+    processes = options.processes or launched_processes(loaded.config)
+    derived = derive(
+        loaded.config, world_size=processes, architecture=read_architecture_numbers(loaded.config.model.path)
+    )
+    plan = make_plan(loaded.config, derived)
+    print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
+    return 0
+
+
+def run_doctor(options: argparse.Namespace, argv: list[str]) -> int:
+    """Print the state of this installation."""
+    from perl_megatron.runtime.doctor import examine, render
+
+    report = examine()
+    print(json.dumps(report, indent=2) if options.json else render(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""One process of a job: from the process group to the last log line."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from perl_megatron.build import build_encoder, build_engine, build_supervised, build_training, derive_for, read_questions
+from perl_megatron.config.load import LoadedConfig
+from perl_megatron.evaluation.evaluate import evaluate
+from perl_megatron.loop import supervise, train
+from perl_megatron.observability.summary import read_summary, summary_table
+from perl_megatron.runtime import platform, topology
+from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.session import Session
+
+
+def world_size() -> int:
+    """Number of processes of this job."""
+    return platform.rank_and_world_size()[1]
+
+
+def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
+    """Be one process of `train`, `sft` or `eval`; returns the exit status."""
+    config = loaded.config
+    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=config.run.collective_timeout)
+    platform.set_threads()
+    try:
+        if command == "eval":
+            return _evaluate(loaded, place)
+        with StopRequest() as stop:
+            if command == "sft":
+                session: Session = build_supervised(loaded, place, resume=resume, stop=stop)
+                supervise(session)
+            else:
+                session = build_training(loaded, place, resume=resume, stop=stop)
+                train(session)
+        if place.rank == 0:
+            _say_where_to_look(session)
+        return session.exit_status
+    finally:
+        topology.shutdown()
+
+
+def _evaluate(loaded: LoadedConfig, place: topology.Topology) -> int:
+    """Print held-out accuracy and flip rate of `model.path`, and write all outputs to the run's folder."""
+    config = loaded.config
+    derived = derive_for(config, place.world_size, "eval")
+    encoder = build_encoder(config)
+    records = read_questions(config, config.data.evaluation, "data.evaluation", encoder)
+    engine = build_engine(config, derived, encoder, place, records)
+    try:
+        result = evaluate(config, records, encoder, engine)
+    finally:
+        engine.close()
+    if place.rank == 0:
+        target = config.run.directory / f"{config.run.name}.evaluation.jsonl"
+        result.write(target)
+        console = Console()
+        console.print(result.table(title=f"{config.model.path}, {engine.name} engine"))
+        console.print(f"all answers: {target}")
+    return 0
+
+
+def _say_where_to_look(session: Session) -> None:
+    console = Console(width=120)
+    folder = session.folder
+    if folder.summary.is_file():
+        console.print(summary_table(read_summary(folder.summary), title=f"{folder.root}"))
+        console.print(f"report:      {folder.report}")
+    console.print(f"curves:      tensorboard --logdir {folder.tensorboard}")
+    console.print(f"checkpoints: {folder.checkpoints}")
+    if folder.export.is_dir():
+        console.print(f"policy:      {folder.export}  (a Hugging Face folder: transformers and vLLM load it)")

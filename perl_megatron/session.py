@@ -1,0 +1,242 @@
+"""A run in progress: what training needs around the algorithm — weights to the engine, logs, checkpoints, the end.
+
+Every rank holds one and calls the same methods; only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from perl_megatron.checkpoint.hf_files import save_checkpoint
+from perl_megatron.checkpoint.manifest import latest_checkpoint, on_rank_zero
+from perl_megatron.collect import Drawn, GroupCollector
+from perl_megatron.config.load import LoadedConfig
+from perl_megatron.data.permutation import apply_order
+from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.data.sampler import ShuffledSampler
+from perl_megatron.errors import UserError
+from perl_megatron.evaluation.evaluate import evaluate
+from perl_megatron.launch.torchrun import launcher_pid
+from perl_megatron.observability.journal import Journal
+from perl_megatron.observability.phases import Phases
+from perl_megatron.observability.run_folder import RunFolder
+from perl_megatron.rollout.engine import RolloutEngine
+from perl_megatron.runtime.collective import any_rank
+from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.runtime.topology import Topology
+from perl_megatron.step_metrics import logprob_gap
+from perl_megatron.train.actor import Actor
+from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.types import EncodedPrompt, Record
+
+EXIT_STOPPED = 75
+"""Exit status of a run that was asked to stop before its last step (EX_TEMPFAIL of sysexits.h: try again)."""
+
+
+class Session:
+    """What supervised and GRPO training share."""
+
+    def __init__(
+        self,
+        loaded: LoadedConfig,
+        topology: Topology,
+        actor: Actor,
+        encoder: PromptEncoder,
+        records: Sequence[Record],
+        *,
+        total_steps: int,
+        resume: bool,
+        stop: StopRequest,
+    ):
+        self.config = loaded.config
+        self.topology, self.actor, self.encoder = topology, actor, encoder
+        self.records, self.total_steps = records, total_steps
+        self.sampler = ShuffledSampler(len(records), self.config.run.seed)
+        self.folder = RunFolder.of(loaded.config)
+        self._loaded, self._resume, self._stop = loaded, resume, stop
+        self._saved_step = -1
+        self.exit_status = 0
+
+    def restore(self) -> int:
+        """Take up the newest good checkpoint when resuming, open the journal; the number of steps already done."""
+        step, seconds = 0, 0.0
+        if self._resume:
+            checkpoint = latest_checkpoint(self.folder.checkpoints)
+            if checkpoint is None:
+                raise UserError(
+                    "there is no good checkpoint to resume from",
+                    where=str(self.folder.checkpoints),
+                    fix="remove the run folder and start again without --resume",
+                )
+            extra = self.actor.restore(checkpoint)
+            step, seconds = extra["step"], extra["seconds"]
+            self.sampler.load_state_dict(extra["sampler"])
+            self._saved_step = step
+        on_rank_zero(lambda: RunFolder.create(self._loaded, resume=self._resume))
+        self.journal = Journal(
+            self.folder,
+            total_steps=self.total_steps,
+            first_step=step,
+            writes=self.topology.rank == 0,
+            image_of=self.encoder.image if self.config.run.record_rollouts else None,
+            seconds_before=seconds,
+            root_pid=launcher_pid() or os.getpid(),
+        )
+        self.phases = Phases(self.journal.phase)
+        return step
+
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C or SIGTERM reached any rank; the same answer on all."""
+        return self._stop.requested(any_rank)
+
+    def save_if_due(self, step: int) -> None:
+        """Checkpoint every `run.save_every` steps."""
+        every = self.config.run.save_every
+        if every and step % every == 0:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Checkpoint, unless this step is saved already."""
+        if step == self._saved_step:
+            return
+        with self.phases("save"):
+            extra = {"step": step, "seconds": self.journal.seconds, "sampler": self.sampler.state_dict()}
+            self.actor.save(self.folder.checkpoints, step, extra)
+        self._saved_step = step
+
+    def finish(self, step: int) -> None:
+        """The last checkpoint; where all steps are done also the exported policy and the report."""
+        self.save(step)
+        if step < self.total_steps:
+            self.journal.note(f"stopped after step {step} of {self.total_steps}; continue with --resume")
+            self.exit_status = EXIT_STOPPED
+        else:
+            with self.phases("export"):
+                save_checkpoint(self.folder.export, self.actor.weights(), self.config.model.path)
+            self._conclude()
+        self.journal.close()
+
+    def layout(self) -> str:
+        """The layout in words."""
+        topology = self.topology
+        return f"tensor {topology.tensor_size} × pipeline {topology.pipeline_size} × data {topology.data_size}"
+
+    def _conclude(self) -> None:
+        """What a finished run leaves besides its policy."""
+
+
+class SupervisedSession(Session):
+    """Imitation of demonstrations."""
+
+    def demonstrations(self) -> list[TrainingSequence]:
+        """The next batch, each question in its original order."""
+        sequences = []
+        for index in self.sampler.next(self.config.supervised.batch_size):
+            record = self.records[index]
+            assert record.demonstration is not None, "records without demonstration are dropped at load"
+            sequences.append(TrainingSequence(self._prompt(record), self.encoder.encode_response(record.demonstration)))
+        return sequences
+
+    def log_supervised_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Log one supervised step."""
+        self.journal.step(step, {**metrics, **self.phases.take()})
+
+    def _prompt(self, record: Record) -> EncodedPrompt:
+        return self.encoder.encode(apply_order(record, range(len(record.images)), 0))
+
+
+class TrainingSession(Session):
+    """Permuted GRPO: a session with an engine and held-out questions."""
+
+    def __init__(
+        self,
+        *args: Any,
+        engine: RolloutEngine,
+        evaluation_records: Sequence[Record],
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.engine, self.evaluation_records = engine, evaluation_records
+        self.collector = GroupCollector(self.config, self.records, self.sampler, self.encoder, engine)
+        self._sync_metrics: dict[str, float] = {}
+        self._evaluated_step = self._synced_step = -1
+
+    def sync_weights(self, step: int) -> None:
+        """Bring π_θ after ``step`` steps into the engine, which then samples as π_old."""
+        if self._synced_step == step:
+            return
+        report = self.engine.update_weights(self.actor.weights(), version=step)
+        self._synced_step = step
+        self._sync_metrics = {
+            "sync/seconds": report.seconds,
+            "sync/bytes": float(report.num_bytes),
+            "sync/tensors": float(report.num_tensors),
+        }
+
+    def log_step(
+        self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]
+    ) -> None:
+        """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""
+        self.journal.rollouts(step, drawn.kept, drawn.dropped)
+        times = self.phases.take()
+        sampled = sum(len(rollout.token_ids) for group in drawn.groups for rollout in group.rollouts)
+        self.journal.step(
+            step,
+            {
+                **merge_updates(updates),
+                **metrics,
+                **logprob_gap(drawn.kept),
+                **self._sync_metrics,
+                **times,
+                "throughput/tokens_per_second": sampled / times["seconds/step"],
+            },
+        )
+
+    def evaluate_and_save_if_due(self, step: int) -> None:
+        """Evaluate and checkpoint as often as the config says."""
+        every = self.config.evaluation.every
+        if every and step % every == 0:
+            self.evaluate(step)
+        self.save_if_due(step)
+
+    def evaluate(self, step: int) -> None:
+        """Held-out accuracy and flip rate of π_θ, unless measured at this step already."""
+        if step == self._evaluated_step or not self.evaluation_records:
+            return
+        with self.phases("evaluate"):
+            self.sync_weights(step)
+            evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
+        self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
+        self._evaluated_step = step
+
+    def finish(self, step: int) -> None:
+        """As every session; evaluates the final policy first."""
+        if step == self.total_steps:
+            self.evaluate(step)
+        super().finish(step)
+        self.engine.close()
+
+    def _conclude(self) -> None:
+        self.journal.summarize(engine=self.engine.name, layout=self.layout())
+        self.journal.report()
+
+
+COUNTS = ("num_tokens", "num_sequences", "skipped_updates")
+
+
+def merge_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One row for the updates of a step: counts added up, maxima kept, the last learning rate, else the mean."""
+    merged = {}
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        if name in COUNTS:
+            merged[name] = sum(values)
+        elif name.endswith("_max"):
+            merged[name] = max(values)
+        elif name == "learning_rate":
+            merged[name] = values[-1]
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged
