@@ -138,3 +138,12 @@ def test_evaluation_orders_are_distinct_and_fixed():
     assert evaluated == orders(evaluation_views(record(4), num_orders=6, seed=0))
     assert evaluated != orders(evaluation_views(record(4), num_orders=6, seed=1))
     assert set(orders(evaluation_views(record(3), num_orders=99, seed=0))) == set(permutations(range(3)))
+
+
+def test_records_of_a_step_toss_their_own_coins_and_draw_their_own_orders():
+    planned = [
+        orders(plan_views(record(5, name=f"q{number}"), num_permuted=1, alpha=0.5, seed=0, step=3))[1]
+        for number in range(100)
+    ]
+    assert 25 <= planned.count((0, 1, 2, 3, 4)) <= 75
+    assert len(set(planned)) > 20
