@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perl_megatron.algorithm.advantage import group_advantages
@@ -45,6 +45,7 @@ def test_reward_that_is_not_finite_is_refused(bad):
 
 
 @given(st.lists(st.integers(0, 10), min_size=2, max_size=24), st.booleans())
+@settings(deadline=None)
 def test_transcription(tenths, standardize):
     rewards = [value / 10 for value in tenths]
     mean = math.fsum(rewards) / len(rewards)

@@ -1,0 +1,60 @@
+"""Which groups are worth an update: online rollout filtering with named reasons (DAPO's dynamic sampling).
+
+PeRL's own rollout filter is offline (the base model's accuracy decides what is in the data set); this is the same idea
+applied to every group as it is sampled. The caller counts the reasons and draws again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from perl_megatron.config.schema import FilterConfig
+from perl_megatron.types import Group
+
+Reason = Literal["kept", "no_signal", "accuracy_low", "accuracy_high", "truncated"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a group is kept, and why not."""
+
+    keep: bool
+    reason: Reason
+
+
+def judge(group: Group, config: FilterConfig) -> Verdict:
+    """The first reason to drop ``group``, checked in this order; 'kept' if there is none.
+
+    1. ``no_signal``: all rewards are exactly equal, so all advantages are 0 (see ``has_signal``).
+    2. ``accuracy_low``: the mean of ``reward_parts['accuracy']`` is below ``config.min_accuracy``.
+    3. ``accuracy_high``: that mean is above ``config.max_accuracy``.
+    4. ``truncated``: more than ``config.max_truncated`` of the responses were cut at the token limit.
+
+    All bounds are inclusive: a group exactly on a bound is kept.
+    """
+    rollouts = group.rollouts
+    assert rollouts, f"the group of {group.record.id} has no rollouts"
+    accuracy = math.fsum(rollout.reward_parts["accuracy"] for rollout in rollouts) / len(rollouts)
+    truncated = sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts)
+    assert not math.isnan(accuracy), f"an accuracy of {group.record.id} is NaN"
+    if config.no_signal and not has_signal(group):
+        return Verdict(False, "no_signal")
+    if accuracy < config.min_accuracy:
+        return Verdict(False, "accuracy_low")
+    if accuracy > config.max_accuracy:
+        return Verdict(False, "accuracy_high")
+    if truncated > config.max_truncated:
+        return Verdict(False, "truncated")
+    return Verdict(True, "kept")
+
+
+def has_signal(group: Group) -> bool:
+    """Whether any two rewards of the group differ.
+
+    Exact, without tolerance: equal parts mean equal rewards whatever the weights are, and different parts that weigh
+    the same have the same float, because ``reward.score.total`` rounds the exact rational sum once.
+    """
+    parts = {tuple(sorted(rollout.reward_parts.items())) for rollout in group.rollouts}
+    return len(parts) > 1 and len(set(group.rewards().tolist())) > 1

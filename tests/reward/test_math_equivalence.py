@@ -1,0 +1,119 @@
+"""math-verify behind a deadline: verdicts, hostile input, threads, and a worker that is ended from outside."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perl_megatron.reward import math_equivalence, math_worker
+from perl_megatron.reward.math_equivalence import MathWorker, is_tame, math_equal
+
+
+@pytest.fixture(scope="module")
+def worker():
+    return math_equivalence._WORKER  # its start takes seconds, so all tests share it
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "equal"),
+    [
+        ("\\frac{1}{2}", "0.5", True),
+        ("\\frac{1}{2}", "1/2", True),
+        ("2\\sqrt{3}", "\\sqrt{12}", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("x^2+2x+1", "(x+2)^2", False),
+        ("\\{1,2\\}", "\\{2,1\\}", True),
+        ("(1,2)", "(2,1)", False),
+        ("5", "x = 5", True),
+        ("50\\%", "0.5", True),
+        ("90^\\circ", "90", True),
+        ("3", "4", False),
+        ("3", "", False),
+        ("\\pi", "3.14", False),
+    ],
+)
+def test_verdicts(expected, given, equal):
+    assert math_equal(expected, given) is equal
+
+
+@pytest.mark.parametrize("hostile", ["9**9**9**9", "9^{9^{9^{9}}}", "(" * 12 + "1" + ")" * 12])
+def test_hostile_expression_is_ended(worker, hostile):
+    start = time.monotonic()
+    assert worker.compare("5", hostile) is False
+    assert time.monotonic() - start < math_equivalence.REPLY_SECONDS
+    assert worker.compare("5", "5.0") is True  # and the worker lives on
+
+
+def test_wild_expressions_are_not_even_parsed():
+    assert not is_tame("1" * 1000)
+    assert not is_tame("{" * 1000)
+    assert is_tame("\\frac{1}{2}" * 20)
+    start = time.monotonic()
+    assert math_equal("5", "9" * 1_000_000) is False
+    assert time.monotonic() - start < 0.5
+
+
+def test_from_other_threads(worker):
+    verdicts = {}
+
+    def compare(number):
+        verdicts[number] = worker.compare(str(number), f"{number}.0")
+
+    threads = [threading.Thread(target=compare, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == dict.fromkeys(range(4), True)
+
+
+def test_worker_that_is_ended_from_outside_is_replaced(worker):
+    assert worker.compare("1", "1.0") is True
+    first = worker._process
+    os.kill(first.pid, signal.SIGKILL)
+    assert worker.compare("2", "2.0") is True
+    assert worker._process.pid != first.pid
+
+
+def test_request_to_stop_is_ignored(worker):
+    assert worker.compare("1", "1.0") is True
+    before = worker._process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(before.pid, number)
+    assert worker.compare("3", "3.0") is True
+    assert worker._process is before
+
+
+def test_worker_ends_with_its_input(worker):
+    assert worker.compare("1", "1.0") is True
+    process = worker._process
+    process.stdin.close()
+    assert process.wait(timeout=10) == 0
+
+
+def test_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(3)")
+    monkeypatch.setattr(math_worker, "__file__", str(broken))
+    with pytest.raises(RuntimeError, match="did not start"):
+        MathWorker().compare("1", "2")
+
+
+LATEX = st.lists(
+    st.sampled_from(
+        ["\\frac", "{", "}", "^", "_", "1", "x", "+", "\\sqrt", "(", ")", "=", "\\le", ",", "\\", "\ud800", "\x00"]
+    ),
+    max_size=12,
+).map("".join)
+
+
+@given(st.one_of(st.text(max_size=40), LATEX))
+@settings(max_examples=15, deadline=None)
+def test_any_input_gets_a_verdict(worker, expression):
+    start = time.monotonic()
+    assert worker.compare("5", expression) in (True, False)
+    assert time.monotonic() - start < math_equivalence.REPLY_SECONDS

@@ -1,0 +1,82 @@
+"""The reward of a response: parts, finish reason, exact weighted sum."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perl_megatron.config.schema import RewardConfig
+from perl_megatron.errors import UserError
+from perl_megatron.reward.score import PARTS, score, total
+from perl_megatron.types import View
+
+CONFIG = RewardConfig()
+
+
+def view(answer="2", answer_type="number"):
+    return View("r", 1, (1, 0), (), "?", answer, answer_type)
+
+
+@pytest.mark.parametrize(
+    ("text", "accuracy", "form"),
+    [
+        ("<think>x</think> \\boxed{2}", 1, 1),
+        ("<think>x</think> \\boxed{3}", 0, 1),
+        ("\\boxed{2}", 1, 0),
+        ("\\boxed{2} no, \\boxed{3}", 0, 0),
+        ("<think>it is 2</think> 2", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_parts(text, accuracy, form):
+    assert score(text, view(), "stop", CONFIG) == {"accuracy": accuracy, "format": form}
+
+
+def test_a_view_is_graded_by_its_own_answer():
+    text = "<think>x</think> \\boxed{1, 2}"
+    assert score(text, view("1, 2", "ordering"), "stop", CONFIG)["accuracy"] == 1
+    assert score(text, view("2, 1", "ordering"), "stop", CONFIG)["accuracy"] == 0
+
+
+def test_truncated_response_has_no_format_but_its_answer_counts():
+    parts = score("<think>x</think> \\boxed{2} and so on and", view(), "length", CONFIG)
+    assert parts == {"accuracy": 1, "format": 0}
+
+
+def test_bad_record_is_named():
+    with pytest.raises(UserError, match="record r"):
+        score("\\boxed{2}", view("two"), "stop", CONFIG)
+
+
+def test_every_weight_has_a_part():
+    assert set(PARTS) == set(RewardConfig.model_fields)
+
+
+def test_total_of_the_defaults():
+    assert [total({"accuracy": a, "format": f}, CONFIG) for a, f in ((1, 1), (1, 0), (0, 1), (0, 0))] == [
+        1,
+        0.9,
+        0.1,
+        0,
+    ]
+
+
+def test_equal_sums_are_equal_floats():
+    assert 0.1 * 1 + 0.2 * 1 != 0.3 * 1 + 0.0 * 1  # what plain floats do
+    assert total({"accuracy": 1.0, "format": 1.0}, RewardConfig(accuracy=0.1, format=0.2)) == 0.3
+    assert total({"accuracy": 0.5, "format": 1.0}, RewardConfig(accuracy=0.2, format=0.2)) == 0.3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_part_that_is_not_finite_is_refused(bad):
+    with pytest.raises(UserError, match="'format' is"):
+        total({"accuracy": 1.0, "format": bad}, CONFIG)
+
+
+@given(st.text(), st.sampled_from(["number", "ordering", "index", "text"]), st.sampled_from(["stop", "length"]))
+@settings(deadline=None)
+def test_any_text_gets_a_score(text, answer_type, finish_reason):
+    for response in (text, f"<think>{text}</think>\\boxed{{{text}}}"):
+        parts = score(response, view("12", answer_type), finish_reason, CONFIG)
+        assert set(parts.values()) <= {0.0, 1.0}
