@@ -1,0 +1,74 @@
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+from megatron.core import parallel_state
+
+from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.derive import derive
+from perl_megatron.config.load import load_config
+from perl_megatron.plan.summary import make_plan, render_plan
+
+NUMBERS = ArchitectureNumbers(
+    num_layers=4,
+    hidden_size=128,
+    ffn_size=336,
+    num_heads=4,
+    num_kv_heads=2,
+    vocabulary_size=1000,
+    vision_depth=4,
+    vision_hidden_size=64,
+    vision_ffn_size=172,
+    vision_num_heads=4,
+)
+
+
+@pytest.fixture
+def plan():
+    overrides = ["model.path=m", "rollout.engine=embedded", "parallel.tensor=2", "parallel.pipeline=2"]
+    config = load_config(None, overrides).config
+    return make_plan(config, derive(config, world_size=8, architecture=NUMBERS))
+
+
+def test_every_rank_has_its_own_place(plan):
+    places = [(rank["pipeline"], rank["data"], rank["tensor"]) for rank in plan["ranks"]]
+    assert places == [(pipeline, data, tensor) for pipeline in (0, 1) for data in (0, 1) for tensor in (0, 1)]
+    assert [rank["layers"] for rank in plan["ranks"]] == [[0, 1]] * 4 + [[2, 3]] * 4
+    assert [rank["vision"] for rank in plan["ranks"]] == [True] * 4 + [False] * 4
+    assert [rank["logits"] for rank in plan["ranks"]] == [False] * 4 + [True] * 4
+    assert [rank["engine_replica"] for rank in plan["ranks"]] == list(range(8))
+
+
+def test_plan_is_json_and_text(plan):
+    assert json.loads(json.dumps(plan)) == plan
+    text = render_plan(plan)
+    for part in (
+        "2 views × 6 rollouts = 12 responses a question",
+        "128 questions × 12 = 1536 responses",
+        "8 = tensor 2 × pipeline 2 × data 2",
+        "embedded: 8 replicas",
+        "vision tower",
+    ):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_places_are_those_of_megatron_core(plan):
+    order = inspect.signature(parallel_state.initialize_model_parallel).parameters["order"].default
+    theirs = parallel_state.RankGenerator(tp=2, ep=1, dp=2, pp=2, cp=1, order=order)
+    for axis, name in (("tp", "tensor"), ("dp", "data"), ("pp", "pipeline")):
+        groups = theirs.get_ranks(axis)
+        for rank in plan["ranks"]:
+            assert next(group.index(rank["rank"]) for group in groups if rank["rank"] in group) == rank[name]
+
+
+def test_a_login_node_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import perl_megatron.config.load, perl_megatron.config.derive, perl_megatron.config.architecture\n"
+        "import perl_megatron.plan.summary, perl_megatron.launch.torchrun, perl_megatron.observability.run_folder\n"
+        "import perl_megatron.cli"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
