@@ -139,7 +139,6 @@ HOSTILE = st.one_of(
 
 @given(HOSTILE)
 @settings(deadline=None)
-@settings(deadline=None)
 def test_readers_never_crash_or_stall(answer):
     start = time.process_time()
     for reader in READERS:
