@@ -62,7 +62,7 @@ def launch(
     with (staging / "torchrun.log").open("wb") as agent_log:
         agent = subprocess.Popen(
             _command([*program, *argv], num_processes, staging, master_port),
-            env=_environment(num_processes, failures),
+            env=_environment(failures),
             stdout=agent_log,
             stderr=subprocess.STDOUT,
             # Ctrl-C reaches the ranks through the supervisor only: torchrun would kill them half a minute later.
@@ -134,12 +134,10 @@ def _command(program: Sequence[str], num_processes: int, logs: Path, master_port
     ]
 
 
-def _environment(num_processes: int, failures: Path) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = dict(os.environ)
-    # torchrun would set 1 and print a warning about it.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment[DIRECTORY_VARIABLE] = str(failures)
-    environment[LAUNCHER_VARIABLE] = str(os.getpid())
-    return environment
+def _environment(failures: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        DIRECTORY_VARIABLE: str(failures),
+        LAUNCHER_VARIABLE: str(os.getpid()),
+    }

@@ -22,7 +22,7 @@ DRIVER = Path(__file__).with_name("launch_driver.py")
 
 def start(mode: str, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.getcwd()}
-    for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
+    for name in ("RANK", "WORLD_SIZE"):
         environment.pop(name, None)
     command = [sys.executable, str(DRIVER), mode, str(folder)]
     pipe = subprocess.PIPE
