@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import (
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from perl_megatron.checkpoint.manifest import PendingCheckpoint, latest_checkpoint, verify_checkpoint
 from perl_megatron.errors import UserError
+from perl_megatron.model.policy import Policy
 
 __all__ = ["latest_checkpoint", "load_training_state", "save_training_state"]
 
@@ -41,7 +41,7 @@ STATE = "training_state.json"
 def save_training_state(
     directory: Path,
     step: int,
-    modules: Sequence[torch.nn.Module],
+    modules: Sequence[Policy],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     extra: dict[str, Any],
@@ -72,7 +72,7 @@ def save_training_state(
 
 def load_training_state(
     checkpoint: Path,
-    modules: Sequence[torch.nn.Module],
+    modules: Sequence[Policy],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     *,
@@ -104,7 +104,7 @@ def load_training_state(
 
 
 def _sharded(
-    modules: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
+    modules: Sequence[Policy], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """megatron-core's description of which part of each global tensor is this rank's, and the options behind it."""
     metadata = {
@@ -121,5 +121,5 @@ def _sharded(
     return content, metadata
 
 
-def _model_key(index: int, modules: Sequence[torch.nn.Module]) -> str:
+def _model_key(index: int, modules: Sequence[Policy]) -> str:
     return "model" if len(modules) == 1 else f"model{index}"

@@ -1,0 +1,165 @@
+"""The policy under training: log-probabilities, updates, weights for the engine, checkpoints.
+
+Every method is collective: all ranks call it with the same arguments, and all get the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from perl_megatron.checkpoint import stream
+from perl_megatron.checkpoint.hf_files import open_checkpoint
+from perl_megatron.checkpoint.state import load_training_state, save_training_state
+from perl_megatron.config.schema import Config
+from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.kernels.logprob import vocabulary_parallel_log_prob
+from perl_megatron.model.architecture import read_architecture
+from perl_megatron.model.policy import build_policy
+from perl_megatron.runtime import platform
+from perl_megatron.runtime.topology import Topology
+from perl_megatron.train.batch import MicroBatch, TrainingSequence
+from perl_megatron.train.losses import Loss, PolicyLoss, Sums, SupervisedLoss
+from perl_megatron.train.optimizer import Optimizer
+from perl_megatron.train.reference import ReferenceWeights
+from perl_megatron.train.schedule import Schedule, add_up, contributes
+
+TOKEN_MEANS = ("entropy", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio_mean")
+"""Statistics that are means over all response tokens (the others carry their weights already)."""
+
+
+class Actor:
+    """The Megatron policy of `model.path` with its optimizer.
+
+    Log-probabilities are those of the sampling distribution: logits get the engine's bias on the banned tokens and are
+    divided by `rollout.temperature`.
+
+    Args:
+        config: the whole configuration.
+        topology: this rank's place.
+        encoder: gives the pixels of the images that prompts name, and the special token ids.
+        total_steps: optimizer updates of the whole run (training steps × updates per step), for the schedule.
+    """
+
+    def __init__(self, config: Config, topology: Topology, encoder: PromptEncoder, *, total_steps: int):
+        self._config = config
+        self._topology = topology
+        self._banned = tuple(encoder.banned_token_ids)
+        self.architecture = read_architecture(config.model.path)
+        self.modules = build_policy(self.architecture, config.model, config.parallel, topology)
+        for module in self.modules:
+            module.to(platform.device())
+        stream.import_weights(self.modules, self.architecture, topology, open_checkpoint(config.model.path))
+        self.optimizer = Optimizer(config.optimizer, self.modules, total_steps=total_steps)
+        self._reference = ReferenceWeights(self.modules) if config.algorithm.kl_coefficient > 0 else None
+        self._schedule = Schedule(
+            self.optimizer.chunks,
+            topology,
+            encoder,
+            micro_batch_size=config.optimizer.micro_batch_sequences,
+            length_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        )
+
+    def log_probs(self, sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:
+        """float32 [R] for each sequence: the policy's log-probability of each response token.
+
+        The same forward pass as ``update``'s, so the ratio of an update with unchanged weights is 1.
+        """
+        starts = np.concatenate([[0], np.cumsum([len(sequence.response) for sequence in sequences])]).astype(np.int64)
+        values = torch.zeros(int(starts[-1]), dtype=torch.float32, device=platform.device())
+        if len(values) == 0:
+            return [np.zeros(0, dtype=np.float32) for _ in sequences]
+        results = self._schedule.run(sequences, self._keep_log_prob, forward_only=True)
+        if contributes(self._topology):
+            for batch, kept in results:
+                if batch.num_tokens:
+                    start = int(starts[batch.indices[0]])
+                    values[start : start + batch.num_tokens] = kept["log_prob"]
+        dist.all_reduce(values)
+        return np.split(values.cpu().numpy(), starts[1:-1])
+
+    def reference_log_probs(self, sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:
+        """float32 [R] for each sequence, under the weights of `model.path`; needs `algorithm.kl_coefficient` > 0."""
+        assert self._reference is not None, "the reference policy is kept only where kl_coefficient > 0"
+        with self._reference.in_place():
+            return self.log_probs(sequences)
+
+    def update(self, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
+        """One optimizer step of GRPO over this global mini-batch; the sequences carry log-probabilities and advantages.
+
+        Returns global metrics: ``loss`` = ``policy_loss`` + β ``kl`` (weighted sums), means over tokens ``entropy``,
+        ``clip_fraction_low/high/dual`` and ``ratio_mean``, ``ratio_max``, ``gradient_norm`` (before clipping),
+        ``learning_rate``, ``num_tokens``, ``num_sequences``, and ``skipped_updates`` (1 where the gradient was not
+        finite and the weights stayed as they were).
+        """
+        return self._step(sequences, PolicyLoss(sequences, self._config.algorithm))
+
+    def supervised_update(self, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
+        """One optimizer step of mean token cross-entropy over the responses; metrics as in ``update``, fewer."""
+        return self._step(sequences, SupervisedLoss(sequences))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor), one at a time, on every rank."""
+        return stream.export_weights(self.modules, self.architecture, self._topology)
+
+    def save(self, directory: Path, step: int, extra: dict[str, Any]) -> Path:
+        """Write a checkpoint below ``directory``; ``extra`` must be JSON. Returns the checkpoint's folder."""
+        return save_training_state(
+            directory,
+            step,
+            self.modules,
+            self.optimizer.megatron,
+            self.optimizer.scheduler,
+            extra,
+            keep=self._config.run.keep_checkpoints,
+        )
+
+    def restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Take weights, optimizer and schedule from a checkpoint's folder (any layout); returns its ``extra``.
+
+        The reference policy stays that of `model.path`.
+        """
+        extra = load_training_state(checkpoint, self.modules, self.optimizer.megatron, self.optimizer.scheduler)
+        self.optimizer.adopt_configured_rates()
+        return extra
+
+    def _step(self, sequences: Sequence[TrainingSequence], loss: Loss) -> dict[str, float]:
+        num_tokens = sum(len(sequence.response) for sequence in sequences)
+        assert num_tokens > 0, "an update needs response tokens"
+
+        def micro_batch_loss(batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
+            return loss(batch, *self._score(batch, logits))
+
+        self.optimizer.zero_gradients()
+        results = self._schedule.run(sequences, micro_batch_loss, forward_only=False)
+        metrics = add_up(loss.names, [sums for _, sums in results], self._topology)
+        outcome = self.optimizer.step()
+        return {
+            **{name: value / num_tokens if name in TOKEN_MEANS else value for name, value in metrics.items()},
+            "gradient_norm": outcome.gradient_norm,
+            "learning_rate": outcome.learning_rate,
+            "skipped_updates": float(outcome.skipped),
+            "num_tokens": float(num_tokens),
+            "num_sequences": float(len(sequences)),
+        }
+
+    def _keep_log_prob(self, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
+        log_prob, _ = self._score(batch, logits)
+        return log_prob.sum(), {"log_prob": log_prob}
+
+    def _score(self, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-probability, entropy) of each response token, float32 [T], without the filler's."""
+        log_prob, entropy = vocabulary_parallel_log_prob(
+            logits,
+            batch.targets,
+            group=self._topology.tensor_group() if self._topology.tensor_size > 1 else None,
+            temperature=self._config.rollout.temperature,
+            banned_token_ids=self._banned,
+        )
+        return log_prob[: batch.num_tokens], entropy[: batch.num_tokens]

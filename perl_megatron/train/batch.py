@@ -1,0 +1,164 @@
+"""Sequences to micro-batches: right-padded token grids, each distinct image once, one flat row of response tokens.
+
+Legend: B rows (sequences) of a micro-batch, S padded tokens of a row, T response tokens of the micro-batch, U distinct
+images, M image-pad tokens. Rows are in the order of ``indices``; flat per-token values run row by row, so they line up
+with the logits that the model gives for ``output_mask``.
+
+Sequences are cut into contiguous runs and never sorted: the rollouts of one group stay together, so that their images
+pass through the vision tower once for the whole micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from perl_megatron.model.mrope import position_ids
+from perl_megatron.model.policy import VisionInput
+from perl_megatron.types import EncodedPrompt
+
+MERGED_CELLS = 4
+"""14-pixel patches that make one image-pad token (the merger's 2×2)."""
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """A prompt and one response to it. R response tokens."""
+
+    prompt: EncodedPrompt
+    response: np.ndarray
+    """int64 [R]."""
+    logprob_old: np.ndarray | None = None
+    """float32 [R]: log-probabilities under the policy that the ratio is taken against (π_old)."""
+    logprob_ref: np.ndarray | None = None
+    """float32 [R]: log-probabilities under the reference policy (π_ref)."""
+    advantage: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response together."""
+        return len(self.prompt.token_ids) + len(self.response)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass takes, and what its loss needs."""
+
+    indices: tuple[int, ...]
+    """Positions of the rows in the global list of sequences; empty for a filler batch, which has one blank row."""
+    token_ids: torch.Tensor
+    """int64 [B, S]."""
+    position_ids: torch.Tensor
+    """int64 [3, B, S]."""
+    vision: VisionInput | None
+    """None without images, and on pipeline stages that have no vision tower."""
+    output_mask: torch.Tensor
+    """bool [B, S]: the positions that predict response tokens."""
+    targets: torch.Tensor
+    """int64 [max(T, 1)]: the predicted tokens. Without any, one token is predicted all the same, and ignored."""
+    lengths: np.ndarray
+    """int64 [len(indices)]: response tokens of each row; their sum is T."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.lengths.sum())
+
+
+def split_sequences(num_sequences: int, micro_batch_size: int, data_size: int) -> list[list[tuple[int, ...]]]:
+    """Which sequences are in which micro-batch: ``result[data_rank][micro_batch]`` holds their positions.
+
+    Contiguous and as even as possible; every data-parallel rank has the same number of micro-batches (some empty where
+    there are fewer sequences than that), as the collectives of a step need.
+    """
+    shares = np.array_split(np.arange(num_sequences), data_size)
+    num_micro_batches = max(1, -(-len(shares[0]) // micro_batch_size))
+    return [[tuple(part.tolist()) for part in np.array_split(share, num_micro_batches)] for share in shares]
+
+
+def collate(
+    sequences: Sequence[TrainingSequence],
+    indices: Sequence[int],
+    *,
+    length_multiple: int,
+    pad_token_id: int,
+    patches: Callable[[str], np.ndarray] | None,
+    device: torch.device,
+) -> MicroBatch:
+    """Lay out ``sequences[i] for i in indices``, one in each row, padded to a multiple of ``length_multiple``.
+
+    ``patches`` gives an image's float32 [t·h·w, 1176] by its content key; None leaves the images out (later pipeline
+    stages). A causal model lets no token see the padding on its right.
+    """
+    rows = [sequences[index] for index in indices]
+    num_rows = max(1, len(rows))
+    longest = max((sequence.length for sequence in rows), default=1)
+    length = -(-longest // length_multiple) * length_multiple
+    token_ids = np.full((num_rows, length), pad_token_id, dtype=np.int64)
+    positions = np.zeros((3, num_rows, length), dtype=np.int64)
+    output_mask = np.zeros((num_rows, length), dtype=bool)
+    prompt_positions = _positions_by_prompt(rows)
+    for row, sequence in enumerate(rows):
+        num_prompt, total = len(sequence.prompt.token_ids), sequence.length
+        token_ids[row, :num_prompt] = sequence.prompt.token_ids
+        token_ids[row, num_prompt:total] = sequence.response
+        positions[:, row, :total] = prompt_positions[id(sequence.prompt)][:, :total]
+        output_mask[row, num_prompt - 1 : total - 1] = True
+    lengths = np.array([len(sequence.response) for sequence in rows], dtype=np.int64)
+    if not lengths.any():
+        output_mask[0, 0] = True
+    targets = token_ids[:, 1:][output_mask[:, :-1]] if lengths.any() else np.array([pad_token_id])
+    return MicroBatch(
+        indices=tuple(indices),
+        token_ids=torch.from_numpy(token_ids).to(device),
+        position_ids=torch.from_numpy(positions).to(device),
+        vision=None if patches is None else _vision_input(rows, num_rows, length, patches, device),
+        output_mask=torch.from_numpy(output_mask).to(device),
+        targets=torch.from_numpy(targets).to(device),
+        lengths=lengths,
+    )
+
+
+def _positions_by_prompt(rows: Sequence[TrainingSequence]) -> dict[int, np.ndarray]:
+    """mRoPE positions of each distinct prompt with its longest response; a shorter response's are a prefix of them."""
+    longest: dict[int, tuple[EncodedPrompt, int]] = {}
+    for sequence in rows:
+        key, num_response = id(sequence.prompt), len(sequence.response)
+        if key not in longest or longest[key][1] < num_response:
+            longest[key] = (sequence.prompt, num_response)
+    return {key: position_ids(prompt, num_response) for key, (prompt, num_response) in longest.items()}
+
+
+def _vision_input(
+    rows: Sequence[TrainingSequence],
+    num_rows: int,
+    length: int,
+    patches: Callable[[str], np.ndarray],
+    device: torch.device,
+) -> VisionInput | None:
+    """Each distinct image once, and for every image-pad token the row of the merged features that it shows."""
+    grids: dict[str, np.ndarray] = {}
+    first_feature: dict[str, int] = {}
+    num_features = 0
+    image_mask = np.zeros((num_rows, length), dtype=bool)
+    feature_index: list[np.ndarray] = []
+    for row, sequence in enumerate(rows):
+        prompt = sequence.prompt
+        for key, grid, start in zip(prompt.image_keys, prompt.grids, prompt.image_starts, strict=True):
+            num_tokens = int(grid.prod()) // MERGED_CELLS
+            if key not in first_feature:
+                grids[key], first_feature[key] = grid, num_features
+                num_features += num_tokens
+            image_mask[row, start : start + num_tokens] = True
+            feature_index.append(np.arange(first_feature[key], first_feature[key] + num_tokens))
+    if not grids:
+        return None
+    return VisionInput(
+        patches=torch.from_numpy(np.concatenate([patches(key) for key in grids])).to(device),
+        grids=torch.from_numpy(np.stack(list(grids.values()))).to(device),
+        feature_index=torch.from_numpy(np.concatenate(feature_index)).to(device),
+        image_mask=torch.from_numpy(image_mask).to(device),
+    )

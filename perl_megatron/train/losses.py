@@ -1,0 +1,128 @@
+"""The losses of one micro-batch: a weighted sum over its response tokens, and the sums that metrics are made of.
+
+Legend: T response tokens of the micro-batch, row after row. The weights of all tokens of all micro-batches and ranks
+add up to 1, so the loss of a step is the plain sum of what is returned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perl_megatron.algorithm.aggregation import token_weights
+from perl_megatron.algorithm.objective import clipped_objective, kl_estimate
+from perl_megatron.config.schema import AlgorithmConfig
+from perl_megatron.train.batch import MicroBatch, TrainingSequence
+
+Sums = dict[str, Tensor]
+"""float64 scalars that add up over micro-batches and ranks; names that end in ``_max`` take the maximum."""
+
+
+class Loss(Protocol):
+    """A loss of one micro-batch, and what it measures."""
+
+    names: tuple[str, ...]
+    """The keys of the sums, in a fixed order: ranks that compute no loss need them too."""
+
+    def __call__(self, batch: MicroBatch, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
+        """``log_prob`` (differentiable) and ``entropy`` are float32 [T]; gives a scalar loss and the sums."""
+
+
+class PolicyLoss:
+    """GRPO: L = Σ w_t (clipped objective_t + β KL_t), PeRL Eq. 6, with weights by the counts of all ``sequences``.
+
+    Args:
+        sequences: the whole global mini-batch; each with ``logprob_old``, and ``logprob_ref`` where β > 0.
+        algorithm: clip bounds, β, estimator, aggregation.
+    """
+
+    def __init__(self, sequences: Sequence[TrainingSequence], algorithm: AlgorithmConfig):
+        self._algorithm = algorithm
+        self._weights = _global_weights(sequences, algorithm.aggregation)
+        self._advantage = [np.full(len(sequence.response), sequence.advantage) for sequence in sequences]
+        self._old = _required([sequence.logprob_old for sequence in sequences], sequences)
+        measured = algorithm.kl_coefficient > 0
+        self._ref = _required([sequence.logprob_ref for sequence in sequences], sequences) if measured else None
+        self.names: tuple[str, ...] = (
+            "loss",
+            "policy_loss",
+            "kl",
+            "entropy",
+            "clip_fraction_low",
+            "clip_fraction_high",
+            "clip_fraction_dual",
+            "ratio_mean",
+            "ratio_max",
+        )
+
+    def __call__(self, batch: MicroBatch, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
+        """See ``Loss``. KL is 0 in the sums where β is 0: it is not measured then."""
+        algorithm, device = self._algorithm, log_prob.device
+        weight = _row(self._weights, batch, device)
+        token = clipped_objective(
+            log_prob,
+            _row(self._old, batch, device),
+            _row(self._advantage, batch, device),
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+        )
+        loss = policy_loss = (weight * token.loss).sum()
+        kl = torch.zeros((), device=device)
+        if self._ref is not None:
+            kl = (weight * kl_estimate(log_prob, _row(self._ref, batch, device), algorithm.kl_estimator)).sum()
+            loss = loss + algorithm.kl_coefficient * kl
+        ratio_max = token.ratio.max() if batch.num_tokens else torch.zeros((), device=device)
+        sums = (
+            loss,
+            policy_loss,
+            kl,
+            entropy.sum(),
+            token.clipped_low.sum(),
+            token.clipped_high.sum(),
+            token.clipped_dual.sum(),
+            token.ratio.sum(),
+            ratio_max,
+        )
+        return loss, _detached(self.names, sums)
+
+
+class SupervisedLoss:
+    """Mean token cross-entropy over the response tokens of all ``sequences``."""
+
+    names: tuple[str, ...] = ("loss", "entropy")
+
+    def __init__(self, sequences: Sequence[TrainingSequence]):
+        self._weights = _global_weights(sequences, "token")
+
+    def __call__(self, batch: MicroBatch, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
+        """See ``Loss``."""
+        loss = -(_row(self._weights, batch, log_prob.device) * log_prob).sum()
+        return loss, _detached(self.names, (loss, entropy.sum()))
+
+
+def _global_weights(sequences: Sequence[TrainingSequence], aggregation: str) -> list[np.ndarray]:
+    lengths = [len(sequence.response) for sequence in sequences]
+    return token_weights(lengths, aggregation, total_tokens=sum(lengths), total_sequences=len(lengths))  # type: ignore[arg-type]
+
+
+def _required(values: Sequence[np.ndarray | None], sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:
+    present = [value for value in values if value is not None]
+    assert len(present) == len(values), "every sequence needs its log-probabilities before an update"
+    assert all(len(value) == len(sequence.response) for value, sequence in zip(present, sequences, strict=True))
+    return present
+
+
+def _row(values: Sequence[np.ndarray], batch: MicroBatch, device: torch.device) -> Tensor:
+    """The values of the micro-batch's tokens, float32 [T], in the order of its logits."""
+    if not batch.indices:
+        return torch.zeros(0, device=device)
+    return torch.from_numpy(np.concatenate([values[index] for index in batch.indices]).astype(np.float32)).to(device)
+
+
+def _detached(names: Sequence[str], values: Sequence[Tensor]) -> Sums:
+    return {name: value.detach().double() for name, value in zip(names, values, strict=True)}

@@ -1,0 +1,181 @@
+"""megatron-core's gradient buffers, optimizer and learning-rate schedule behind one small object.
+
+``calculate_per_token_loss`` is set, which makes megatron-core *add* gradients over micro-batches and data-parallel
+ranks instead of averaging them; and its division by the number of tokens is left out, because the losses of this
+project carry weights that are already normalised by global counts (``algorithm/aggregation.py``). So a gradient is the
+plain sum over all tokens of all ranks, and no split of the batch can change it.
+
+Gradient reduction is not overlapped with the backward pass: every reduction starts when all micro-batches are done. So
+a micro-batch without images, whose vision parameters get no gradient and fire no hook, needs no care.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.utils import get_model_config
+
+from perl_megatron.config.schema import OptimizerSection
+from perl_megatron.errors import UserError
+
+MAX_CONSECUTIVE_SKIPS = 5
+"""So many updates in a row without a finite gradient end the run: the weights themselves are then beyond repair."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did; the same on every rank."""
+
+    skipped: bool
+    """The gradient was not finite: weights, moments and learning rate are as they were."""
+    gradient_norm: float
+    """Global 2-norm before clipping."""
+    learning_rate: float
+    """The rate of this step."""
+
+
+class Optimizer:
+    """AdamW over the DDP-wrapped chunks of this rank, with its schedule.
+
+    Args:
+        section: the configuration's `optimizer`.
+        modules: this rank's model chunks, unwrapped, with their final weights on the device.
+        total_steps: optimizer steps of the whole run, where the decay ends.
+    """
+
+    def __init__(self, section: OptimizerSection, modules: Sequence[torch.nn.Module], *, total_steps: int):
+        if section.min_learning_rate > section.learning_rate:
+            raise UserError(
+                f"the minimum learning rate {section.min_learning_rate} is above the peak {section.learning_rate}",
+                where="optimizer.min_learning_rate",
+                fix="lower it, or raise optimizer.learning_rate",
+            )
+        for module in modules:
+            mark_sharded_weights(module)
+        self.chunks = [_wrap(module, section, is_first=index == 0) for index, module in enumerate(modules)]
+        self.megatron = get_megatron_optimizer(_megatron_config(section, modules[0]), self.chunks)
+        self.scheduler = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=section.learning_rate,
+            min_lr=section.min_learning_rate,
+            lr_warmup_steps=section.warmup_steps,
+            lr_decay_steps=max(total_steps, section.warmup_steps + 1),
+            lr_decay_style=section.schedule,
+            start_wd=section.weight_decay,
+            end_wd=section.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+        self._section = section
+        self._consecutive_skips = 0
+
+    def zero_gradients(self) -> None:
+        """Clear the gradient buffers before the first micro-batch of a step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self) -> StepOutcome:
+        """Clip and apply the reduced gradients, unless they are not finite (then nothing changes).
+
+        The k-th applied step (from 1) has the schedule's rate at k: the first is never 0, warm-up ends at its last
+        step with the full rate, and the last step of a decay has the minimum. Raises UserError after
+        ``MAX_CONSECUTIVE_SKIPS`` skipped steps in a row.
+        """
+        self.megatron.prepare_grads()
+        gradient_norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(gradient_norm):
+            self._consecutive_skips += 1
+            if self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+                raise UserError(
+                    f"{MAX_CONSECUTIVE_SKIPS} updates in a row had a gradient that is not finite",
+                    where=f"optimizer.learning_rate = {self._section.learning_rate}",
+                    fix="continue from an older checkpoint with a lower learning rate, or set optimizer.clip_gradient",
+                )
+            return StepOutcome(skipped=True, gradient_norm=gradient_norm, learning_rate=self.learning_rate)
+        self._consecutive_skips = 0
+        self.scheduler.step(1)
+        self.megatron.step()
+        return StepOutcome(skipped=False, gradient_norm=gradient_norm, learning_rate=self.learning_rate)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that is set now: that of the last applied step."""
+        return float(self.megatron.param_groups[0]["lr"])
+
+    def adopt_configured_rates(self) -> None:
+        """After a restore: the configuration, not the checkpoint, says how high the rates are."""
+        for group in self.megatron.param_groups:
+            group["max_lr"] = self.scheduler.max_lr
+            group["min_lr"] = self.scheduler.min_lr
+        self.scheduler.step(0)
+
+
+def mark_sharded_weights(module: torch.nn.Module) -> None:
+    """Tell the gradient norm which weights are shards (each counts) and which are replicas (one of them counts).
+
+    megatron-core's layers do so only where they initialise their weights themselves (tensor_parallel/layers.py), which
+    an imported policy leaves out; without it the norm, and with it clipping, is too small under tensor parallelism.
+    """
+    sharded = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
+    for layer in module.modules():
+        if isinstance(layer, sharded) and layer.weight is not None:
+            layer.weight.tensor_model_parallel = True  # type: ignore[assignment]
+
+
+def _wrap(module: torch.nn.Module, section: OptimizerSection, *, is_first: bool) -> DistributedDataParallel:
+    config = get_model_config(module)
+    config.calculate_per_token_loss = True
+    config.finalize_model_grads_func = _reduce_gradients
+    chunk = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=section.distributed,
+            # A check there raises on one rank only, and the others wait for it. ``Optimizer.step`` decides together.
+            check_for_nan_in_grad=False,
+        ),
+        module,
+        disable_bucketing=not is_first,
+    )
+    chunk.broadcast_params()
+    return chunk
+
+
+def _reduce_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """The schedules' hook at the end of a backward pass: add up over ranks; ``num_tokens`` must not divide."""
+    del num_tokens
+    finalize_model_grads(model, None, **options)
+
+
+def _megatron_config(section: OptimizerSection, module: torch.nn.Module) -> OptimizerConfig:
+    dtype = get_model_config(module).params_dtype
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=section.learning_rate,
+        min_lr=section.min_learning_rate,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_eps=section.epsilon,
+        clip_grad=section.clip_gradient,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=section.distributed,
+    )

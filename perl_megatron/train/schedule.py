@@ -1,0 +1,124 @@
+"""One pass of a global list of sequences through megatron-core's schedules, and the agreement of all ranks on results.
+
+Every rank is given the same sequences; a data-parallel rank takes its share, its pipeline stages work on it together,
+and only the last stage sees logits. What it finds reaches all ranks by a sum in which each value has exactly one
+contributor (so values arrive bit for bit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.runtime import platform
+from perl_megatron.runtime.topology import Topology
+from perl_megatron.train.batch import MicroBatch, TrainingSequence, collate, split_sequences
+from perl_megatron.train.losses import Sums
+
+MicroBatchLoss = Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]
+"""(micro-batch, logits [T, V / tensor size]) to (scalar loss, what to keep of it)."""
+
+
+class Schedule:
+    """Lays sequences out for this rank and drives forward and backward passes over them.
+
+    Args:
+        chunks: this rank's model chunks, as megatron-core's schedules take them.
+        length_multiple: rows are padded to a multiple of it (the tensor size under sequence parallelism).
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        topology: Topology,
+        encoder: PromptEncoder,
+        *,
+        micro_batch_size: int,
+        length_multiple: int,
+    ):
+        assert len(chunks) == 1, "interleaved pipeline stages are not laid out yet"
+        self._chunk = chunks[0]
+        self._topology = topology
+        self._encoder = encoder
+        self._micro_batch_size = micro_batch_size
+        self._length_multiple = length_multiple
+
+    def run(
+        self, sequences: Sequence[TrainingSequence], loss: MicroBatchLoss, *, forward_only: bool
+    ) -> list[tuple[MicroBatch, Sums]]:
+        """Pass this rank's share through the model; gradients are added up unless ``forward_only``.
+
+        Returns what ``loss`` kept of each micro-batch; empty on all but the last pipeline stage.
+        """
+        parts = split_sequences(len(sequences), self._micro_batch_size, self._topology.data_size)
+        own = parts[self._topology.data_rank]
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, loss),
+                data_iterator=self._batches(sequences, own),
+                model=self._chunk,
+                num_microbatches=len(own),
+                # Both unused: pipeline stages send the shape of each micro-batch (``variable_seq_lengths``).
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+    def _batches(
+        self,
+        sequences: Sequence[TrainingSequence],
+        parts: Sequence[Sequence[int]],
+    ) -> Iterator[MicroBatch]:
+        """Micro-batches, each laid out when it is needed (pixels of all of them at once would be large)."""
+        for part in parts:
+            yield collate(
+                sequences,
+                part,
+                length_multiple=self._length_multiple,
+                pad_token_id=self._encoder.pad_token_id,
+                patches=self._encoder.patches if self._topology.is_first_stage else None,
+                device=platform.device(),
+            )
+
+
+def _forward_step(
+    loss: MicroBatchLoss, batches: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[Tensor, Callable]:
+    """megatron-core's callback: the model's output, and what turns it into a loss on the last stage."""
+    batch = next(batches)
+    output = model(batch.token_ids, batch.position_ids, batch.vision, batch.output_mask)
+
+    def finish(logits: Tensor) -> tuple[Tensor, Tensor, tuple[MicroBatch, Sums]]:
+        value, kept = loss(batch, logits)
+        # The count would divide the gradient; the losses are normalised already (see ``train/optimizer.py``).
+        return value, torch.ones((), dtype=torch.int, device=value.device), (batch, kept)
+
+    return output, finish
+
+
+def contributes(topology: Topology) -> bool:
+    """Whether this rank's results count: one rank of each replica's last stage (its tensor ranks all hold the same)."""
+    return topology.is_last_stage and topology.tensor_rank == 0
+
+
+def add_up(names: Sequence[str], parts: Sequence[Sums], topology: Topology) -> dict[str, float]:
+    """The sums of all micro-batches of all ranks, on every rank; names ending in ``_max`` take the maximum."""
+    own = torch.zeros(2, len(names), dtype=torch.float64, device=platform.device())
+    if contributes(topology):
+        for part in parts:
+            values = torch.stack([part[name] for name in names])
+            own[0] += values
+            own[1] = torch.maximum(own[1], values)
+    dist.all_reduce(own[0])
+    dist.all_reduce(own[1], op=dist.ReduceOp.MAX)
+    sums, maxima = own.tolist()
+    return {
+        name: maximum if name.endswith("_max") else total
+        for name, total, maximum in zip(names, sums, maxima, strict=True)
+    }

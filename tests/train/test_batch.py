@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+
+from perl_megatron.train.batch import TrainingSequence, collate, split_sequences
+from perl_megatron.types import EncodedPrompt
+
+IMAGE_PAD, TEXT = 90, 7
+SIZES = {"small": (1, 2, 2), "wide": (1, 2, 6)}
+PIXELS = {
+    key: np.full((t * h * w, 1176), index + 1, dtype=np.float32) for index, (key, (t, h, w)) in enumerate(SIZES.items())
+}
+
+
+def prompt(*keys: str) -> EncodedPrompt:
+    tokens, starts = [TEXT], []
+    for key in keys:
+        starts.append(len(tokens))
+        tokens += [IMAGE_PAD] * (int(np.prod(SIZES[key])) // 4) + [TEXT]
+    return EncodedPrompt(
+        token_ids=np.array(tokens),
+        compact_ids=(),
+        image_starts=tuple(starts),
+        grids=np.array([SIZES[key] for key in keys], dtype=np.int64).reshape(-1, 3),
+        image_keys=keys,
+    )
+
+
+def layout(sequences, *, multiple=1, images=True):
+    return collate(
+        sequences,
+        range(len(sequences)),
+        length_multiple=multiple,
+        pad_token_id=0,
+        patches=PIXELS.__getitem__ if images else None,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("num", "size", "ranks"), [(12, 4, 1), (12, 4, 2), (13, 4, 2), (1, 4, 2), (7, 1, 3), (0, 4, 2)]
+)
+def test_every_sequence_is_in_one_micro_batch_and_ranks_agree_on_their_number(num, size, ranks):
+    split = split_sequences(num, size, ranks)
+    assert len(split) == ranks
+    assert len({len(parts) for parts in split}) == 1
+    assert [index for parts in split for part in parts for index in part] == list(range(num))
+    assert all(len(part) <= size for parts in split for part in parts)
+
+
+def test_rows_are_padded_to_the_longest_and_to_the_multiple():
+    sequences = [TrainingSequence(prompt(), np.array([1, 2])), TrainingSequence(prompt("wide"), np.array([1]))]
+    assert layout(sequences[:1]).token_ids.shape == (1, 3)
+    assert layout(sequences).token_ids.tolist()[0] == [TEXT, 1, 2, 0, 0, 0]
+    assert layout(sequences, multiple=4).token_ids.shape == (2, 8)
+
+
+def test_output_mask_selects_the_positions_that_predict_the_response():
+    sequences = [
+        TrainingSequence(prompt("small"), np.array([11, 12, 13])),
+        TrainingSequence(prompt(), np.array([21])),
+        TrainingSequence(prompt("wide", "small"), np.array([31, 32])),
+    ]
+    batch = layout(sequences)
+    assert batch.targets.tolist() == [11, 12, 13, 21, 31, 32]
+    shifted = torch.roll(batch.token_ids, -1, dims=1)
+    assert shifted[batch.output_mask].tolist() == batch.targets.tolist()
+    assert batch.lengths.tolist() == [3, 1, 2]
+    assert batch.num_tokens == 6
+
+
+def test_an_image_token_in_a_response_is_text():
+    batch = layout([TrainingSequence(prompt("small"), np.array([IMAGE_PAD, 5]))])
+    assert batch.vision is not None
+    assert batch.vision.image_mask.sum() == 1
+    assert batch.targets.tolist() == [IMAGE_PAD, 5]
+
+
+def test_equal_images_are_laid_out_once_and_found_from_every_row():
+    batch = layout(
+        [
+            TrainingSequence(prompt("small", "wide"), np.array([1])),
+            TrainingSequence(prompt("wide", "small"), np.array([1])),
+            TrainingSequence(prompt("wide", "wide"), np.array([1])),
+        ]
+    )
+    vision = batch.vision
+    assert vision is not None
+    assert vision.grids.tolist() == [[1, 2, 2], [1, 2, 6]]
+    assert vision.patches.shape == (4 + 12, 1176)
+    assert vision.feature_index.tolist() == [0, 1, 2, 3, 1, 2, 3, 0, 1, 2, 3, 1, 2, 3]
+    assert (batch.token_ids[vision.image_mask] == IMAGE_PAD).all()
+    assert int(vision.image_mask.sum()) == len(vision.feature_index)
+
+
+def test_no_images_and_left_out_images_give_no_vision_input():
+    assert layout([TrainingSequence(prompt(), np.array([1]))]).vision is None
+    assert layout([TrainingSequence(prompt("small"), np.array([1]))], images=False).vision is None
+
+
+def test_a_prompt_shared_by_responses_of_different_length_keeps_its_positions():
+    shared = prompt("wide")
+    together = layout([TrainingSequence(shared, np.array([1])), TrainingSequence(shared, np.array([1, 2, 3]))])
+    alone = layout([TrainingSequence(shared, np.array([1]))])
+    assert torch.equal(together.position_ids[:, :1, :6], alone.position_ids)
+    assert torch.equal(together.position_ids[:, 1, :6], alone.position_ids[:, 0])
+    assert together.position_ids[:, 1, 6:].tolist() == [[6, 7]] * 3
+    assert together.position_ids[:, 0, 6:].tolist() == [[0, 0]] * 3
+
+
+def test_a_filler_batch_predicts_one_ignored_token():
+    batch = layout([], multiple=4)
+    assert batch.token_ids.tolist() == [[0, 0, 0, 0]]
+    assert (int(batch.output_mask.sum()), len(batch.targets), batch.num_tokens, batch.indices) == (1, 1, 0, ())

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+
+from perl_megatron.config.schema import AlgorithmConfig
+from perl_megatron.train.batch import TrainingSequence, collate
+from perl_megatron.train.losses import PolicyLoss, SupervisedLoss
+from perl_megatron.types import EncodedPrompt
+
+PROMPT = EncodedPrompt(np.array([1, 2]), (1, 2), (), np.zeros((0, 3), dtype=np.int64), ())
+LENGTHS = (3, 1, 6, 2)
+
+
+@pytest.fixture
+def sequences():
+    random = np.random.default_rng(0)
+    return [
+        TrainingSequence(
+            PROMPT,
+            response=np.arange(length),
+            logprob_old=random.normal(-1, 1, length).astype(np.float32),
+            logprob_ref=random.normal(-1, 1, length).astype(np.float32),
+            advantage=float(random.normal()),
+        )
+        for length in LENGTHS
+    ]
+
+
+@pytest.fixture
+def log_prob():
+    return torch.from_numpy(np.random.default_rng(1).normal(-1, 1, sum(LENGTHS))).float().requires_grad_()
+
+
+def evaluate(loss, sequences, log_prob, parts):
+    """Total loss, its gradient, and the sums over micro-batches ``parts``."""
+    ends = np.cumsum([0, *LENGTHS])
+    total, sums = torch.zeros(()), dict.fromkeys(loss.names, 0.0)
+    for part in parts:
+        batch = collate(sequences, part, length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
+        tokens = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in part]) if part else np.zeros(0, dtype=int)
+        value, found = loss(batch, log_prob[tokens], torch.ones(len(tokens)))
+        assert tuple(found) == loss.names
+        total = total + value
+        sums = {
+            name: max(sums[name], float(x)) if name.endswith("_max") else sums[name] + float(x)
+            for name, x in found.items()
+        }
+    return total.item(), torch.autograd.grad(total, log_prob)[0], sums
+
+
+ALL = [(0, 1, 2, 3)]
+SPLITS = [[(0,), (1, 2), (3,)], [(0, 1), (), (2, 3)]]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_split_changes_the_policy_loss_or_its_gradient(sequences, log_prob, aggregation, split):
+    loss = PolicyLoss(sequences, AlgorithmConfig(aggregation=aggregation, kl_coefficient=0.1))
+    whole, whole_gradient, whole_sums = evaluate(loss, sequences, log_prob, ALL)
+    parts, gradient, sums = evaluate(loss, sequences, log_prob, split)
+    assert parts == pytest.approx(whole, rel=1e-6)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=0, atol=0)
+    assert sums == pytest.approx(whole_sums, rel=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_the_policy_loss_is_the_definition(sequences, log_prob, aggregation):
+    algorithm = AlgorithmConfig(aggregation=aggregation, kl_coefficient=0.1)
+    value, _, sums = evaluate(PolicyLoss(sequences, algorithm), sequences, log_prob, ALL)
+    per_sequence, kls, flat = [], [], iter(log_prob.tolist())
+    for sequence in sequences:
+        losses, kl = [], []
+        for old, ref in zip(sequence.logprob_old.tolist(), sequence.logprob_ref.tolist(), strict=True):
+            new, advantage = next(flat), sequence.advantage
+            ratio = np.exp(new - old)
+            objective = min(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+            losses.append(-(max(objective, 3 * advantage) if advantage < 0 else objective))
+            kl.append(np.exp(ref - new) - 1 - (ref - new))
+        per_sequence.append(losses)
+        kls.append(kl)
+    mean = (
+        (lambda x: np.mean(np.concatenate(x)))
+        if aggregation == "token"
+        else (lambda x: np.mean([np.mean(y) for y in x]))
+    )
+    assert value == pytest.approx(mean(per_sequence) + 0.1 * mean(kls), rel=1e-5)
+    assert sums["policy_loss"] == pytest.approx(mean(per_sequence), rel=1e-5)
+    assert sums["kl"] == pytest.approx(mean(kls), rel=1e-5)
+
+
+def test_without_kl_no_reference_is_needed(sequences, log_prob):
+    bare = [TrainingSequence(s.prompt, s.response, s.logprob_old, None, s.advantage) for s in sequences]
+    _, _, sums = evaluate(PolicyLoss(bare, AlgorithmConfig(kl_coefficient=0)), bare, log_prob, ALL)
+    assert sums["kl"] == 0
+    assert sums["loss"] == sums["policy_loss"] != 0
+
+
+def test_the_supervised_loss_is_the_mean_over_all_tokens(sequences, log_prob):
+    for parts in [ALL, *SPLITS]:
+        value, gradient, sums = evaluate(SupervisedLoss(sequences), sequences, log_prob, parts)
+        assert value == pytest.approx(-log_prob.mean().item(), rel=1e-6)
+        assert gradient.tolist() == pytest.approx([-1 / sum(LENGTHS)] * sum(LENGTHS))
+        assert sums["entropy"] == sum(LENGTHS)
+
+
+def test_an_update_without_old_log_probabilities_is_a_programming_error(sequences):
+    with pytest.raises(AssertionError, match="log-probabilities"):
+        PolicyLoss([TrainingSequence(PROMPT, np.arange(2))], AlgorithmConfig())
