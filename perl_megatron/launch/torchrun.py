@@ -73,7 +73,10 @@ def launch(
         supervisor = Supervisor(agent, rank_zero_logs=staging, on_tick=logs.link)
         code = supervisor.wait()
     place = logs.settle()
-    return conclude(code, place, ended_at_once=supervisor.ended_at_once)
+    status = conclude(code, place, ended_at_once=supervisor.ended_at_once)
+    if place == staging and status in (0, EXIT_USER_ERROR):
+        shutil.rmtree(staging)  # no run began, and nothing is left to find out
+    return status
 
 
 class _Logs:

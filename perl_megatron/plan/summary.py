@@ -103,7 +103,7 @@ def _layout_table(layout: dict[str, Any]) -> Table:
     table.add_row("optimizer", sharing)
     table.add_row(
         "engine",
-        f"{layout['engine']}: {layout['engine_replicas']} replicas, each over {layout['engine_tensor_size']} processes",
+        f"{layout['engine']}, replicas: {layout['engine_replicas']}, processes in each: {layout['engine_tensor_size']}",
     )
     return table
 

@@ -48,7 +48,7 @@ def test_plan_is_json_and_text(plan):
         "2 views × 6 rollouts = 12 responses a question",
         "128 questions × 12 = 1536 responses",
         "8 = tensor 2 × pipeline 2 × data 2",
-        "embedded: 8 replicas",
+        "embedded, replicas: 8, processes in each: 1",
         "vision tower",
     ):
         assert part in text
