@@ -116,9 +116,18 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -
     )
 
 
-def shutdown() -> None:
-    """Leave the process groups; a later ``initialize`` may choose another layout."""
+def forget_layout() -> None:
+    """Drop megatron-core's groups and keep the ranks together: a later ``initialize`` may choose another layout."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Leave all process groups, at the end of the process.
+
+    Under torchrun a process cannot come back: the ranks' next meeting would find this one's keys in the launcher's
+    store, and hang.
+    """
+    forget_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
