@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perl_megatron.config.load import config_fields, load_config, save_resolved
@@ -152,6 +152,7 @@ def test_missing_and_binary_files(tmp_path):
     assert "cannot read" in error_of(tmp_path / "b.yaml").what
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(1e-300, 1e300), st.integers(0, 2**63))
 def test_resolved_config_loads_equal(tmp_path_factory, prompt, learning_rate, seed):
     path = tmp_path_factory.mktemp("resolved") / "config.yaml"

@@ -40,9 +40,7 @@ def test_plain_progress_lines():
     progress.note("saved")
     progress.close()
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith(
-        "[demo] step 5/10  loss 0.5000  reward 0.250  groups 3 kept, 1 dropped  2.0 s  left 0:00:0"
-    )
+    assert lines[0].startswith("[demo] step 5/10  loss 0.5000  reward 0.250  groups 3 kept, 1 dropped  2.0 s  left 0:0")
     assert lines[1] == "[demo] saved"
 
 
