@@ -105,7 +105,8 @@ class EmbeddedEngine:
 
     def digest(self) -> str:
         """Digest of the model's parameters as they are."""
-        return digest_weights(self._weights().items(), dtype=self._dtype)
+        weights = self._weights()
+        return digest_weights(weights, weights.__getitem__, dtype=self._dtype)
 
     def close(self) -> None:
         """Drop the model."""

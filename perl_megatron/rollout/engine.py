@@ -10,11 +10,10 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
-from perl_megatron.errors import UserError
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
 BANNED_LOGIT_BIAS = -100.0
@@ -91,14 +90,6 @@ class RolloutEngine(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class EngineChoice:
-    """Which engine a run uses, and why."""
-
-    name: Literal["vllm", "embedded"]
-    reason: str
-
-
 def vllm_obstacle(*, cuda: bool) -> str | None:
     """Why vLLM cannot run here, in words; None where it can. Looks at what is installed without importing it."""
     if importlib.util.find_spec("vllm") is None:
@@ -109,20 +100,6 @@ def vllm_obstacle(*, cuda: bool) -> str | None:
     if not cuda and not cpu_build:
         return "the installed vLLM is the build for GPUs, but this machine has none"
     return None
-
-
-def choose_engine(wanted: Literal["auto", "vllm", "embedded"], *, cuda: bool) -> EngineChoice:
-    """Resolve ``rollout.engine``; UserError if vLLM is asked for and cannot run here."""
-    if wanted == "embedded":
-        return EngineChoice("embedded", "rollout.engine asks for it")
-    obstacle = vllm_obstacle(cuda=cuda)
-    if obstacle is None:
-        return EngineChoice("vllm", "rollout.engine asks for it" if wanted == "vllm" else "vLLM is installed")
-    if wanted == "vllm":
-        raise UserError(
-            obstacle, where="rollout.engine", fix=f"{INSTALL_VLLM}, or set rollout.engine=embedded (slower)"
-        )
-    return EngineChoice("embedded", f"{obstacle} ({INSTALL_VLLM})")
 
 
 def _version(distribution: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 
@@ -51,11 +51,10 @@ class WeightLedger:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def digest_weights(weights: Iterable[tuple[str, torch.Tensor]], *, dtype: torch.dtype) -> str:
-    """The digest that a ledger gives these weights."""
-    pairs = list(weights)
-    ledger = WeightLedger([name for name, _ in pairs], dtype=dtype)
-    for _ in ledger.watch(pairs):
+def digest_weights(names: Collection[str], get: Callable[[str], torch.Tensor], *, dtype: torch.dtype) -> str:
+    """The digest that a ledger gives these weights; one at a time is in memory."""
+    ledger = WeightLedger(names, dtype=dtype)
+    for _ in ledger.watch((name, get(name)) for name in names):
         pass
     return ledger.digest()
 

@@ -1,0 +1,69 @@
+"""The environment variables that other people's libraries read: what is set, and why. A user's own value wins."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+_PROCESS = {
+    # One OpenMP thread a process: ranks, vLLM's kernels and torch would otherwise spin against each other for the same
+    # cores (a factor of ten in tokens/s on two cores). torchrun sets the same.
+    "OMP_NUM_THREADS": "1",
+    # Checkpoints are folders; nothing may be looked for on a hub, which hangs where there is no network.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # The tokenizer's threads do not survive a fork (data loaders, checkpoint writers) and then warn on every one.
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+_VLLM = {
+    # The engine core in this process: weights are handed over by reference, and torchrun's ranks are the workers.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # No usage reports.
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # Its messages and (on a CPU dozens of) warnings about its own settings would bury the run's own lines.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+_VLLM_CPU = {
+    # Leave the trainer's threads where they are; binding would put every rank on its own cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Some of vLLM's functions are compiled on first use even in eager mode: half a minute for nothing on a CPU.
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+def prepare_process(*, cuda: bool) -> None:
+    """Set what every process of a run needs; call it before torch and transformers are imported."""
+    _set_defaults({name: value for name, value in _PROCESS.items() if not (cuda and name == "OMP_NUM_THREADS")})
+
+
+def prepare_vllm(*, cuda: bool) -> None:
+    """Set what vLLM reads; call it before vLLM is imported."""
+    _set_defaults(_VLLM if cuda else _VLLM | _VLLM_CPU)
+
+
+@contextlib.contextmanager
+def vllm_leaves_alone() -> Iterator[None]:
+    """Undo what vLLM on a CPU does to variables that are not its own.
+
+    It rewrites LOCAL_WORLD_SIZE (which torchrun set and the trainer reads) and adds libraries to LD_PRELOAD (which
+    every process started later would load).
+    """
+    names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _set_defaults(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
