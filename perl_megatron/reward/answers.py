@@ -20,7 +20,9 @@ _NUMBER = re.compile(
     rf"|(?P<whole>{_DECIMAL})(?:e(?P<exponent>[+-]?[0-9]{{1,3}})|\s*/\s*(?P<slash>{_DECIMAL}))?)\s*(?P<percent>%?)",
     re.IGNORECASE,
 )
-_SEPARATOR = re.compile(rf"\\rightarrow|\\to\b|\\gt\b|->|[,;>→]|\band\b|\b{_IMAGE_WORD}(?![a-z])")
+_SEPARATOR = re.compile(
+    rf"\\(?:rightarrow|to|gt|lt)(?![a-z])|\\?[{{}}]|[,;<>→()\[\]-]|\band\b|\b{_IMAGE_WORD}(?![a-z])"
+)
 
 
 def read_choice(answer: str) -> str | None:
@@ -49,10 +51,11 @@ def read_index(answer: str) -> Fraction | None:
 
 
 def read_ordering(answer: str) -> tuple[int, ...] | None:
-    """A sequence of image numbers: '3, 1, 2', '3 1 2', '3>1>2', '[3,1,2]', 'image 3, image 1, image 2', '312'."""
-    text = plain(answer).lower()
-    bracketed = re.fullmatch(r"\\?[\[({](.*?)\\?[\])}]", text, re.DOTALL)
-    words = _SEPARATOR.sub(" ", bracketed[1] if bracketed else text).split()
+    """A sequence of image numbers: '3, 1, 2', '3 1 2', '3>1>2', '[3,1,2]', 'image 3, image 1, image 2', '312'.
+
+    Separators have no meaning: '3 < 1 < 2' is the same sequence. What `data/permutation.py` accepts is read here.
+    """
+    words = _SEPARATOR.sub(" ", plain(answer).lower()).split()
     if not words or not all(re.fullmatch(r"[0-9]+", word) for word in words):
         return None
     if len(words) == 1:  # without separators, every digit is an image

@@ -96,6 +96,9 @@ def test_not_an_index(answer):
         "3 \\rightarrow 1 \\to 2",
         "3 → 1 → 2",
         "3; 1; 2",
+        "3 < 1 < 2",
+        "3-1-2",
+        "(3), (1), (2)",
         "3, 1, and 2",
         "312",
         "[3, 1, 2]",
@@ -115,7 +118,7 @@ def test_ordering_of_ten_images():
     assert read_ordering("10, 9, 8, 7, 6, 5, 4, 3, 2, 1") == (10, 9, 8, 7, 6, 5, 4, 3, 2, 1)
 
 
-@pytest.mark.parametrize("answer", ["", "three, one", "3, x, 2", "1<2", "-1, 2", "image", "3.1 2"])
+@pytest.mark.parametrize("answer", ["", "three, one", "3, x, 2", "1 or 2", "\\too 1", "image", "3.1 2", "[]"])
 def test_not_an_ordering(answer):
     assert read_ordering(answer) is None
 
