@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import IMAGE_PLACEHOLDER, View
 
-REPOSITORY = Path(__file__).parents[1]
+TOOL = Path(__file__).parents[1] / "tools" / "make_tiny_policy.py"
 IMAGE_SIZES = [(28, 28), (56, 84), (28, 56), (112, 140)]
 TEMPERATURE = 0.8
 GRADIENT_STEP = {"learning_rate": 1e13, "epsilon": 1e9, "weight_decay": 0.0, "clip_gradient": 0.0}
@@ -27,16 +28,28 @@ GRADIENT_STEP = {"learning_rate": 1e13, "epsilon": 1e9, "weight_decay": 0.0, "cl
 GRADIENT_SCALE = -1e4
 
 
-def make_case(folder: Path, *options: str) -> None:
+def make_case(folder: Path) -> None:
     """A policy and images under ``folder``."""
-    tool = [sys.executable, "-m", "tools.make_tiny_policy", str(folder / "policy"), "--seed", "3"]
-    subprocess.run([*tool, "--layers", "2", "--vision-depth", "2", *options], check=True, cwd=REPOSITORY)
+    tool = _tiny_policy_tool()
+    tool.make_tiny_policy(folder / "policy", tool.TinyShape(layers=2, vision_depth=2), seed=3)
     _widen(folder / "policy" / "model.safetensors")
     random = np.random.default_rng(5)
     (folder / "images").mkdir(parents=True)
     for index, size in enumerate(IMAGE_SIZES):
         pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+
+
+def _tiny_policy_tool() -> ModuleType:
+    """tools/make_tiny_policy.py; tools/ is not a package."""
+    name = "tools_make_tiny_policy"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, TOOL)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def _widen(file: Path) -> None:
@@ -52,7 +65,7 @@ def _widen(file: Path) -> None:
 
 
 def make_config(folder: Path, *, parallel: Mapping[str, Any] = {}, **sections: Mapping[str, Any]) -> Config:
-    optimizer = {"learning_rate": 1e-3, "epsilon": 1e-4, "micro_batch_sequences": 5, **sections.get("optimizer", {})}
+    optimizer = {"learning_rate": 1e-4, "epsilon": 1e-4, "micro_batch_sequences": 5, **sections.get("optimizer", {})}
     return Config.model_validate(
         {
             "model": {"path": folder / "policy", "dtype": "float32"},

@@ -48,7 +48,7 @@ class Actor:
     """
 
     def __init__(self, config: Config, topology: Topology, encoder: PromptEncoder, *, total_steps: int):
-        self._config = config
+        self.config = config
         self._topology = topology
         self._banned = tuple(encoder.banned_token_ids)
         self.architecture = read_architecture(config.model.path)
@@ -98,7 +98,7 @@ class Actor:
         ``learning_rate``, ``num_tokens``, ``num_sequences``, and ``skipped_updates`` (1 where the gradient was not
         finite and the weights stayed as they were).
         """
-        return self._step(sequences, PolicyLoss(sequences, self._config.algorithm))
+        return self._step(sequences, PolicyLoss(sequences, self.config.algorithm))
 
     def supervised_update(self, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
         """One optimizer step of mean token cross-entropy over the responses; metrics as in ``update``, fewer."""
@@ -117,7 +117,7 @@ class Actor:
             self.optimizer.megatron,
             self.optimizer.scheduler,
             extra,
-            keep=self._config.run.keep_checkpoints,
+            keep=self.config.run.keep_checkpoints,
         )
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Actor:
             logits,
             batch.targets,
             group=self._topology.tensor_group() if self._topology.tensor_size > 1 else None,
-            temperature=self._config.rollout.temperature,
+            temperature=self.config.rollout.temperature,
             banned_token_ids=self._banned,
         )
         return log_prob[: batch.num_tokens], entropy[: batch.num_tokens]

@@ -1,0 +1,126 @@
+"""Run by torchrun on two ranks: every layout through the actor; rank 0 writes what it found for the tests to judge.
+
+torchrun --nproc-per-node 2 actor_worker.py CASE_FOLDER OUT_FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from perl_megatron.runtime import platform
+
+platform.install()
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from actor_case import (  # noqa: E402
+    GRADIENT_STEP,
+    make_config,
+    make_encoder,
+    make_sequences,
+    weights_of,
+    with_log_probs,
+)
+from megatron.core import parallel_state  # noqa: E402
+
+from perl_megatron.checkpoint.state import latest_checkpoint  # noqa: E402
+from perl_megatron.runtime import topology as layout  # noqa: E402
+from perl_megatron.runtime.collective import gather_objects, rank  # noqa: E402
+from perl_megatron.train.actor import Actor  # noqa: E402
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"parallel": {"tensor": 2}},
+    "tensor_sequence": {"parallel": {"tensor": 2, "sequence": True}},
+    "pipeline": {"parallel": {"pipeline": 2}},
+    "data": {"parallel": {"data": 2}},
+    "data_replicated_optimizer": {"parallel": {"data": 2}, "optimizer": {"distributed": False}},
+    "data_small_micro_batches": {"parallel": {"data": 2}, "optimizer": {"micro_batch_sequences": 2}},
+}
+RESUMED = ("tensor", "data")
+RESHARDED = "pipeline"
+"""The layout that also continues from the first layout's checkpoint."""
+
+
+# The process group stays: its store cannot be joined twice under one torchrun.
+
+
+def main(case: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    encoder = make_encoder(case)
+    for name, sections in LAYOUTS.items():
+        arrays, report = measure(case, encoder, sections)
+        if name in RESUMED:
+            report |= resume(case, encoder, sections, out / "checkpoints" / name)
+        if name == RESHARDED:
+            actor = start_again(case, encoder, sections)
+            actor.restore(out / "checkpoints" / RESUMED[0] / "step-00000002")
+            report["metrics_of_rest"] = train(actor, case, encoder, [2, 3])
+        if rank() == 0:
+            np.savez(out / f"{name}.npz", **arrays)
+            (out / f"{name}.json").write_text(json.dumps(report))
+        parallel_state.destroy_model_parallel()
+
+
+def start(case: Path, encoder: Any, sections: dict[str, Any], **optimizer: Any) -> Actor:
+    config = make_config(case, **{**sections, "optimizer": {**sections.get("optimizer", {}), **optimizer}})
+    topology = layout.initialize(config.parallel, seed=0, timeout_seconds=120)
+    return Actor(config, topology, encoder, total_steps=10)
+
+
+def measure(case: Path, encoder: Any, sections: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Log-probabilities, and the weights before and after a step that shows the gradient."""
+    actor = start(case, encoder, sections, **GRADIENT_STEP)
+    sequences = make_sequences(case, encoder)
+    log_probs = actor.log_probs(sequences)
+    reference = actor.reference_log_probs(sequences)
+    before = weights_of(actor)
+    metrics = actor.update(with_log_probs(sequences, log_probs, reference, noise=0.5))
+    after = weights_of(actor)
+    mine = [float(np.concatenate(log_probs).sum()), metrics]
+    arrays = {"log_probs": np.concatenate(log_probs), "reference": np.concatenate(reference)}
+    arrays |= {f"before/{name}": value for name, value in before.items()}
+    arrays |= {f"after/{name}": value for name, value in after.items()}
+    return arrays, {"metrics": metrics, "ranks_agree": all(other == mine for other in gather_objects(mine))}
+
+
+def resume(case: Path, encoder: Any, sections: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Four updates at a stretch against two, a checkpoint, and two more in another actor."""
+    uninterrupted = start_again(case, encoder, sections)
+    train(uninterrupted, case, encoder, [0, 1])
+    checkpoint = uninterrupted.save(folder, 2, {"note": "after two"})
+    rest = train(uninterrupted, case, encoder, [2, 3])
+    expected = weights_of(uninterrupted)
+    continued = start_again(case, encoder, sections)
+    found = latest_checkpoint(folder)
+    assert found == checkpoint
+    extra = continued.restore(found)
+    rest_again = train(continued, case, encoder, [2, 3])
+    actual = weights_of(continued)
+    return {
+        "extra": extra,
+        "metrics_of_rest": rest,
+        "same_metrics": rest == rest_again,
+        "same_weights": all(np.array_equal(expected[name], actual[name]) for name in expected),
+    }
+
+
+def start_again(case: Path, encoder: Any, sections: dict[str, Any]) -> Actor:
+    parallel_state.destroy_model_parallel()
+    return start(case, encoder, sections)
+
+
+def train(actor: Actor, case: Path, encoder: Any, seeds: list[int]) -> list[dict[str, float]]:
+    results = []
+    for seed in seeds:
+        sequences = make_sequences(case, encoder, seed=seed)
+        log_probs, reference = actor.log_probs(sequences), actor.reference_log_probs(sequences)
+        results.append(actor.update(with_log_probs(sequences, log_probs, reference, noise=0.3)))
+    return results
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
