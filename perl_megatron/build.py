@@ -117,7 +117,9 @@ def build_engine(
         )
     from perl_megatron.rollout.embedded import EmbeddedEngine
 
-    return EmbeddedEngine(config.rollout, encoder=encoder, model_path=config.model.path, dtype=getattr(torch, config.model.dtype))
+    return EmbeddedEngine(
+        config.rollout, encoder=encoder, model_path=config.model.path, dtype=getattr(torch, config.model.dtype)
+    )
 
 
 def read_questions(config: Config, path: Path | None, key: str, encoder: PromptEncoder) -> tuple[Record, ...]:

@@ -24,6 +24,7 @@ from perl_megatron.config.load import LoadedConfig, load_config
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
@@ -56,11 +57,15 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=description, description=description)
         command.set_defaults(handler=handler)
         command.add_argument("config", type=Path, help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+        command.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
+        )
         if name in ("train", "sft"):
             command.add_argument("--resume", action="store_true", help="continue from the last good checkpoint")
         if name in ("train", "sft", "eval"):
-            command.add_argument("--master-port", type=int, help="rendezvous port of the processes (default: a free one)")
+            command.add_argument(
+                "--master-port", type=int, help="rendezvous port of the processes (default: a free one)"
+            )
         if name == "plan":
             command.add_argument("--processes", type=int, help="number of processes (default: the fewest that fit)")
             command.add_argument("--json", action="store_true", help="print JSON")
@@ -82,6 +87,9 @@ def run_job(options: argparse.Namespace, argv: list[str]) -> int:
 
         logs = RunFolder.of(loaded.config).logs
         return torchrun.launch(argv, num_processes=processes, log_dir=logs, master_port=options.master_port)
+    from perl_megatron.runtime import environment
+
+    environment.prepare_process(cuda=False)  # before torch is imported
     from perl_megatron.runtime import platform
 
     platform.install()  # before anything imports megatron-core or transformers
@@ -96,9 +104,7 @@ def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_
     from perl_megatron.observability.run_folder import RunFolder
 
     config, command = loaded.config, options.command
-    derive(
-        config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command
-    )
+    derive(config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command)
     if command == "eval":
         require_evaluation_data(config)
     else:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from rich.console import Console
 
-from perl_megatron.build import build_encoder, build_engine, build_supervised, build_training, derive_for, read_questions
+from perl_megatron.build import (
+    build_encoder,
+    build_engine,
+    build_supervised,
+    build_training,
+    derive_for,
+    read_questions,
+)
 from perl_megatron.config.load import LoadedConfig
 from perl_megatron.evaluation.evaluate import evaluate
 from perl_megatron.loop import supervise, train
@@ -28,17 +37,26 @@ def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
         if command == "eval":
             return _evaluate(loaded, place)
         with StopRequest() as stop:
-            if command == "sft":
-                session: Session = build_supervised(loaded, place, resume=resume, stop=stop)
-                supervise(session)
-            else:
-                session = build_training(loaded, place, resume=resume, stop=stop)
-                train(session)
+            session = _run_session(command, loaded, place, resume=resume, stop=stop)
         if place.rank == 0:
             _say_where_to_look(session)
         return session.exit_status
     finally:
         topology.shutdown()
+
+
+def _run_session(
+    command: str, loaded: LoadedConfig, place: topology.Topology, *, resume: bool, stop: StopRequest
+) -> Session:
+    if command == "sft":
+        supervised = build_supervised(loaded, place, resume=resume, stop=stop)
+        with closing(supervised):
+            supervise(supervised)
+        return supervised
+    training = build_training(loaded, place, resume=resume, stop=stop)
+    with closing(training):
+        train(training)
+    return training
 
 
 def _evaluate(loaded: LoadedConfig, place: topology.Topology) -> int:

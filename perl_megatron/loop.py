@@ -14,8 +14,8 @@ from perl_megatron.types import Group
 
 def train(session: TrainingSession) -> None:
     """Run the session from where its last checkpoint left it until `run.steps`, or until it is asked to stop."""
-    config, actor, phases = session.config, session.actor, session.phases
-    step = session.restore()
+    config, actor = session.config, session.actor
+    step, phases = session.restore(), session.phases
     if step == 0:
         session.evaluate(step)
     while step < config.run.steps and not session.stop_requested():
@@ -28,7 +28,9 @@ def train(session: TrainingSession) -> None:
         with phases("log_probs"):
             add_log_probs(session, drawn.kept)
         with phases("update"):
-            updates = [actor.update(lay_out(groups)) for groups in mini_batches(drawn, config.algorithm.updates_per_step)]
+            updates = [
+                actor.update(lay_out(groups)) for groups in mini_batches(drawn, config.algorithm.updates_per_step)
+            ]
         step += 1
         session.log_step(step, drawn, updates, {"permutation/alpha": alpha, **rollout_metrics(drawn)})
         session.evaluate_and_save_if_due(step)

@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from safetensors import SafetensorError
+
 from perl_megatron.checkpoint.hf_files import save_checkpoint
 from perl_megatron.checkpoint.manifest import latest_checkpoint, on_rank_zero
 from perl_megatron.collect import Drawn, GroupCollector
@@ -18,21 +20,19 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.evaluate import evaluate
+from perl_megatron.launch.failures import stop_status
 from perl_megatron.launch.torchrun import launcher_pid
 from perl_megatron.observability.journal import Journal
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.rollout.engine import RolloutEngine
-from perl_megatron.runtime.collective import any_rank
+from perl_megatron.runtime.collective import any_rank, gather_objects
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.step_metrics import logprob_gap
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import EncodedPrompt, Record
-
-EXIT_STOPPED = 75
-"""Exit status of a run that was asked to stop before its last step (EX_TEMPFAIL of sysexits.h: try again)."""
 
 
 class Session:
@@ -57,6 +57,8 @@ class Session:
         self.folder = RunFolder.of(loaded.config)
         self._loaded, self._resume, self._stop = loaded, resume, stop
         self._saved_step = -1
+        self._journal: Journal | None = None
+        self.phases = Phases(self._show_phase)
         self.exit_status = 0
 
     def restore(self) -> int:
@@ -75,7 +77,7 @@ class Session:
             self.sampler.load_state_dict(extra["sampler"])
             self._saved_step = step
         on_rank_zero(lambda: RunFolder.create(self._loaded, resume=self._resume))
-        self.journal = Journal(
+        self._journal = Journal(
             self.folder,
             total_steps=self.total_steps,
             first_step=step,
@@ -84,8 +86,13 @@ class Session:
             seconds_before=seconds,
             root_pid=launcher_pid() or os.getpid(),
         )
-        self.phases = Phases(self.journal.phase)
         return step
+
+    @property
+    def journal(self) -> Journal:
+        """The run's journal, open after ``restore``."""
+        assert self._journal is not None, "restore() opens the journal"
+        return self._journal
 
     def stop_requested(self) -> bool:
         """Whether Ctrl-C or SIGTERM reached any rank; the same answer on all."""
@@ -111,17 +118,41 @@ class Session:
         self.save(step)
         if step < self.total_steps:
             self.journal.note(f"stopped after step {step} of {self.total_steps}; continue with --resume")
-            self.exit_status = EXIT_STOPPED
+            self.exit_status = stop_status()
         else:
             with self.phases("export"):
-                save_checkpoint(self.folder.export, self.actor.weights(), self.config.model.path)
+                self._export()
             self._conclude()
-        self.journal.close()
+
+    def close(self) -> None:
+        """Release everything, whether the run ended well or not."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def _export(self) -> None:
+        """Write the policy as a Hugging Face folder."""
+        weights = self.actor.weights()
+        failure: str | None = None
+        if self.topology.rank == 0:
+            try:
+                save_checkpoint(self.folder.export, weights, self.config.model.path)
+            except (OSError, SafetensorError) as error:
+                failure = str(error)
+        for _ in weights:  # collective: every rank goes to the end of the stream, also when writing failed
+            pass
+        for text in gather_objects(failure):
+            if text is not None:
+                fix = "free some space and resume: the last checkpoint is complete"
+                raise UserError(f"the policy could not be exported: {text}", where=str(self.folder.export), fix=fix)
 
     def layout(self) -> str:
         """The layout in words."""
         topology = self.topology
         return f"tensor {topology.tensor_size} × pipeline {topology.pipeline_size} × data {topology.data_size}"
+
+    def _show_phase(self, name: str) -> None:
+        if self._journal is not None:
+            self._journal.phase(name)
 
     def _conclude(self) -> None:
         """What a finished run leaves besides its policy."""
@@ -175,9 +206,7 @@ class TrainingSession(Session):
             "sync/tensors": float(report.num_tensors),
         }
 
-    def log_step(
-        self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]
-    ) -> None:
+    def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
         """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""
         self.journal.rollouts(step, drawn.kept, drawn.dropped)
         times = self.phases.take()
@@ -209,6 +238,7 @@ class TrainingSession(Session):
             self.sync_weights(step)
             evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
         self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
+        self.phases.take()  # its time belongs to no step
         self._evaluated_step = step
 
     def finish(self, step: int) -> None:
@@ -216,6 +246,10 @@ class TrainingSession(Session):
         if step == self.total_steps:
             self.evaluate(step)
         super().finish(step)
+
+    def close(self) -> None:
+        """As every session; ends the engine too."""
+        super().close()
         self.engine.close()
 
     def _conclude(self) -> None:

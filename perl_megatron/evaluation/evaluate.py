@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from perl_megatron.config.schema import Config
 from perl_megatron.data.planner import evaluation_views
 from perl_megatron.data.processor import PromptEncoder
@@ -25,6 +27,23 @@ class Evaluation:
     bias: OrderBias
     outputs: list[dict[str, Any]]
     """One row for each view: record, order, expected answer, response, whether it was right."""
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged (names: ``observability/metrics.py``)."""
+        rates = {"": self.bias.overall, **{f"/{kind}": kind_rates for kind, kind_rates in self.bias.by_kind.items()}}
+        metrics = {f"evaluation/accuracy{suffix}": value.accuracy for suffix, value in rates.items()}
+        metrics |= {f"evaluation/flip_rate{suffix}": value.flip_rate for suffix, value in rates.items()}
+        metrics["evaluation/num_questions"] = float(self.bias.overall.num_records)
+        metrics["evaluation/num_views"] = float(self.bias.overall.num_views)
+        return metrics
+
+    def table(self, *, title: str) -> Table:
+        """Accuracy and flip rate by question kind, for a terminal."""
+        table = Table("questions", "accuracy", "flip rate", "asked", "views", title=title)
+        for name, rates in (*self.bias.by_kind.items(), ("all", self.bias.overall)):
+            counts = (str(rates.num_records), str(rates.num_views))
+            table.add_row(name, f"{rates.accuracy:.1%}", f"{rates.flip_rate:.1%}", *counts)
+        return table
 
     def write(self, path: Path) -> None:
         """Write all raw outputs as JSON lines."""

@@ -14,6 +14,9 @@ from perl_megatron.errors import UserError
 DIRECTORY_VARIABLE = "PERL_MEGATRON_FAILURES"
 EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
+EXIT_STOPPED = 75
+"""A run that was asked to stop before its last step (EX_TEMPFAIL of sysexits.h: start it again with --resume)."""
+STOPPED_FILE = "stopped"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,23 @@ def record_failure(error: BaseException) -> bool:
     temporary.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     os.replace(temporary, path)
     return True
+
+
+def stop_status() -> int:
+    """The exit status of a rank whose run was stopped by request; the launcher, if there is one, is told.
+
+    torchrun takes any status but 0 for a failure, so a launched rank ends with 0 and the launcher with EXIT_STOPPED.
+    """
+    directory = os.environ.get(DIRECTORY_VARIABLE)
+    if directory is None:
+        return EXIT_STOPPED
+    (Path(directory) / STOPPED_FILE).touch()
+    return 0
+
+
+def was_stopped(directory: Path) -> bool:
+    """Whether a rank said that the run was stopped by request."""
+    return (directory / STOPPED_FILE).exists()
 
 
 def first_failure(directory: Path) -> Failure | None:

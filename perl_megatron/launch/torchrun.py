@@ -13,7 +13,14 @@ from pathlib import Path
 
 from perl_megatron.config.derive import launched_processes
 from perl_megatron.config.schema import Config
-from perl_megatron.launch.failures import DIRECTORY_VARIABLE, EXIT_FAILURE, EXIT_USER_ERROR, first_failure
+from perl_megatron.launch.failures import (
+    DIRECTORY_VARIABLE,
+    EXIT_FAILURE,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    first_failure,
+    was_stopped,
+)
 from perl_megatron.launch.ports import HOST, free_port, require_free_port
 from perl_megatron.launch.supervise import Supervisor, die_with_parent
 
@@ -50,7 +57,7 @@ def launch(
     Rank 0's output is on the console; every rank's is kept. Logs are in a temporary folder until the folder that holds
     `log_dir` exists (a refused run leaves no folder), then in `log_dir/TIME`. The first SIGINT or SIGTERM
     is passed to the ranks, once, which end after their step; the second ends everything at once. Ends with the first
-    failing rank's traceback. Exit code: 0; 2 for a user's mistake; 130 when ended at once; 1 for the rest.
+    failing rank's traceback. Exit code: 0; 75 for a run that was stopped by request; 2 for a user's mistake; 130 when ended at once; 1 for the rest.
 
     Raises UserError where `master_port` cannot be used.
     """
@@ -108,7 +115,7 @@ def conclude(code: int, logs: Path, *, ended_at_once: bool) -> int:
         print(f"ended at once; logs: {logs}", file=sys.stderr)
         return 130
     if code == 0:
-        return 0
+        return EXIT_STOPPED if was_stopped(logs / "failures") else 0
     failure = first_failure(logs / "failures")
     if failure is not None and failure.user_error:
         print(f"error: {failure.text}", file=sys.stderr)

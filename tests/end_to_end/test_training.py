@@ -1,0 +1,141 @@
+"""Whole runs of `perl-megatron train` on CPU, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ENVIRONMENT, REPOSITORY, SmallJob
+
+SMALL = (
+    "run.steps=4",
+    "run.save_every=2",
+    "rollout.questions_per_step=4",
+    "rollout.num_rollouts=4",
+    "filter.max_refills=8",
+    "evaluation.max_records=6",
+    "evaluation.num_orders=2",
+)
+ONE_PROCESS = (*SMALL, "parallel.tensor=1", "rollout.engine=embedded")
+TIMES = ("time", "seconds/", "memory/", "throughput/", "sync/seconds")
+
+
+def steps(run: Path) -> list[dict]:
+    """The logged training steps, without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def reference(job: SmallJob) -> Path:
+    """An uninterrupted run in one process."""
+    result = job.run("train", "train.yaml", "run.name=reference", *ONE_PROCESS)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return job.work / "runs" / "reference"
+
+
+def test_tensor_parallel_with_vllm(job: SmallJob) -> None:
+    """The demo's own layout and engine: rollouts agree with the trainer, and the run leaves what README promises."""
+    result = job.run("train", "train.yaml", "run.name=vllm", *SMALL, "rollout.engine=vllm")
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = job.work / "runs" / "vllm"
+    logged = steps(run)
+    assert [row["step"] for row in logged] == [1, 2, 3, 4]
+    assert all(0 < row["logprob_gap/mean"] <= 1e-4 for row in logged)
+    assert logged[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert logged[0]["gradient_norm"] > 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["engine"] == "vllm"
+    assert summary["layout"] == "tensor 2 × pipeline 1 × data 1"
+    assert summary["groups_kept"] > 0
+    assert summary["accuracy_before"] is not None
+    assert summary["logprob_gap_mean"] <= 1e-4
+    for name in ("report.html", "curves.png", "config.yaml", "export/config.json", "rollouts/step-000004.jsonl"):
+        assert (run / name).is_file(), name
+    for name in ("tensorboard", "checkpoints", "logs"):
+        assert list((run / name).iterdir()), name
+    assert "held-out accuracy" in result.stdout
+
+
+def test_interrupted_and_resumed_is_bit_for_bit(job: SmallJob, reference: Path) -> None:
+    """SIGTERM ends after the current step with a checkpoint; --resume then gives the uninterrupted run's numbers."""
+    run = job.work / "runs" / "resumed"
+    process = subprocess.Popen(
+        job.command("train", "train.yaml", "run.name=resumed", *ONE_PROCESS),
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(steps(run)) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert len(steps(run)) < 4
+    resumed = job.run("train", "train.yaml", "run.name=resumed", *ONE_PROCESS, resume=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert steps(run) == steps(reference)
+    for path in sorted((reference / "export").glob("*.safetensors")):
+        assert (run / "export" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_layouts_give_the_same_first_loss(job: SmallJob, reference: Path) -> None:
+    """Pipeline 2 and tensor 2 against one process, on the same rollouts."""
+    expected = steps(reference)[0]
+    for name, layout in (
+        ("pipeline", ("parallel.tensor=1", "parallel.pipeline=2")),
+        ("tensor", ("parallel.tensor=2",)),
+    ):
+        arguments = (f"run.name={name}", *SMALL, "run.steps=1", "optimizer.schedule=constant", *layout)
+        result = job.run("train", "train.yaml", *arguments, "rollout.engine=embedded", "data.evaluation=null")
+        assert result.returncode == 0, result.stdout + result.stderr
+        first = steps(job.work / "runs" / name)[0]
+        assert first["num_tokens"] == expected["num_tokens"]
+        assert first["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert first["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+
+
+def test_ctrl_c_on_two_processes_leaves_none_behind(job: SmallJob) -> None:
+    run = job.work / "runs" / "interrupted"
+    process = subprocess.Popen(
+        job.command("train", "train.yaml", "run.name=interrupted", *SMALL, "run.steps=50", "rollout.engine=embedded"),
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(steps(run)) >= 1, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert list((run / "checkpoints").glob("step-*"))
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+def test_evaluation_of_the_export(job: SmallJob, reference: Path) -> None:
+    """`eval` on the exported policy repeats the run's own last evaluation."""
+    result = job.run("eval", "train.yaml", "run.name=again", *ONE_PROCESS, f"model.path={reference / 'export'}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    again = (job.work / "runs" / "again.evaluation.jsonl").read_text()
+    assert again == (reference / "evaluations" / "step-000004.jsonl").read_text()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.1)
