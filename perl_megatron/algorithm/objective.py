@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ±20 before they are exponentiated, as the released code does: a ratio stays finite, and a
-token beyond the clamp has no gradient (exp would overflow float32 at 88, and 0 · inf poisons the whole gradient)."""
+"""Log-ratios are clamped to ±20 before they are exponentiated, as veRL does: a ratio stays finite, and a token beyond
+the clamp has no gradient (exp overflows float32 at 88, and 0 · inf poisons the whole gradient)."""
 
 
 @dataclass(frozen=True)
