@@ -166,7 +166,8 @@ def _copy_companions(source: Path, folder: Path, dtypes: set[torch.dtype]) -> No
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
     """The config says in which dtype loaders build the model; it may differ from the source's."""
-    for section in (config, config.get("text_config"), config.get("vision_config")):
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    for section in (config.get("text_config"), config.get("vision_config")):
         for key in ("dtype", "torch_dtype"):
             if isinstance(section, dict) and key in section:
                 section[key] = dtype

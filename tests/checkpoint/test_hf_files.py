@@ -1,0 +1,111 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_policy import hf_model
+
+from perl_megatron.checkpoint.hf_files import open_checkpoint, save_checkpoint
+from perl_megatron.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    hf_model(tied=False).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 10**5], ids=["one file", "shards"])
+def test_saved_folder_loads_in_transformers_and_here(source, tmp_path, max_shard_bytes):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    weights = open_checkpoint(source)
+    target = tmp_path / "saved"
+    save_checkpoint(target, weights.items(), source, max_shard_bytes=max_shard_bytes)
+    shards = sorted(target.glob("*.safetensors"))
+    assert (len(shards) == 1) == (max_shard_bytes == 10**9)
+    largest = max(tensor.nbytes for tensor in weights.values())
+    assert all(shard.stat().st_size <= max(max_shard_bytes, largest) + 20_000 for shard in shards)
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(target, output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    assert (target / "tokenizer.json").exists()
+    assert (target / "chat_template.jinja").exists()
+    again = open_checkpoint(target)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_config_says_the_dtype_that_was_written(source, tmp_path):
+    weights = open_checkpoint(source)
+    save_checkpoint(tmp_path / "half", ((name, weights[name].bfloat16()) for name in weights), source)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_a_failing_stream_leaves_no_target(source, tmp_path):
+    def broken():
+        yield "model.norm.weight", torch.zeros(96)
+        raise RuntimeError("rank lost")
+
+    with pytest.raises(RuntimeError):
+        save_checkpoint(tmp_path / "saved", broken(), source)
+    assert not (tmp_path / "saved").exists()
+    save_checkpoint(tmp_path / "saved", open_checkpoint(source).items(), source)  # what was left is no hindrance
+    assert len(open_checkpoint(tmp_path / "saved")) == len(open_checkpoint(source))
+
+
+def test_existing_target_is_refused_and_untouched(source, tmp_path):
+    with pytest.raises(UserError, match="exists"):
+        save_checkpoint(tmp_path, open_checkpoint(source).items(), source)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_that_do_not_write_draw_the_stream_to_its_end(source, tmp_path):
+    drawn = []
+    stream = ((drawn.append(name), (name, tensor))[1] for name, tensor in open_checkpoint(source).items())
+    save_checkpoint(tmp_path / "saved", stream, source, write=False)
+    assert len(drawn) == len(open_checkpoint(source))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_in_memory_and_published_names_are_one(tmp_path):
+    tensors = {"model.language_model.norm.weight": torch.arange(3.0), "model.visual.merger.ln_q.weight": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint) == {"model.norm.weight", "visual.merger.ln_q.weight"}
+    assert torch.equal(checkpoint["model.norm.weight"], torch.arange(3.0))
+
+
+def test_missing_tensor_is_named(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no tensor b"):
+        open_checkpoint(tmp_path)["b"]
+
+
+def test_missing_and_truncated_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        open_checkpoint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1000)}, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"(?s)cut short.*model\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_index_that_promises_too_much_is_named(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}))
+    with pytest.raises(UserError, match=r"\['b'\]"):
+        open_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    with pytest.raises(UserError, match=r"two\.safetensors"):
+        open_checkpoint(tmp_path)
+    index.write_text("{")
+    with pytest.raises(UserError, match="cannot read the index"):
+        open_checkpoint(tmp_path)

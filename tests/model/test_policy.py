@@ -1,0 +1,123 @@
+"""The policy in one process; tests/distributed/test_policy_parity.py compares it with transformers in every layout."""
+
+import pytest
+import torch
+from tiny_policy import IMAGE_TOKEN, hf_model, make_batch, policy_input
+
+from perl_megatron.checkpoint.hf_files import open_checkpoint
+from perl_megatron.checkpoint.stream import import_weights
+from perl_megatron.config.schema import ModelConfig, ParallelConfig
+from perl_megatron.model.architecture import read_architecture
+from perl_megatron.model.policy import build_policy
+from perl_megatron.runtime import topology
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    hf_model(tied=False).save_pretrained(folder)
+    layout = topology.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
+    architecture = read_architecture(folder)
+
+    def build(**model):
+        (policy,) = chunks = build_policy(architecture, ModelConfig(path=folder, **model), ParallelConfig(), layout)
+        import_weights(chunks, architecture, layout, open_checkpoint(folder))
+        return policy
+
+    yield build
+    topology.shutdown()
+
+
+@pytest.fixture(scope="module")
+def policy(build):
+    return build(dtype="float32")
+
+
+def logits(policy, inputs, *, select=True):
+    mask = inputs.output_mask if select else None
+    return policy(inputs.token_ids, inputs.position_ids, inputs.vision, mask)
+
+
+def test_selected_rows_are_those_of_all_positions(policy):
+    inputs = policy_input(make_batch(), [0, 2, 4])
+    everything = logits(policy, inputs, select=False)
+    assert everything.shape[0] == inputs.token_ids.numel()
+    chosen = everything[inputs.output_mask.flatten()]
+    torch.testing.assert_close(logits(policy, inputs), chosen, rtol=0, atol=1e-5)
+
+
+def test_right_padding_and_company_do_not_change_a_sequence(policy):
+    batch = make_batch()
+    alone = logits(policy, policy_input(batch, [2]))
+    together = logits(policy, policy_input(batch, [2, 0, 5], length=130))
+    torch.testing.assert_close(together[: len(alone)], alone, rtol=0, atol=2e-5)
+
+
+def test_an_image_token_outside_the_mask_is_text(policy):
+    inputs = policy_input(make_batch(), [4])  # no images
+    inputs.token_ids[0, 2] = IMAGE_TOKEN
+    before = logits(policy, inputs)
+    assert before.isfinite().all()
+    with_image = policy_input(make_batch(), [5, 4])
+    with_image.token_ids[1, 2] = IMAGE_TOKEN
+    torch.testing.assert_close(logits(policy, with_image)[-len(before) :], before, rtol=0, atol=2e-5)
+
+
+def test_changing_an_image_changes_the_answer(policy):
+    inputs = policy_input(make_batch(), [3])
+    before = logits(policy, inputs)
+    inputs.vision.patches[:4] += 1.0
+    assert (logits(policy, inputs) - before).abs().max() > 1e-2
+
+
+def test_gradients_of_an_image_used_twice_are_summed(policy):
+    batch = make_batch()
+    weight = policy.vision_model.patch_embed.weight
+
+    def gradient(members):
+        policy.zero_grad()
+        logits(policy, policy_input(batch, members)).square().sum().backward()
+        return weight.grad.clone()
+
+    torch.testing.assert_close(gradient([0, 1]), gradient([0]) + gradient([1]), rtol=1e-4, atol=1e-3)
+
+
+def test_no_selected_position_gives_no_logits_and_zero_gradients(policy):
+    inputs = policy_input(make_batch(), [5])
+    inputs.output_mask[:] = False
+    policy.zero_grad()
+    output = logits(policy, inputs)
+    assert output.shape[0] == 0
+    output.sum().backward()
+    assert policy.language_model.output_layer.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(build, policy, recompute):
+    inputs = policy_input(make_batch(), [0, 3])
+    gradients = []
+    for model in (policy, build(dtype="float32", recompute=recompute)):
+        model.train()
+        model.zero_grad()
+        logits(model, inputs).square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_bfloat16_is_near_float32(build, policy):
+    """Eight bits of mantissa through 7 blocks: the yardstick is the model's own error when only its weights round."""
+    inputs = policy_input(make_batch(), [0, 2])
+    low = build(dtype="bfloat16")
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        exact = logits(policy, inputs).log_softmax(-1)
+        rounded_model = build(dtype="float32")
+        for parameter in rounded_model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        from_weights = (logits(rounded_model, inputs).log_softmax(-1) - exact).abs().mean()
+        output = logits(low, inputs)
+    assert output.dtype == torch.bfloat16
+    error = (output.float().log_softmax(-1) - exact).abs().mean()
+    assert error <= 6 * from_weights
+    assert error <= 0.1

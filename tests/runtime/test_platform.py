@@ -1,0 +1,76 @@
+"""The six shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
+
+import inspect
+
+import pytest
+import torch
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.models.common.embeddings import rotary_pos_embedding
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+from megatron.core.pipeline_parallel import p2p_communication, schedules
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import random as megatron_random
+
+from perl_megatron.runtime import platform
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are for machines without CUDA")
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (rotary_pos_embedding, "device=torch.cuda.current_device()"),
+        (mappings, "device=torch.cuda.current_device()"),
+        (p2p_communication, "device=torch.cuda.current_device()"),
+        (param_and_grad_buffer, "device=torch.cuda.current_device()"),
+        (p2p_communication, "torch.cuda.synchronize()"),
+        (megatron_random, "torch.cuda.get_rng_state()"),
+        (megatron_random, "torch.cuda.manual_seed("),
+        (schedules, 'device="cuda"'),
+        (clip_grads, "device='cuda'"),
+        (optimizer, "'torch.cuda.FloatTensor'"),
+        (distrib_optimizer, "'torch.cuda.FloatTensor'"),
+        (distrib_optimizer, 's["step"] = step\n'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition(".")[2],
+)
+def test_megatron_core_still_needs_the_shim(module, text):
+    with open(inspect.getsourcefile(module)) as source:
+        assert text in source.read(), f"{module.__name__} has changed: see perl_megatron/runtime/megatron_cpu.py"
+
+
+def test_device_and_backend():
+    platform.install()
+    platform.install()  # idempotent
+    assert platform.device() == torch.device("cpu")
+    assert platform.backend() == "gloo"
+    assert torch.zeros(2, device=torch.cuda.current_device()).device.type == "cpu"
+    torch.cuda.synchronize()
+
+
+def test_forked_random_streams_are_reproducible_and_leave_the_default_alone():
+    platform.install()
+    tracker = megatron_random.CudaRNGStatesTracker()
+    tracker.add("stream", 7)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with tracker.fork("stream"):
+        first = torch.rand(2)
+    assert torch.equal(torch.rand(3), expected)
+    with tracker.fork("stream"):
+        second = torch.rand(2)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(4), torch.cat([first, second]))
+
+
+def test_only_megatrons_calls_are_changed():
+    platform.install()
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    from_megatron = {"torch": torch, "__name__": "megatron.core.example"}
+    exec("zeros = torch.zeros(1, device='cuda'); kind = zeros.type(); same = zeros.cuda()", from_megatron)
+    assert from_megatron["zeros"].device.type == "cpu"
+    assert from_megatron["kind"] == "torch.cuda.FloatTensor"
+    assert from_megatron["same"] is from_megatron["zeros"]
