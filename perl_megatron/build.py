@@ -17,6 +17,7 @@ from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.records import Dataset, DroppedRecord, read_records
 from perl_megatron.errors import UserError
+from perl_megatron.reward.grade import check_expected
 from perl_megatron.rollout.engine import RolloutEngine
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
@@ -130,24 +131,33 @@ def read_questions(config: Config, path: Path | None, key: str, encoder: PromptE
     """
     if path is None:
         raise UserError(f"{key} has to be set", where=key, fix=f"{key}=FILE.jsonl")
-    dataset = drop_over_long(read_records(path, max_corrupt_fraction=config.data.max_corrupt_fraction), config, encoder)
+    dataset = read_records(path, max_corrupt_fraction=config.data.max_corrupt_fraction)
+    dataset = drop_unusable(dataset, config.data.max_prompt_tokens, encoder)
     for dropped in dataset.dropped:
-        logger.warning("dropped %s (%s): %s", dropped.where, dropped.id, dropped.reason)
+        logger.warning("dropped %s", dropped)
     logger.info("%s: %d records, %d dropped", path, len(dataset.records), len(dataset.dropped))
     if not dataset.records:
         raise UserError(f"no record is left of {path}", where=key, fix="see the reasons above")
     return dataset.records
 
 
-def drop_over_long(dataset: Dataset, config: Config, encoder: PromptEncoder) -> Dataset:
-    """Without the records whose prompt in the original order exceeds `data.max_prompt_tokens`."""
-    limit = config.data.max_prompt_tokens
+def drop_unusable(dataset: Dataset, max_prompt_tokens: int, encoder: PromptEncoder) -> Dataset:
+    """Without the records that could not be asked or graded.
+
+    These are the ones with an answer that cannot be read as its answer type, and those whose prompt in the original
+    order has more than ``max_prompt_tokens`` tokens or holds a special token.
+    """
     kept, dropped = [], list(dataset.dropped)
     for record in dataset.records:
-        num_tokens = len(encoder.encode(apply_order(record, range(len(record.images)), 0)).token_ids)
-        if num_tokens <= limit:
+        try:
+            check_expected(record.answer, record.answer_type, where=record.source)
+            num_tokens = len(encoder.encode(apply_order(record, range(len(record.images)), 0)).token_ids)
+        except UserError as error:
+            dropped.append(DroppedRecord(record.source, record.id, error.what))
+            continue
+        if num_tokens <= max_prompt_tokens:
             kept.append(record)
         else:
-            reason = f"its prompt has {num_tokens} tokens, more than data.max_prompt_tokens = {limit}"
-            dropped.append(DroppedRecord(where=record.source, id=record.id, reason=reason))
+            reason = f"its prompt has {num_tokens} tokens, more than data.max_prompt_tokens = {max_prompt_tokens}"
+            dropped.append(DroppedRecord(record.source, record.id, reason))
     return replace(dataset, records=tuple(kept), dropped=tuple(dropped))

@@ -76,7 +76,7 @@ class Session:
             step, seconds = extra["step"], extra["seconds"]
             self.sampler.load_state_dict(extra["sampler"])
             self._saved_step = step
-        on_rank_zero(lambda: RunFolder.create(self._loaded, resume=self._resume))
+        on_rank_zero(self._create_folder)
         self._journal = Journal(
             self.folder,
             total_steps=self.total_steps,
@@ -149,6 +149,9 @@ class Session:
         """The layout in words."""
         topology = self.topology
         return f"tensor {topology.tensor_size} × pipeline {topology.pipeline_size} × data {topology.data_size}"
+
+    def _create_folder(self) -> None:
+        RunFolder.create(self._loaded, resume=self._resume)
 
     def _show_phase(self, name: str) -> None:
         if self._journal is not None:

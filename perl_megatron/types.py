@@ -52,6 +52,7 @@ class PermutationContract:
 
     @property
     def permutable(self) -> bool:
+        """Whether at least two images can trade places."""
         return len(self.movable) >= 2
 
 
@@ -65,7 +66,7 @@ class Record:
     """The question, with one ``<image>`` placeholder for each image, in slot order."""
     answer: str
     answer_type: str = "text"
-    """How the answer is graded: 'choice', 'number', 'ordering', 'math' or 'text'."""
+    """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math' or 'text'."""
     contract: PermutationContract = PermutationContract()
     demonstration: str | None = None
     """A response to imitate in supervised training; None where the record has none."""
@@ -91,6 +92,7 @@ class View:
 
     @property
     def permuted(self) -> bool:
+        """Whether the images stand in another order than the record's."""
         return self.order != tuple(range(len(self.order)))
 
 
@@ -112,7 +114,7 @@ class EncodedPrompt:
 
 @dataclass
 class Rollout:
-    """One sampled response to a view. R response tokens. Fields are filled in one after the other, never overwritten."""
+    """One sampled response to a view. R response tokens. Fields are filled in one after another, never overwritten."""
 
     view_index: int
     token_ids: np.ndarray
