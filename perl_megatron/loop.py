@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from perl_megatron.collect import Drawn, assign_advantages
 from perl_megatron.data.planner import swap_probability
@@ -67,7 +68,7 @@ def mini_batches(drawn: Drawn, count: int) -> list[list[Group]]:
     """The kept groups in ``count`` parts of almost equal size, in order; empty parts are left out."""
     kept = drawn.kept
     bounds = [len(kept) * part // count for part in range(count + 1)]
-    return [kept[start:end] for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+    return [kept[start:end] for start, end in pairwise(bounds) if end > start]
 
 
 def supervise(session: SupervisedSession) -> None:

@@ -57,7 +57,8 @@ def launch(
     Rank 0's output is on the console; every rank's is kept. Logs are in a temporary folder until the folder that holds
     `log_dir` exists (a refused run leaves no folder), then in `log_dir/TIME`. The first SIGINT or SIGTERM
     is passed to the ranks, once, which end after their step; the second ends everything at once. Ends with the first
-    failing rank's traceback. Exit code: 0; 75 for a run that was stopped by request; 2 for a user's mistake; 130 when ended at once; 1 for the rest.
+    failing rank's traceback. Exit code: 0; 75 for a run that was stopped by request; 2 for a user's mistake; 130 when
+    ended at once; 1 for the rest.
 
     Raises UserError where `master_port` cannot be used.
     """
