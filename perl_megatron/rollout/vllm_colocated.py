@@ -24,7 +24,7 @@ from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
 from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, INSTALL_VLLM, Sampling, SyncReport, vllm_obstacle
 from perl_megatron.rollout.ledger import WeightLedger, digest_weights
-from perl_megatron.runtime import collective, environment, platform
+from perl_megatron.runtime import collective, environment, platform, rng
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
@@ -163,7 +163,8 @@ class VllmColocatedEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
             max_tokens=sampling.max_tokens,
-            seed=seed % 2**62,  # vLLM adds the rollout's number, and the sum must fit 63 bits
+            # vLLM adds the rollout's number: neighbouring seeds would share streams, and the sum must fit 63 bits.
+            seed=rng.derive_seed(seed, "rollouts") >> 1,
             logprobs=0,  # that of the sampled token, nothing else
             logit_bias=dict.fromkeys(self._encoder.banned_token_ids, BANNED_LOGIT_BIAS),
             stop_token_ids=list(self._encoder.end_token_ids),
