@@ -119,8 +119,9 @@ class Policy(MegatronModule):
         if vision is not None:
             assert self.vision_model is not None
             features = self.vision_model(vision.patches, vision.grids)[vision.feature_index].to(embedded.dtype)
-            positions = vision.image_mask.unsqueeze(-1)
-            embedded = embedded.transpose(0, 1).masked_scatter(positions, features).transpose(0, 1).contiguous()
+            row, column = vision.image_mask.nonzero(as_tuple=True)
+            places = column * embedded.shape[1] + row
+            embedded = embedded.flatten(0, 1).index_copy(0, places, features).view_as(embedded)
         if self.config.sequence_parallel:
             embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded)
         return embedded

@@ -1,11 +1,13 @@
 """Six shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
 
 Each names the files of megatron-core that need it; ``tests/runtime/test_platform.py`` fails for a shim that
-megatron-core no longer needs. Shims S4 and S5 change only calls made by ``megatron.*`` modules.
+megatron-core no longer needs. S4 and S5 change only calls made by ``megatron.*`` modules.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import sys
 import warnings
@@ -13,11 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-_modes: list[TorchFunctionMode] = []
-"""The entered mode: it is active as long as the process."""
 
 
 def install() -> None:
@@ -28,10 +27,9 @@ def install() -> None:
 
     _current_device_and_synchronize()
     _random_state()
+    _tensor_creation()
+    _type_names()
     _distributed_optimizer()
-    mode = _MegatronOnCpu()
-    mode.__enter__()
-    _modes.append(mode)
 
 
 def _current_device_and_synchronize() -> None:
@@ -80,31 +78,82 @@ def _is_cuda(device: object) -> bool:
     )
 
 
-def _called_by_megatron() -> bool:
-    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.")
+_FACTORIES = ("empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like")
 
 
-class _MegatronOnCpu(TorchFunctionMode):
-    """S4: ``device="cuda"``, ``.cuda()`` and pinned memory mean the CPU. S5: ``Tensor.type()`` names a CUDA type."""
+class _TorchOnCpu:
+    """Stands for ``torch`` inside one module of megatron-core: tensors that ask for CUDA are made on the CPU."""
 
-    # S4: pipeline_parallel/schedules.py, optimizer/{optimizer,clip_grads}.py, utils.py, tensor_parallel/data.py,
-    #     models/common/embeddings/rope_utils.py, dist_checkpointing/exchange_utils.py
-    # S5: optimizer/{optimizer,distrib_optimizer,clip_grads}.py compare with the string 'torch.cuda.FloatTensor'
+    def __init__(self) -> None:
+        for name in _FACTORIES:
+            setattr(self, name, _made_on_cpu(getattr(torch, name)))
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if kwargs:
-            if (_is_cuda(kwargs.get("device")) or kwargs.get("pin_memory")) and _called_by_megatron():
-                kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
-                if _is_cuda(kwargs.get("device")):
-                    kwargs["device"] = _CPU
-            return func(*args, **kwargs)
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory) and _called_by_megatron():
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and _called_by_megatron():
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _made_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _tensor_creation() -> None:
+    """S4: in the modules that write ``device="cuda"``, that means the CPU; so does ``.cuda()``, called by megatron."""
+    # Replacing torch within these modules costs the rest of the process nothing; a TorchFunctionMode would find the
+    # call sites by itself, but makes every torch call slower (half as long again for a step of a tiny model).
+    for name in MODULES_THAT_NAME_CUDA:
+        importlib.import_module(f"megatron.core.{name}").torch = _TorchOnCpu()  # type: ignore[attr-defined]
+    # .cuda(): models/common/language_module/language_module.py (tied embeddings over stages), utils.py,
+    #     optimizer/{optimizer,distrib_optimizer}.py, dist_checkpointing/exchange_utils.py
+    # .pin_memory(): distributed/param_and_grad_buffer.py
+    torch.Tensor.cuda = _for_megatron(torch.Tensor.cuda, lambda tensor, *_, **__: tensor)  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = _for_megatron(  # type: ignore[method-assign]
+        torch.Tensor.pin_memory, lambda tensor, *_, **__: tensor
+    )
+
+
+MODULES_THAT_NAME_CUDA = (
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "distributed.param_and_grad_buffer",
+    "models.common.embeddings.rope_utils",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "tensor_parallel.data",
+    "transformer.utils",
+    "utils",
+)
+
+
+def _type_names() -> None:
+    """S5: ``Tensor.type()`` names a CUDA type when megatron asks."""
+    # optimizer/{optimizer,distrib_optimizer,clip_grads}.py compare it with the string 'torch.cuda.FloatTensor'
+    original = torch.Tensor.type
+
+    def cuda_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(tensor, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = _for_megatron(original, cuda_name)  # type: ignore[method-assign, assignment]
+
+
+def _for_megatron(original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
+    """A method that is ``replacement`` when a module of megatron calls it, and ``original`` for everybody else."""
+
+    @functools.wraps(original)
+    def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return (replacement if caller.startswith("megatron.") else original)(self, *args, **kwargs)
+
+    return method
 
 
 def _distributed_optimizer() -> None:
