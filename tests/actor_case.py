@@ -28,13 +28,13 @@ GRADIENT_STEP = {"learning_rate": 1e13, "epsilon": 1e9, "weight_decay": 0.0, "cl
 GRADIENT_SCALE = -1e4
 
 
-def make_case(folder: Path) -> None:
+def make_case(folder: Path, *, layers: int = 2, tie: bool = False) -> None:
     """A policy and images under ``folder``."""
     tool = _tiny_policy_tool()
-    tool.make_tiny_policy(folder / "policy", tool.TinyShape(layers=2, vision_depth=2), seed=3)
+    tool.make_tiny_policy(folder / "policy", tool.TinyShape(layers=layers, vision_depth=2, tie=tie), seed=3)
     _widen(folder / "policy" / "model.safetensors")
     random = np.random.default_rng(5)
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir()
     for index, size in enumerate(IMAGE_SIZES):
         pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
@@ -68,7 +68,7 @@ def make_config(folder: Path, *, parallel: Mapping[str, Any] = {}, **sections: M
     optimizer = {"learning_rate": 1e-4, "epsilon": 1e-4, "micro_batch_sequences": 5, **sections.get("optimizer", {})}
     return Config.model_validate(
         {
-            "model": {"path": folder / "policy", "dtype": "float32"},
+            "model": {"path": folder / "policy", "dtype": "float32", **sections.get("model", {})},
             "rollout": {"temperature": TEMPERATURE},
             "algorithm": {"kl_coefficient": 0.05, **sections.get("algorithm", {})},
             "optimizer": optimizer,

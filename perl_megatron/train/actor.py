@@ -78,9 +78,8 @@ class Actor:
         results = self._schedule.run(sequences, self._keep_log_prob, forward_only=True)
         if contributes(self._topology):
             for batch, kept in results:
-                if batch.num_tokens:
-                    start = int(starts[batch.indices[0]])
-                    values[start : start + batch.num_tokens] = kept["log_prob"]
+                for index, log_prob in zip(batch.indices, kept["log_prob"].split(batch.lengths.tolist()), strict=True):
+                    values[starts[index] : starts[index + 1]] = log_prob
         dist.all_reduce(values)
         return np.split(values.cpu().numpy(), starts[1:-1])
 
@@ -120,12 +119,14 @@ class Actor:
             keep=self.config.run.keep_checkpoints,
         )
 
-    def restore(self, checkpoint: Path) -> dict[str, Any]:
+    def restore(self, checkpoint: Path, *, verify: bool = True) -> dict[str, Any]:
         """Take weights, optimizer and schedule from a checkpoint's folder (any layout); returns its ``extra``.
 
-        The reference policy stays that of `model.path`.
+        ``verify=False`` saves reading a checkpoint again that ``latest_checkpoint`` has just found good. The reference
+        policy stays that of `model.path`.
         """
-        extra = load_training_state(checkpoint, self.modules, self.optimizer.megatron, self.optimizer.scheduler)
+        optimizer, scheduler = self.optimizer.megatron, self.optimizer.scheduler
+        extra = load_training_state(checkpoint, self.modules, optimizer, scheduler, verify=verify)
         self.optimizer.adopt_configured_rates()
         return extra
 

@@ -4,8 +4,7 @@ Legend: B rows (sequences) of a micro-batch, S padded tokens of a row, T respons
 images, M image-pad tokens. Rows are in the order of ``indices``; flat per-token values run row by row, so they line up
 with the logits that the model gives for ``output_mask``.
 
-Sequences are cut into contiguous runs and never sorted: the rollouts of one group stay together, so that their images
-pass through the vision tower once for the whole micro-batch.
+The rollouts of one group stay together, so that their images pass through the vision tower once for the micro-batch.
 """
 
 from __future__ import annotations
@@ -68,15 +67,21 @@ class MicroBatch:
         return int(self.lengths.sum())
 
 
-def split_sequences(num_sequences: int, micro_batch_size: int, data_size: int) -> list[list[tuple[int, ...]]]:
+def split_sequences(
+    prompt_lengths: Sequence[int], micro_batch_size: int, data_size: int
+) -> list[list[tuple[int, ...]]]:
     """Which sequences are in which micro-batch: ``result[data_rank][micro_batch]`` holds their positions.
 
-    Contiguous and as even as possible; every data-parallel rank has the same number of micro-batches (some empty where
-    there are fewer sequences than that), as the collectives of a step need.
+    Shares are contiguous and as even as possible. Every data-parallel rank has the same number of micro-batches (some
+    empty where there are fewer sequences than that), as the collectives of a step need. Within a rank's share,
+    sequences are taken by the length of their prompt, which saves padding and leaves a group together: its views have
+    prompts of the same length.
     """
-    shares = np.array_split(np.arange(num_sequences), data_size)
+    shares = np.array_split(np.arange(len(prompt_lengths)), data_size)
     num_micro_batches = max(1, -(-len(shares[0]) // micro_batch_size))
-    return [[tuple(part.tolist()) for part in np.array_split(share, num_micro_batches)] for share in shares]
+    lengths = np.asarray(prompt_lengths, dtype=np.int64)
+    ordered = [share[np.argsort(lengths[share], kind="stable")] for share in shares]
+    return [[tuple(part.tolist()) for part in np.array_split(share, num_micro_batches)] for share in ordered]
 
 
 def collate(

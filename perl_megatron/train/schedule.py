@@ -56,7 +56,8 @@ class Schedule:
 
         Returns what ``loss`` kept of each micro-batch; empty on all but the last pipeline stage.
         """
-        parts = split_sequences(len(sequences), self._micro_batch_size, self._topology.data_size)
+        prompt_lengths = [len(sequence.prompt.token_ids) for sequence in sequences]
+        parts = split_sequences(prompt_lengths, self._micro_batch_size, self._topology.data_size)
         own = parts[self._topology.data_rank]
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(

@@ -1,6 +1,6 @@
 """Run by torchrun on two ranks: every layout through the actor; rank 0 writes what it found for the tests to judge.
 
-torchrun --nproc-per-node 2 actor_worker.py CASE_FOLDER OUT_FOLDER
+torchrun --nproc-per-node 2 actor_worker.py CASES_FOLDER OUT_FOLDER
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2}},
     "tensor_sequence": {"parallel": {"tensor": 2, "sequence": True}},
     "pipeline": {"parallel": {"pipeline": 2}},
+    "pipeline_tied": {"parallel": {"pipeline": 2}},
     "data": {"parallel": {"data": 2}},
     "data_replicated_optimizer": {"parallel": {"data": 2}, "optimizer": {"distributed": False}},
     "data_small_micro_batches": {"parallel": {"data": 2}, "optimizer": {"micro_batch_sequences": 2}},
 }
+TIED = ("pipeline_tied",)
+"""Layouts of the case whose output layer is the embedding, as in the published 3B model."""
 RESUMED = ("tensor", "data")
 RESHARDED = "pipeline"
 """The layout that also continues from the first layout's checkpoint."""
@@ -48,10 +51,11 @@ RESHARDED = "pipeline"
 # The process group stays: its store cannot be joined twice under one torchrun.
 
 
-def main(case: Path, out: Path) -> None:
+def main(cases: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    encoder = make_encoder(case)
     for name, sections in LAYOUTS.items():
+        case = folder_of(cases, name)
+        encoder = make_encoder(case)
         arrays, report = measure(case, encoder, sections)
         if name in RESUMED:
             report |= resume(case, encoder, sections, out / "checkpoints" / name)
@@ -63,6 +67,11 @@ def main(case: Path, out: Path) -> None:
             np.savez(out / f"{name}.npz", **arrays)
             (out / f"{name}.json").write_text(json.dumps(report))
         parallel_state.destroy_model_parallel()
+
+
+def folder_of(cases: Path, name: str) -> Path:
+    """The folder of a layout's case."""
+    return cases / ("tied" if name in TIED else "untied")
 
 
 def start(case: Path, encoder: Any, sections: dict[str, Any], **optimizer: Any) -> Actor:

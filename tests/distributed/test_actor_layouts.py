@@ -17,7 +17,7 @@ from actor_case import (
     with_log_probs,
     worst_relative_error,
 )
-from actor_worker import LAYOUTS, RESHARDED, RESUMED, train
+from actor_worker import LAYOUTS, RESHARDED, RESUMED, TIED, folder_of, train
 
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.runtime import topology
@@ -27,18 +27,19 @@ WORKER = Path(__file__).with_name("actor_worker.py")
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("case")
-    make_case(folder)
+def cases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cases")
+    make_case(folder / "untied")
+    make_case(folder / "tied", tie=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def results(case, tmp_path_factory):
+def results(cases, tmp_path_factory):
     """{layout: (arrays, report)} of the two ranks."""
     out = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run([*command, str(WORKER), str(case), str(out)], capture_output=True, text=True, timeout=500)
+    run = subprocess.run([*command, str(WORKER), str(cases), str(out)], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-5000:]
     return out, {
         name: (dict(np.load(out / f"{name}.npz")), json.loads((out / f"{name}.json").read_text())) for name in LAYOUTS
@@ -46,8 +47,12 @@ def results(case, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(case, results):
-    """float64 log-probabilities, loss and gradient for the update that the worker made."""
+def expected(cases, results):
+    """{case folder: float64 log-probabilities, loss and gradient of the update that the worker made}."""
+    return {folder_of(cases, name): reference_values(folder_of(cases, name)) for name in ("tensor", *TIED)}
+
+
+def reference_values(case):
     encoder = make_encoder(case)
     reference = Reference(case, encoder)
     sequences = make_sequences(case, encoder)
@@ -62,9 +67,9 @@ def of_weights(arrays, prefix):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_log_probabilities_loss_and_gradient(results, expected, name):
+def test_log_probabilities_loss_and_gradient(cases, results, expected, name):
     arrays, report = results[1][name]
-    log_probs, loss, gradients = expected
+    log_probs, loss, gradients = expected[folder_of(cases, name)]
     np.testing.assert_allclose(arrays["log_probs"], log_probs, rtol=0, atol=1e-5)
     assert np.array_equal(arrays["log_probs"], arrays["reference"])
     assert report["metrics"]["loss"] == pytest.approx(loss, rel=1e-4)
@@ -83,11 +88,12 @@ def test_continuing_from_a_checkpoint_is_bit_for_bit_the_uninterrupted_run(resul
     assert report["same_weights"]
 
 
-def test_a_checkpoint_is_continued_in_another_layout(results, case):
+def test_a_checkpoint_is_continued_in_another_layout(results, cases):
     out, found = results
     expected = found[RESUMED[0]][1]["metrics_of_rest"]
     for actual, metrics in zip(found[RESHARDED][1]["metrics_of_rest"], expected, strict=True):
         assert actual == pytest.approx(metrics, rel=1e-4)
+    case = folder_of(cases, RESUMED[0])
     one = topology.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
     try:
         encoder = make_encoder(case)

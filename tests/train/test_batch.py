@@ -41,11 +41,16 @@ def layout(sequences, *, multiple=1, images=True):
     ("num", "size", "ranks"), [(12, 4, 1), (12, 4, 2), (13, 4, 2), (1, 4, 2), (7, 1, 3), (0, 4, 2)]
 )
 def test_every_sequence_is_in_one_micro_batch_and_ranks_agree_on_their_number(num, size, ranks):
-    split = split_sequences(num, size, ranks)
+    lengths = np.random.default_rng(num).integers(1, 50, num)
+    split = split_sequences(lengths, size, ranks)
     assert len(split) == ranks
     assert len({len(parts) for parts in split}) == 1
-    assert [index for parts in split for part in parts for index in part] == list(range(num))
+    assert sorted(index for parts in split for part in parts for index in part) == list(range(num))
     assert all(len(part) <= size for parts in split for part in parts)
+
+
+def test_micro_batches_have_prompts_of_like_length_and_keep_equal_ones_in_order():
+    assert split_sequences([9, 9, 3, 3, 9, 9, 3, 3], 2, 2) == [[(2, 3), (0, 1)], [(6, 7), (4, 5)]]
 
 
 def test_rows_are_padded_to_the_longest_and_to_the_multiple():
