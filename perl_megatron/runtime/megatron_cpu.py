@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 def install() -> None:
     """Install all six. Call once, before any model is built."""
     # megatron-core says on import, four times, that the fused CUDA kernels are missing; here that is no news.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     import torch._dynamo  # noqa: F401 - asserts on import that names in torch.cuda are distinct objects, so it goes first
 
     _current_device_and_synchronize()
