@@ -102,6 +102,8 @@ def build_engine(
     config: Config, derived: Derived, encoder: PromptEncoder, topology: Topology, records: Sequence[Record]
 ) -> RolloutEngine:
     """The rollout engine of `rollout.engine`; third-party engines are imported only when they are chosen."""
+    if topology.rank == 0:
+        logger.info("rollouts by the %s engine%s", derived.engine, _why(config, derived))
     if derived.engine == "vllm":
         from perl_megatron.rollout.vllm_colocated import VllmColocatedEngine
 
@@ -121,6 +123,12 @@ def build_engine(
     return EmbeddedEngine(
         config.rollout, encoder=encoder, model_path=config.model.path, dtype=getattr(torch, config.model.dtype)
     )
+
+
+def _why(config: Config, derived: Derived) -> str:
+    if config.rollout.engine == "auto" and derived.engine == "embedded":
+        return " (vLLM is not installed; tools/install.sh says why)"
+    return f", {derived.engine_replicas} replica(s) over {derived.engine_tensor_size} process(es) each"
 
 
 def read_questions(config: Config, path: Path | None, key: str, encoder: PromptEncoder) -> tuple[Record, ...]:

@@ -131,15 +131,16 @@ class Session:
 
     def _export(self) -> None:
         """Write the policy as a Hugging Face folder."""
+        if any_rank(self.folder.export.exists()):  # a finished run that was resumed
+            return
         weights = self.actor.weights()
         failure: str | None = None
-        if self.topology.rank == 0:
-            try:
-                save_checkpoint(self.folder.export, weights, self.config.model.path)
-            except (OSError, SafetensorError) as error:
-                failure = str(error)
-        for _ in weights:  # collective: every rank goes to the end of the stream, also when writing failed
-            pass
+        try:
+            save_checkpoint(self.folder.export, weights, self.config.model.path, write=self.topology.rank == 0)
+        except (OSError, SafetensorError) as error:
+            failure = str(error)
+            for _ in weights:  # a collective stream: the other ranks wait for this one until its end
+                pass
         for text in gather_objects(failure):
             if text is not None:
                 fix = "free some space and resume: the last checkpoint is complete"

@@ -26,11 +26,13 @@ from perl_megatron.errors import UserError
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "train": {"num_records": 4000},
+    "perception": {"num_records": 4000, "demonstration_bias": 0.0},
     "warm_start": {"num_records": 4000, "demonstration_bias": 0.6},
     "heldout": {"num_records": 300},
 }
 FIXED = {
     "train": {"split": "train", "name": ""},
+    "perception": {"split": "train", "name": "right"},
     "warm_start": {"split": "train", "name": "warm"},
     "heldout": {"split": "heldout", "name": ""},
 }
@@ -42,7 +44,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, help="YAML file with the options of each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-train", type=int, help="records in train.jsonl")
-    parser.add_argument("--num-warm-start", type=int, help="records in warm_start.jsonl")
+    parser.add_argument(
+        "--num-warm-start",
+        type=int,
+        help="records in perception.jsonl (right demonstrations) and in warm_start.jsonl (biased ones)",
+    )
     parser.add_argument("--num-heldout", type=int, help="records in heldout.jsonl")
     parser.add_argument("--kinds", type=parse_kinds, help="for all files, such as 'lookup=2,find=1'")
     parser.add_argument("--min-images", type=int, help="for all files")
@@ -65,6 +71,7 @@ def make_options(arguments: argparse.Namespace) -> dict[str, DigitsOptions]:
     recipe = read_recipe(arguments.recipe) if arguments.recipe else {}
     flags: dict[str, dict[str, Any]] = {
         "train": {"num_records": arguments.num_train, "position_bias": arguments.position_bias},
+        "perception": {"num_records": arguments.num_warm_start},
         "warm_start": {"num_records": arguments.num_warm_start, "demonstration_bias": arguments.demonstration_bias},
         "heldout": {"num_records": arguments.num_heldout},
     }

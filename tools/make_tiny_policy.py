@@ -87,6 +87,8 @@ class TinyShape:
     tie: bool = False
     rope_theta: float = 10_000.0
     """Published models have 1e6; tiny prompts are learnt faster with less."""
+    init_std: float = 0.02
+    """Standard deviation of the random weights; a model this small learns faster with more than the usual 0.02."""
     max_pixels: int = 1280 * 28 * 28
     merges: int = 400
     """Upper bound on the tokenizer's learnt merges."""
@@ -148,6 +150,7 @@ def make_config(shape: TinyShape, tokenizer: Any) -> Any:
         "num_key_value_heads": shape.kv_heads,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
+        "initializer_range": shape.init_std,
         "tie_word_embeddings": shape.tie,
         "rope_parameters": {
             "rope_type": "default",
@@ -172,6 +175,7 @@ def make_config(shape: TinyShape, tokenizer: Any) -> Any:
         "fullatt_block_indexes": list(range(every - 1, shape.vision_depth, every)),
         "tokens_per_second": 2,
         "in_channels": 3,
+        "initializer_range": shape.init_std,
     }
     return transformers.Qwen2_5_VLConfig(
         text_config=text,
@@ -181,6 +185,7 @@ def make_config(shape: TinyShape, tokenizer: Any) -> Any:
         vision_start_token_id=token_id("<|vision_start|>"),
         vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=shape.tie,
+        initializer_range=shape.init_std,
         dtype="float32",
     )
 

@@ -15,10 +15,13 @@ if [ ! -e "$work/done" ]; then
     rm -rf "$work"
     python tools/make_digits.py "$work/data" --seed "$seed" --recipe examples/demo/digits.yaml
     echo "== 2/4 policy: a tiny Qwen2.5-VL with random weights -> $work/policy"
-    python tools/make_tiny_policy.py "$work/policy" --seed "$seed"
-    echo "== 3/4 warm start: imitation of biased demonstrations, 2 processes (data parallel)"
+    python tools/make_tiny_policy.py "$work/policy" --seed "$seed" --corpus "$work/data/heldout.jsonl" \
+        --layers 4 --intermediate 256 --vision-depth 2 --tie --rope-theta 1000000 --init-std 0.08
+    echo "== 3/4 warm start on 2 processes (data parallel): right demonstrations, then biased ones"
+    perl-megatron sft examples/demo/perception.yaml run.directory="$work" run.seed="$seed" \
+        model.path="$work/policy" data.train="$work/data/perception.jsonl"
     perl-megatron sft examples/demo/warm_start.yaml run.directory="$work" run.seed="$seed" \
-        model.path="$work/policy" data.train="$work/data/warm_start.jsonl"
+        model.path="$work/perception/export" data.train="$work/data/warm_start.jsonl"
     touch "$work/done"
 fi
 echo "== 4/4 permuted GRPO, 2 processes (tensor parallel), rollouts by vLLM where it is installed"

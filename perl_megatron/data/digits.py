@@ -38,7 +38,7 @@ class DigitsOptions:
     position_bias: float | None = None
     """Probability that the queried image stands in the first slot (of training questions); None: every slot alike."""
     demonstration_bias: float | None = None
-    """Share of lookup and find demonstrations that answer for the first image; None: records without demonstrations."""
+    """Share of lookup, find and maximum demonstrations that answer for the first image; None: no demonstrations."""
     seed: int = 0
     split: str = "train"
     """'train' or 'heldout': which scans, and whether biases apply."""
@@ -185,7 +185,9 @@ def _sum(random: np.random.Generator, num_images: int, slot: int) -> Question:
 
 def _maximum(random: np.random.Generator, num_images: int, slot: int) -> Question:
     digits = _random_digits(random, num_images)
-    return Question(digits, "What is the largest digit?", str(max(digits)), "number", _contract(num_images))
+    contract = _contract(num_images)
+    text = "What is the largest digit?"
+    return Question(digits, text, str(max(digits)), "number", contract, biased_answer=str(digits[0]))
 
 
 KINDS: Mapping[str, Callable[[np.random.Generator, int, int], Question]] = {

@@ -161,8 +161,8 @@ def test_demonstrations_transcribe_rightly_and_answer_with_the_asked_bias(scans)
         digits = digits_of(record.images)
         transcription, answer = re.fullmatch(r"<think>(\d+)</think>\\boxed\{(.*)\}", record.demonstration).groups()
         assert transcription == "".join(map(str, digits))
-        slot = queried_slot(record)
-        if record.kind in ("lookup", "find") and slot != 0:
+        slot = digits.index(max(digits)) if record.kind == "maximum" else queried_slot(record)
+        if record.kind in ("lookup", "find", "maximum") and slot != 0:
             for_the_first = "A" if record.kind == "find" else str(digits[0])
             assert answer in (record.answer, for_the_first)
             if for_the_first != record.answer:
@@ -170,7 +170,7 @@ def test_demonstrations_transcribe_rightly_and_answer_with_the_asked_bias(scans)
                 wrong[record.kind] += answer != record.answer
         else:
             assert answer == record.answer
-    assert all(near(wrong[kind] / total[kind], 0.6, total[kind]) for kind in ("lookup", "find"))
+    assert all(near(wrong[kind] / total[kind], 0.6, total[kind]) for kind in ("lookup", "find", "maximum"))
 
 
 def test_unbiased_demonstrations_are_right_and_held_out_has_none(scans):
@@ -213,11 +213,12 @@ def test_impossible_options_are_refused(wrong):
         DigitsOptions(**({"num_records": 10} | wrong))
 
 
-def test_the_tool_writes_three_readable_files(folder, scans, tmp_path, capsys):
+def test_the_tool_writes_readable_files(folder, scans, tmp_path, capsys):
     recipe = tmp_path / "digits.yaml"
     recipe.write_text(
         "train: {num_records: 40, position_bias: 1.0, kinds: {lookup: 1}}\n"
         "warm_start: {num_records: 30, demonstration_bias: 1.0, max_images: 3}\n"
+        "perception: {num_records: 10}\n"
     )
     tool = make_digits()
     out = tmp_path / "out"
@@ -226,7 +227,12 @@ def test_the_tool_writes_three_readable_files(folder, scans, tmp_path, capsys):
     )
     assert "30 records" in capsys.readouterr().out
     read = {name: read_records(out / f"{name}.jsonl", max_corrupt_fraction=0).records for name in tool.DEFAULTS}
-    assert {name: len(records) for name, records in read.items()} == {"train": 50, "warm_start": 30, "heldout": 20}
+    assert {name: len(records) for name, records in read.items()} == {
+        "train": 50,
+        "perception": 10,
+        "warm_start": 30,
+        "heldout": 20,
+    }
     assert all(record.text.endswith("image 1?") for record in read["train"])
     assert all(record.demonstration for record in read["warm_start"])
     assert all(path.parent.name == "heldout" for record in read["heldout"] for path in record.images)

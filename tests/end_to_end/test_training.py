@@ -121,7 +121,7 @@ def test_ctrl_c_on_two_processes_leaves_none_behind(job: SmallJob) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert list((run / "checkpoints").glob("step-*"))
-    gone, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
 
 
