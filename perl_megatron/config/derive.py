@@ -91,8 +91,7 @@ def derive(
     if command == "train":
         _check_training(config, data_size)
     parallel, rollout = config.parallel, config.rollout
-    # vLLM is spread over the trainer's tensor-parallel ranks; the embedded engine is whole in every process.
-    engine_tensor = parallel.tensor if engine == "vllm" else 1
+    engine_tensor = _engine_tensor_size(config, engine, world_size, architecture)
     views = config.permutation.num_permuted + 1
     group_size = views * rollout.num_rollouts
     if command == "sft":
@@ -210,6 +209,25 @@ def _check_divisible(config: Config, architecture: ArchitectureNumbers) -> None:
             where=f"parallel.pipeline = {pipeline}",
             fix=f"sizes that do: {_join(possible)}",
         )
+
+
+def _engine_tensor_size(
+    config: Config, engine: Literal["vllm", "embedded"], world_size: int, architecture: ArchitectureNumbers
+) -> int:
+    """Processes of one engine: the embedded one is whole in every process."""
+    if engine == "embedded":
+        return 1
+    size = config.rollout.tensor_parallel or config.parallel.tensor
+    numbers = (world_size, architecture.num_heads, architecture.num_kv_heads)
+    if any(number % size for number in numbers):
+        possible = [other for other in range(1, world_size + 1) if not any(number % other for number in numbers)]
+        raise UserError(
+            f"an engine over {size} processes does not divide the {world_size} processes of the run and the policy's "
+            f"{numbers[1]} attention and {numbers[2]} key-value heads",
+            where=f"rollout.tensor_parallel = {config.rollout.tensor_parallel}",
+            fix=f"sizes that do: {_join(possible)}",
+        )
+    return size
 
 
 def _check_sections(config: Config) -> None:

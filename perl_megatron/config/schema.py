@@ -114,6 +114,9 @@ class RolloutConfig(Section):
     """Nucleus sampling threshold; below 1 the trainer's log-probabilities differ from the sampling distribution."""
     max_response_tokens: int = Field(default=2048, ge=1)
     """Responses are cut at this length."""
+    tensor_parallel: int | None = Field(default=None, ge=1)
+    """vLLM: processes that one engine is spread over; the others form further engines, which share the questions. None:
+    parallel.tensor."""
     max_concurrent_sequences: int = Field(default=64, ge=1)
     """Sequences that an engine works on at once."""
     gpu_memory_fraction: float = Field(default=0.5, gt=0, lt=1)

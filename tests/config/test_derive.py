@@ -139,3 +139,14 @@ def test_bad_architectures(tmp_path, content, says):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=says):
         read_architecture_numbers(tmp_path)
+
+
+def test_an_engine_may_have_another_layout_than_the_trainer(monkeypatch):
+    """Trainer tensor 2, engines of one process each; a size that does not divide is refused, naming the option."""
+    monkeypatch.setattr("perl_megatron.config.derive.resolve_engine", lambda config: "vllm")
+    config = config_of("parallel.tensor=2", "rollout.tensor_parallel=1")
+    derived = derive(config, world_size=2, architecture=TINY)
+    assert (derived.engine_tensor_size, derived.engine_replicas) == (1, 2)
+    assert derive(config_of("parallel.tensor=2"), world_size=4, architecture=TINY).engine_replicas == 2
+    with pytest.raises(UserError, match=r"rollout\.tensor_parallel = 4"):
+        derive(config_of("rollout.tensor_parallel=4"), world_size=4, architecture=TINY)
