@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SmallJob, call
+from small_job import SmallJob, call
 
 FAST = ("parallel.tensor=1", "rollout.engine=embedded", "run.steps=1")
 
@@ -94,7 +94,7 @@ def test_a_few_corrupt_records_are_dropped_and_named(job: SmallJob) -> None:
     for row in rows:
         row["demonstration"] = "<think>1</think>\\boxed{1}"
     write(data, rows)
-    result = job.run("sft", "warm_start.yaml", "run.name=dropped", f"data.train={data}", *arguments)
+    result = job.run("sft", "perception.yaml", "run.name=dropped", f"data.train={data}", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "one-broken.jsonl:8" in result.stderr
     assert "39 records, 1 dropped" in result.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, SmallJob
+from small_job import ENVIRONMENT, REPOSITORY, SmallJob
 
 SMALL = (
     "run.steps=4",

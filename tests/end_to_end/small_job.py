@@ -1,0 +1,50 @@
+"""Commands of a small real job: digits data, a tiny policy, a short supervised warm start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class SmallJob:
+    """Where the shared job lies."""
+
+    work: Path
+    data: Path
+    policy: Path
+    """Random weights."""
+    warm: Path
+    """After the warm start: answers in the right format, seldom right."""
+
+    def command(self, command: str, config: str, *overrides: str, resume: bool = False) -> list[str]:
+        """`perl-megatron COMMAND examples/demo/CONFIG` with this job's paths."""
+        paths = [
+            f"run.directory={self.work / 'runs'}",
+            f"model.path={self.policy if command == 'sft' else self.warm}",
+            f"data.train={self.data / ('perception.jsonl' if command == 'sft' else 'train.jsonl')}",
+        ]
+        if command != "sft":
+            paths.append(f"data.evaluation={self.data / 'heldout.jsonl'}")
+        head = [sys.executable, "-m", "perl_megatron", command, f"examples/demo/{config}"]
+        return [*head, *(["--resume"] if resume else []), *paths, *overrides]
+
+    def run(
+        self, command: str, config: str, *overrides: str, resume: bool = False, environment: Mapping[str, str] = {}
+    ) -> subprocess.CompletedProcess[str]:
+        """Run it to its end; output is captured."""
+        return call(self.command(command, config, *overrides, resume=resume), environment)
+
+
+def call(command: list[str], environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+    """Run a command from the repository's root."""
+    return subprocess.run(
+        command, cwd=REPOSITORY, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=500
+    )
