@@ -32,6 +32,10 @@ MAX_TEMPERATURE = 2.0
 """vLLM refuses more."""
 
 
+CPU_BATCHED_TOKENS = 8192
+"""Prompt tokens of one step on a CPU, at least."""
+
+
 class VllmColocatedEngine:
     """``RolloutEngine`` on vLLM in the trainer's processes."""
 
@@ -223,12 +227,18 @@ def _arguments(
 ) -> dict[str, Any]:
     """vLLM's arguments, but for the layout of the ranks."""
     size = {"shortest_edge": encoder.min_pixels, "longest_edge": encoder.max_pixels}
-    memory: dict[str, Any] = (
+    device: dict[str, Any] = (
         {"gpu_memory_utilization": config.gpu_memory_fraction, "enable_sleep_mode": True}
         if platform.is_cuda()
-        else {"kv_cache_memory_bytes": int(config.cpu_cache_gib * 2**30), "enforce_eager": True}
+        else {
+            "kv_cache_memory_bytes": int(config.cpu_cache_gib * 2**30),
+            "enforce_eager": True,
+            # A prompt cut over two steps makes vLLM rewind its seeded generator, which a CPU generator cannot do.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_length),
+        }
     )
-    return memory | {
+    return device | {
         "model": str(model_path),
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,

@@ -123,9 +123,11 @@ def start(name: str, layout: topology.Topology, tensor_parallel: int, encoder: P
         from perl_megatron.rollout.embedded import EmbeddedEngine
 
         return EmbeddedEngine(config, encoder=encoder, model_path=encoder.model_path, dtype=torch.float32)
-    from perl_megatron.rollout.vllm_colocated import VllmColocatedEngine
+    from perl_megatron.rollout import vllm_colocated
 
-    return VllmColocatedEngine(
+    # 16 prompts do not fit into one step of 128 tokens (max_model_length): none may be cut in two (seeded CPU generators cannot rewind).
+    vllm_colocated.CPU_BATCHED_TOKENS = 0
+    return vllm_colocated.VllmColocatedEngine(
         config,
         encoder=encoder,
         model_path=encoder.model_path,
@@ -133,7 +135,7 @@ def start(name: str, layout: topology.Topology, tensor_parallel: int, encoder: P
         tensor_parallel_size=tensor_parallel,
         seed=0,
         dtype=torch.float32,
-        max_model_length=512,
+        max_model_length=128,
         max_images=4,
     )
 
