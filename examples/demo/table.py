@@ -21,6 +21,7 @@ ROWS = (
 
 
 def main(arguments: list[str]) -> None:
+    """Print one column for each NAME=PATTERN of run folders."""
     columns = dict(argument.split("=", 1) for argument in arguments)
     found = {
         name: [json.loads((Path(run) / "summary.json").read_text()) for run in sorted(glob.glob(pattern))]

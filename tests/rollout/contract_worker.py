@@ -125,7 +125,8 @@ def start(name: str, layout: topology.Topology, tensor_parallel: int, encoder: P
         return EmbeddedEngine(config, encoder=encoder, model_path=encoder.model_path, dtype=torch.float32)
     from perl_megatron.rollout import vllm_colocated
 
-    # 16 prompts do not fit into one step of 128 tokens (max_model_length): none may be cut in two (seeded CPU generators cannot rewind).
+    # 16 prompts do not fit into one step of max_model_length tokens. None may be cut in two: vLLM would have to rewind
+    # its seeded generators, which CPU generators cannot do.
     vllm_colocated.CPU_BATCHED_TOKENS = 0
     return vllm_colocated.VllmColocatedEngine(
         config,
@@ -135,7 +136,7 @@ def start(name: str, layout: topology.Topology, tensor_parallel: int, encoder: P
         tensor_parallel_size=tensor_parallel,
         seed=0,
         dtype=torch.float32,
-        max_model_length=128,
+        max_model_length=192,
         max_images=4,
     )
 
