@@ -17,8 +17,10 @@ from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.records import Dataset, DroppedRecord, read_records
 from perl_megatron.errors import UserError
+from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.reward.grade import check_expected
-from perl_megatron.rollout.engine import RolloutEngine
+from perl_megatron.rollout.engine import RolloutEngine, vllm_obstacle
+from perl_megatron.runtime import platform
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.session import SupervisedSession, TrainingSession
@@ -35,7 +37,9 @@ def derive_for(config: Config, world_size: int, command: Command) -> Derived:
     )
 
 
-def build_training(loaded: LoadedConfig, topology: Topology, *, resume: bool, stop: StopRequest) -> TrainingSession:
+def build_training(
+    loaded: LoadedConfig, topology: Topology, *, resume: bool, stop: StopRequest, memory: PeakMemory | None
+) -> TrainingSession:
     """Everything that permuted GRPO needs. Data are read and checked before the policy and the engine are built."""
     config = loaded.config
     derived = derive_for(config, topology.world_size, "train")
@@ -55,12 +59,15 @@ def build_training(loaded: LoadedConfig, topology: Topology, *, resume: bool, st
         total_steps=config.run.steps,
         resume=resume,
         stop=stop,
+        memory=memory,
         engine=engine,
         evaluation_records=evaluation_records,
     )
 
 
-def build_supervised(loaded: LoadedConfig, topology: Topology, *, resume: bool, stop: StopRequest) -> SupervisedSession:
+def build_supervised(
+    loaded: LoadedConfig, topology: Topology, *, resume: bool, stop: StopRequest, memory: PeakMemory | None
+) -> SupervisedSession:
     """Everything that the supervised warm start needs."""
     # The reference policy would only take memory here.
     config = loaded.config.model_copy(
@@ -85,6 +92,7 @@ def build_supervised(loaded: LoadedConfig, topology: Topology, *, resume: bool, 
         total_steps=config.supervised.steps,
         resume=resume,
         stop=stop,
+        memory=memory,
     )
 
 
@@ -102,9 +110,10 @@ def build_engine(
     config: Config, derived: Derived, encoder: PromptEncoder, topology: Topology, records: Sequence[Record]
 ) -> RolloutEngine:
     """The rollout engine of `rollout.engine`; third-party engines are imported only when they are chosen."""
-    if topology.rank == 0:
-        logger.info("rollouts by the %s engine%s", derived.engine, _why(config, derived))
-    if derived.engine == "vllm":
+    obstacle = vllm_obstacle(cuda=platform.is_cuda())
+    if topology.rank == 0 and config.rollout.engine == "auto" and obstacle is not None:
+        logger.warning("rollouts by the embedded engine: %s", obstacle)
+    if derived.engine == "vllm" and (config.rollout.engine == "vllm" or obstacle is None):
         from perl_megatron.rollout.vllm_colocated import VllmColocatedEngine
 
         return VllmColocatedEngine(
@@ -123,12 +132,6 @@ def build_engine(
     return EmbeddedEngine(
         config.rollout, encoder=encoder, model_path=config.model.path, dtype=getattr(torch, config.model.dtype)
     )
-
-
-def _why(config: Config, derived: Derived) -> str:
-    if config.rollout.engine == "auto" and derived.engine == "embedded":
-        return " (vLLM is not installed; tools/install.sh says why)"
-    return f", {derived.engine_replicas} replica(s) over {derived.engine_tensor_size} process(es) each"
 
 
 def read_questions(config: Config, path: Path | None, key: str, encoder: PromptEncoder) -> tuple[Record, ...]:

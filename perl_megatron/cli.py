@@ -89,7 +89,7 @@ def run_job(options: argparse.Namespace, argv: list[str]) -> int:
         return torchrun.launch(argv, num_processes=processes, log_dir=logs, master_port=options.master_port)
     from perl_megatron.runtime import environment
 
-    environment.prepare_process(cuda=False)  # before torch is imported
+    environment.prepare_process()  # before torch is imported
     from perl_megatron.runtime import platform
 
     platform.install()  # before anything imports megatron-core or transformers
@@ -109,7 +109,10 @@ def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_
         require_evaluation_data(config)
     else:
         require_training_data(config)
-        RunFolder.of(config).check_available(resume=options.resume)
+        folder = RunFolder.of(config)
+        folder.check_available(resume=options.resume)
+        if options.resume:
+            folder.check_same_run(config)
 
 
 def run_plan(options: argparse.Namespace, argv: list[str]) -> int:

@@ -1,5 +1,9 @@
 """The error that is meant for a person: what is wrong, where it was set, how to mend it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """A mistake in a config, a dataset, a checkpoint or the environment.
@@ -16,3 +20,11 @@ class UserError(ValueError):
         if fix is not None:
             lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Callable[..., UserError], tuple[str, str | None, str | None]]:
+        """Errors travel between ranks: pickle the parts, not the joined text."""
+        return _rebuild, (self.what, self.where, self.fix)
+
+
+def _rebuild(what: str, where: str | None, fix: str | None) -> UserError:
+    return UserError(what, where=where, fix=fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 
 from rich.console import Console
@@ -16,7 +17,9 @@ from perl_megatron.build import (
 )
 from perl_megatron.config.load import LoadedConfig
 from perl_megatron.evaluation.evaluate import evaluate
+from perl_megatron.launch.torchrun import launcher_pid
 from perl_megatron.loop import supervise, train
+from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.summary import read_summary, summary_table
 from perl_megatron.runtime import platform, topology
 from perl_megatron.runtime.signals import StopRequest
@@ -31,13 +34,14 @@ def world_size() -> int:
 def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
     """Be one process of `train`, `sft` or `eval`; returns the exit status."""
     config = loaded.config
+    memory = PeakMemory(launcher_pid() or os.getpid()) if platform.rank_and_world_size()[0] == 0 else None
     place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=config.run.collective_timeout)
     platform.set_threads()
     try:
         if command == "eval":
             return _evaluate(loaded, place)
         with StopRequest() as stop:
-            session = _run_session(command, loaded, place, resume=resume, stop=stop)
+            session = _run_session(command, loaded, place, resume=resume, stop=stop, memory=memory)
         if place.rank == 0:
             _say_where_to_look(session)
         return session.exit_status
@@ -46,21 +50,30 @@ def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
 
 
 def _run_session(
-    command: str, loaded: LoadedConfig, place: topology.Topology, *, resume: bool, stop: StopRequest
+    command: str,
+    loaded: LoadedConfig,
+    place: topology.Topology,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    memory: PeakMemory | None,
 ) -> Session:
     if command == "sft":
-        supervised = build_supervised(loaded, place, resume=resume, stop=stop)
+        supervised = build_supervised(loaded, place, resume=resume, stop=stop, memory=memory)
         with closing(supervised):
             supervise(supervised)
         return supervised
-    training = build_training(loaded, place, resume=resume, stop=stop)
+    training = build_training(loaded, place, resume=resume, stop=stop, memory=memory)
     with closing(training):
         train(training)
     return training
 
 
 def _evaluate(loaded: LoadedConfig, place: topology.Topology) -> int:
-    """Print held-out accuracy and flip rate of `model.path`, and write all outputs to the run's folder."""
+    """Print held-out accuracy and flip rate of `model.path`, and write all outputs beside the run's folder.
+
+    An earlier evaluation under the same `run.name` is replaced.
+    """
     config = loaded.config
     derived = derive_for(config, place.world_size, "eval")
     encoder = build_encoder(config)

@@ -17,13 +17,13 @@ def train(session: TrainingSession) -> None:
     """Run the session from where its last checkpoint left it until `run.steps`, or until it is asked to stop."""
     config, actor = session.config, session.actor
     step, phases = session.restore(), session.phases
-    if step == 0:
+    if step == 0 and not session.stop_requested():
         session.evaluate(step)
     while step < config.run.steps and not session.stop_requested():
         alpha = swap_probability(config.permutation, step, config.run.steps)
         with phases("sync"):
             session.sync_weights(step)
-        with phases("generate"):
+        with session.saved_on_user_error(step), phases("generate"):
             drawn = session.collector.collect(step, alpha)
         assign_advantages(drawn.kept, standardize=config.algorithm.standardize)
         with phases("log_probs"):

@@ -5,8 +5,9 @@ Every rank holds one and calls the same methods; only rank 0 writes.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,8 +22,8 @@ from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.evaluate import evaluate
 from perl_megatron.launch.failures import stop_status
-from perl_megatron.launch.torchrun import launcher_pid
 from perl_megatron.observability.journal import Journal
+from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.rollout.engine import RolloutEngine
@@ -49,6 +50,7 @@ class Session:
         total_steps: int,
         resume: bool,
         stop: StopRequest,
+        memory: PeakMemory | None,
     ):
         self.config = loaded.config
         self.topology, self.actor, self.encoder = topology, actor, encoder
@@ -56,7 +58,8 @@ class Session:
         self.sampler = ShuffledSampler(len(records), self.config.run.seed)
         self.folder = RunFolder.of(loaded.config)
         self._loaded, self._resume, self._stop = loaded, resume, stop
-        self._saved_step = -1
+        self._memory = memory
+        self._saved_step = self._first_step = -1
         self._journal: Journal | None = None
         self.phases = Phases(self._show_phase)
         self.exit_status = 0
@@ -72,11 +75,12 @@ class Session:
                     where=str(self.folder.checkpoints),
                     fix="remove the run folder and start again without --resume",
                 )
-            extra = self.actor.restore(checkpoint)
+            extra = self.actor.restore(checkpoint, verify=False)  # latest_checkpoint has just verified it
             step, seconds = extra["step"], extra["seconds"]
             self.sampler.load_state_dict(extra["sampler"])
             self._saved_step = step
-        on_rank_zero(self._create_folder)
+        self._first_step = step
+        on_rank_zero(self._create_folder, what="the run folder")
         self._journal = Journal(
             self.folder,
             total_steps=self.total_steps,
@@ -84,7 +88,7 @@ class Session:
             writes=self.topology.rank == 0,
             image_of=self.encoder.image if self.config.run.record_rollouts else None,
             seconds_before=seconds,
-            root_pid=launcher_pid() or os.getpid(),
+            memory=self._memory,
         )
         return step
 
@@ -113,6 +117,15 @@ class Session:
             self.actor.save(self.folder.checkpoints, step, extra)
         self._saved_step = step
 
+    @contextmanager
+    def saved_on_user_error(self, step: int) -> Iterator[None]:
+        """Checkpoint before a UserError that all ranks meet together ends the run, so that no step is lost."""
+        try:
+            yield
+        except UserError:
+            self.save(step)
+            raise
+
     def finish(self, step: int) -> None:
         """The last checkpoint; where all steps are done also the exported policy and the report."""
         self.save(step)
@@ -131,12 +144,18 @@ class Session:
 
     def _export(self) -> None:
         """Write the policy as a Hugging Face folder."""
-        if any_rank(self.folder.export.exists()):  # a finished run that was resumed
-            return
-        weights = self.actor.weights()
+        if self._first_step == self.total_steps and any_rank(self.folder.export.exists()):
+            return  # a finished run that was resumed has nothing new
+        weights, writes = self.actor.weights(), self.topology.rank == 0
+        fresh = self.folder.export.with_name("export.new")
         failure: str | None = None
         try:
-            save_checkpoint(self.folder.export, weights, self.config.model.path, write=self.topology.rank == 0)
+            if writes:
+                shutil.rmtree(fresh, ignore_errors=True)
+            save_checkpoint(fresh, weights, self.config.model.path, write=writes)
+            if writes:
+                shutil.rmtree(self.folder.export, ignore_errors=True)  # of an earlier, shorter end of this run
+                fresh.rename(self.folder.export)
         except (OSError, SafetensorError) as error:
             failure = str(error)
             for _ in weights:  # a collective stream: the other ranks wait for this one until its end
@@ -196,7 +215,7 @@ class TrainingSession(Session):
         self.engine, self.evaluation_records = engine, evaluation_records
         self.collector = GroupCollector(self.config, self.records, self.sampler, self.encoder, engine)
         self._sync_metrics: dict[str, float] = {}
-        self._evaluated_step = self._synced_step = -1
+        self._synced_step = -1
 
     def sync_weights(self, step: int) -> None:
         """Bring π_θ after ``step`` steps into the engine, which then samples as π_old."""
@@ -236,14 +255,13 @@ class TrainingSession(Session):
 
     def evaluate(self, step: int) -> None:
         """Held-out accuracy and flip rate of π_θ, unless measured at this step already."""
-        if step == self._evaluated_step or not self.evaluation_records:
+        if not self.evaluation_records or any_rank(self.journal.has(step, "evaluation/accuracy")):
             return
         with self.phases("evaluate"):
             self.sync_weights(step)
             evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
         self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
         self.phases.take()  # its time belongs to no step
-        self._evaluated_step = step
 
     def finish(self, step: int) -> None:
         """As every session; evaluates the final policy first."""

@@ -107,17 +107,19 @@ def verify_checkpoint(checkpoint: Path) -> None:
             raise UserError(problem, where=str(checkpoint / name), fix="delete that checkpoint, continue from another")
 
 
-def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run ``action`` on one rank; if it cannot write, every rank raises UserError and none waits. Collective."""
-    failure: str | None = None
+def on_rank_zero(action: Callable[[], None], *, what: str = "the checkpoint") -> None:
+    """Run ``action`` on one rank; if it cannot write ``what``, every rank raises UserError, none waits. Collective."""
+    failure: UserError | None = None
     if rank() == 0:
         try:
             action()
+        except UserError as error:
+            failure = error
         except OSError as error:
-            failure = f"{type(error).__name__}: {error}"
-    for text in gather_objects(failure):
-        if text is not None:
-            raise UserError(f"the checkpoint could not be written: {text}", where="run.directory")
+            failure = UserError(f"{what} could not be written: {type(error).__name__}: {error}", where="run.directory")
+    for error_of_rank in gather_objects(failure):
+        if error_of_rank is not None:
+            raise error_of_rank
 
 
 def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:

@@ -38,6 +38,7 @@ class Supervisor:
 
     def __init__(self, agent: subprocess.Popen[bytes], *, rank_zero_logs: Path, on_tick: Callable[[], None]):
         self.ended_at_once = False
+        self.asked_to_stop = False
         self._agent, self._on_tick = agent, on_tick
         self._tails = [
             _Tail(rank_zero_logs, "*/attempt_0/0/stdout.log", sys.stdout),
@@ -71,6 +72,7 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
+        self.asked_to_stop = True
         ranks = _descendants(self._agent.pid, recursive=False)
         if self._signals == 1 and ranks:
             print("stopping after this step; once more to end at once", file=sys.stderr, flush=True)

@@ -81,7 +81,7 @@ def launch(
         supervisor = Supervisor(agent, rank_zero_logs=staging, on_tick=logs.link)
         code = supervisor.wait()
     place = logs.settle()
-    status = conclude(code, place, ended_at_once=supervisor.ended_at_once)
+    status = conclude(code, place, ended_at_once=supervisor.ended_at_once, asked_to_stop=supervisor.asked_to_stop)
     if place == staging and status in (0, EXIT_USER_ERROR):
         shutil.rmtree(staging)  # no run began, and nothing is left to find out
     return status
@@ -110,7 +110,7 @@ class _Logs:
         return self._final
 
 
-def conclude(code: int, logs: Path, *, ended_at_once: bool) -> int:
+def conclude(code: int, logs: Path, *, ended_at_once: bool, asked_to_stop: bool = False) -> int:
     """Tell a person how the job ended, the first failure last; returns the exit code of `launch`."""
     if ended_at_once:
         print(f"ended at once; logs: {logs}", file=sys.stderr)
@@ -123,6 +123,9 @@ def conclude(code: int, logs: Path, *, ended_at_once: bool) -> int:
         return EXIT_USER_ERROR
     if failure is not None:
         print(f"\nrank {failure.rank} failed first:\n{failure.text}logs of all ranks: {logs}", file=sys.stderr)
+    elif asked_to_stop:
+        print(f"stopped before the first step; logs: {logs}", file=sys.stderr)
+        return 130
     else:
         reason = "no rank said why: one was killed (out of memory?) or crashed"
         print(f"\n{reason}\nlogs of all ranks: {logs}; torchrun's account:", file=sys.stderr)

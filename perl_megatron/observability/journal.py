@@ -29,7 +29,8 @@ class Journal:
         writes: whether this rank writes (rank 0).
         image_of: gives an image by content hash, for the rollout records; None: rollouts are not recorded.
         seconds_before: wall time that the run had used before this start.
-        root_pid: the process whose descendants count as the run's memory.
+        memory: samples the memory of all processes (rank 0's; others have None). The run's wall time counts from when
+            it was made, and it is closed with the journal.
     """
 
     def __init__(
@@ -41,19 +42,23 @@ class Journal:
         writes: bool,
         image_of: Callable[[str], Image] | None,
         seconds_before: float,
-        root_pid: int,
+        memory: PeakMemory | None,
     ):
         self.folder = folder
-        self._start = time.monotonic() - seconds_before
+        self._start = (time.monotonic() if memory is None else memory.start) - seconds_before
         self._log: MetricsLog | None = None
-        if not writes:
+        if not writes or memory is None:
             return
         self._log = MetricsLog(folder.metrics, folder.tensorboard, resumed_step=first_step)
         self._recorder = None
         if image_of is not None:
             self._recorder = RolloutRecorder(folder.rollouts, image_of=image_of, resumed_step=first_step)
         self._progress = RunProgress(folder.root.name, total_steps, first_step=first_step)
-        self._memory = PeakMemory(root_pid)
+        self._memory = memory
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether this rank has logged the metric at this step, in an earlier start of the run too."""
+        return self._log is not None and self._log.has(step, name)
 
     @property
     def seconds(self) -> float:
@@ -93,7 +98,9 @@ class Journal:
         """Write and return the summary; empty on ranks that do not write."""
         if self._log is None:
             return {}
-        summary = summarize(self._log.rows, engine=engine, layout=layout, seconds_total=self.seconds)
+        summary = summarize(
+            self._log.rows, engine=engine, layout=layout, seconds_total=self.seconds, peak_rss_gib=self._memory.gib
+        )
         write_summary(self.folder.summary, summary)
         return summary
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 
 import psutil
 
@@ -36,6 +37,7 @@ class PeakMemory:
 
     def __init__(self, root_pid: int | None = None, *, interval: float = 0.5):
         self._root_pid, self._interval = root_pid, interval
+        self.start = time.monotonic()
         self._peak = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="peak-memory", daemon=True)

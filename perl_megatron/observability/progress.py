@@ -19,6 +19,8 @@ SHOWN = (
     ("throughput/tokens_per_second", "{:.0f} tokens/s"),
 )
 """Metrics in the line of a step, where they are logged."""
+QUIET_SECONDS = 10
+"""Where there is no bar, phases are announced when the last step ended so long ago."""
 ETA_WINDOW = 10
 """The time left is estimated from so many last steps."""
 
@@ -55,9 +57,11 @@ class RunProgress:
             self._bar.start()
 
     def phase(self, name: str) -> None:
-        """Show the phase that begins (on a terminal)."""
+        """Show the phase that begins (without a terminal only after a while of silence)."""
         if self._bar is not None:
             self._bar.update(self._task, phase=name)
+        elif time.monotonic() - self._marks[-1][1] > QUIET_SECONDS:
+            self.note(f"{name} ...")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` steps are done, with the chosen of its metrics."""

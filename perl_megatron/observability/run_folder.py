@@ -8,9 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from perl_megatron.config.load import LoadedConfig, save_resolved
+from perl_megatron.config.load import LoadedConfig, config_fields, load_config, save_resolved
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
+
+MAY_CHANGE = frozenset(
+    (
+        *("run.steps", "run.save_every", "run.keep_checkpoints", "run.record_rollouts", "run.collective_timeout"),
+        *("run.name", "run.directory", "parallel", "evaluation", "data.evaluation", "rollout.engine"),
+        *("rollout.tensor_parallel", "rollout.max_concurrent_sequences", "rollout.gpu_memory_fraction"),
+        *("rollout.cpu_cache_gib", "filter.max_refills", "supervised.steps", "optimizer.micro_batch_sequences"),
+        *("optimizer.learning_rate", "optimizer.min_learning_rate", "model.recompute"),
+    )
+)
+"""Sections and keys that a resumed run may set otherwise than it began."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,25 @@ class RunFolder:
                 f"the run folder {self.root} exists",
                 where="run.directory, run.name",
                 fix="continue it with --resume, choose another run.name, or remove the folder",
+            )
+
+    def check_same_run(self, config: Config) -> None:
+        """UserError where a resumed run would go on with other settings than it began with.
+
+        What may change: where and how it runs, how long, how often it evaluates and saves, and the learning rate.
+        """
+        began = load_config(self.config).config
+        changed = []
+        for key in config_fields():
+            section, name = key.split(".")
+            before, after = getattr(getattr(began, section), name), getattr(getattr(config, section), name)
+            if before != after and not {section, key} & MAY_CHANGE:
+                changed.append(f"{key}: {before!r} -> {after!r}")
+        if changed:
+            raise UserError(
+                "the run to resume began with other settings:\n  " + "\n  ".join(changed),
+                where=str(self.config),
+                fix=f"resume with them (`--resume {self.config}` has them all), or start a new run",
             )
 
     @property

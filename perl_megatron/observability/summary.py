@@ -13,11 +13,14 @@ from rich.table import Table
 GB_PER_GIB = 2**30 / 1e9
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], *, engine: str, layout: str, seconds_total: float) -> dict[str, Any]:
+def summarize(
+    rows: Sequence[Mapping[str, Any]], *, engine: str, layout: str, seconds_total: float, peak_rss_gib: float = 0.0
+) -> dict[str, Any]:
     """The summary of a run from its metric rows (`metrics.jsonl`); None where a number was never logged.
 
     `layout` is a line such as 'tensor 2 × pipeline 1 × data 1'; `seconds_total` is the wall time of the run, everything
-    included. Before is the first evaluation, after is the last one.
+    included; `peak_rss_gib` counts beside the logged peaks (an earlier start of the run may have had a higher one).
+    Before is the first evaluation, after is the last one.
     """
     accuracy = _values(rows, "evaluation/accuracy")
     flip_rate = _values(rows, "evaluation/flip_rate")
@@ -30,7 +33,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], *, engine: str, layout: str, se
         "steps": max((row["step"] for row in rows), default=0),
         "seconds_total": seconds_total,
         "seconds_per_step": _mean(_values(rows, "seconds/step")),
-        "peak_rss_gb": max((gib * GB_PER_GIB for gib in _values(rows, "memory/peak_rss_gib")), default=None),
+        "peak_rss_gb": max([*_values(rows, "memory/peak_rss_gib"), peak_rss_gib]) * GB_PER_GIB or None,
         "logprob_gap_mean": _mean(_values(rows, "logprob_gap/mean")),
         "groups_kept": round(sum(_values(rows, "groups/kept"))),
         "groups_dropped": {name.removeprefix("groups/dropped_"): round(sum(_values(rows, name))) for name in reasons},

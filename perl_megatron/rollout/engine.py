@@ -14,9 +14,10 @@ from typing import Protocol
 
 import torch
 
+from perl_megatron.kernels.logprob import BANNED_BIAS
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
-BANNED_LOGIT_BIAS = -100.0
+BANNED_LOGIT_BIAS = BANNED_BIAS
 """Added to the logits of tokens that must not be sampled, before the temperature; the trainer adds it too."""
 
 INSTALL_VLLM = "pip install 'perl-megatron[cpu]' without a GPU, 'perl-megatron[gpu]' with one"

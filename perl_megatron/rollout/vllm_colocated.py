@@ -150,7 +150,8 @@ class VllmColocatedEngine:
 
     def _drop_caches(self) -> None:
         """Forget prompts' keys and values, processed images, and vision features (the engine's and the workers')."""
-        assert self._llm.reset_prefix_cache(), "the prefix cache is still in use"
+        is_reset = self._llm.reset_prefix_cache()
+        assert is_reset, "the prefix cache is still in use"
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 

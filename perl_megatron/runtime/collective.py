@@ -53,11 +53,6 @@ def any_rank(flag: bool) -> bool:
     return any(gather_objects(flag))
 
 
-def sum_over_ranks(value: float) -> float:
-    """The sum of ``value`` over all ranks, in rank order (so bit for bit the same on all)."""
-    return float(sum(gather_objects(float(value))))
-
-
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

@@ -35,9 +35,9 @@ _VLLM_CPU = {
 }
 
 
-def prepare_process(*, cuda: bool) -> None:
+def prepare_process() -> None:
     """Set what every process of a run needs; call it before torch and transformers are imported."""
-    _set_defaults({name: value for name, value in _PROCESS.items() if not (cuda and name == "OMP_NUM_THREADS")})
+    _set_defaults(_PROCESS)
 
 
 def prepare_vllm(*, cuda: bool) -> None:

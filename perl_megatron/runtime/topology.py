@@ -89,6 +89,12 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -
             fix="set parallel.tensor to 2 or more, or parallel.sequence=false",
         )
     if platform.is_cuda():
+        if platform.local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"process {platform.local_rank()} of this machine has no GPU: there are {torch.cuda.device_count()}",
+                where="parallel.tensor, parallel.pipeline, parallel.data",
+                fix="start fewer processes on this machine, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU",
+            )
         torch.cuda.set_device(platform.device())
     if not dist.is_initialized():
         # By hand, a store within the process: no port is opened that another job could hold.

@@ -8,6 +8,7 @@ contributor (so values arrive bit for bit).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -98,7 +99,8 @@ def _forward_step(
     def finish(logits: Tensor) -> tuple[Tensor, Tensor, tuple[MicroBatch, Sums]]:
         value, kept = loss(batch, logits)
         # The count would divide the gradient; the losses are normalised already (see ``train/optimizer.py``).
-        return value, torch.ones((), dtype=torch.int, device=value.device), (batch, kept)
+        # The pixels are left out of what is kept: megatron-core holds it until the pass over all micro-batches ends.
+        return value, torch.ones((), dtype=torch.int, device=value.device), (replace(batch, vision=None), kept)
 
     return output, finish
 

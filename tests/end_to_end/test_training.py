@@ -14,6 +14,8 @@ import psutil
 import pytest
 from small_job import ENVIRONMENT, REPOSITORY, SmallJob
 
+from perl_megatron.rollout.engine import vllm_obstacle
+
 SMALL = (
     "run.steps=4",
     "run.save_every=2",
@@ -33,6 +35,12 @@ def steps(run: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows if "loss" in row]
 
 
+def evaluations(run: Path) -> list[dict]:
+    """The logged evaluations."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "evaluation/accuracy" in row]
+
+
 @pytest.fixture(scope="module")
 def reference(job: SmallJob) -> Path:
     """An uninterrupted run in one process."""
@@ -41,6 +49,7 @@ def reference(job: SmallJob) -> Path:
     return job.work / "runs" / "reference"
 
 
+@pytest.mark.skipif(vllm_obstacle(cuda=False) is not None, reason="vLLM cannot run on this platform")
 def test_tensor_parallel_with_vllm(job: SmallJob) -> None:
     """The demo's own layout and engine: rollouts agree with the trainer, and the run leaves what README promises."""
     result = job.run("train", "train.yaml", "run.name=vllm", *SMALL, "rollout.engine=vllm")
@@ -83,6 +92,7 @@ def test_interrupted_and_resumed_is_bit_for_bit(job: SmallJob, reference: Path) 
     resumed = job.run("train", "train.yaml", "run.name=resumed", *ONE_PROCESS, resume=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert steps(run) == steps(reference)
+    assert [row["step"] for row in evaluations(run)] == [row["step"] for row in evaluations(reference)] == [0, 4]
     for path in sorted((reference / "export").glob("*.safetensors")):
         assert (run / "export" / path.name).read_bytes() == path.read_bytes()
 
@@ -100,7 +110,18 @@ def test_layouts_give_the_same_first_loss(job: SmallJob, reference: Path) -> Non
         first = steps(job.work / "runs" / name)[0]
         assert first["num_tokens"] == expected["num_tokens"]
         assert first["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        # At the first update the ratio is 1, so the loss depends on rewards alone; these depend on the logits.
+        assert first["entropy"] == pytest.approx(expected["entropy"], abs=1e-5)
+        assert 0 < first["logprob_gap/mean"] <= 1e-4
         assert first["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+
+
+def test_a_resumed_run_keeps_its_settings(job: SmallJob, reference: Path) -> None:
+    result = job.run(
+        "train", "train.yaml", "run.name=reference", *ONE_PROCESS, "permutation.num_permuted=0", resume=True
+    )
+    assert result.returncode == 2
+    assert "permutation.num_permuted: 1 -> 0" in result.stderr
 
 
 def test_ctrl_c_on_two_processes_leaves_none_behind(job: SmallJob) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from perl_megatron.runtime import environment
 
-environment.prepare_process(cuda=False)
+environment.prepare_process()
 
 import numpy as np
 import psutil
