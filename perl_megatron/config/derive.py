@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.schema import Config
+from perl_megatron.config.schema import Config, ParallelConfig
 from perl_megatron.errors import UserError
 
 Command = Literal["train", "sft", "eval"]
@@ -84,7 +84,7 @@ def derive(
     Raises UserError, naming the option and the alternatives, for an impossible layout or a contradiction. `command`
     says which parts matter: batches of groups only for training.
     """
-    data_size = _check_layout(config, world_size)
+    data_size = check_layout(config.parallel, world_size)
     _check_divisible(config, architecture)
     _check_sections(config)
     engine = resolve_engine(config)
@@ -157,9 +157,8 @@ def _require_file(key: str, path: Path) -> None:
         )
 
 
-def _check_layout(config: Config, world_size: int) -> int:
-    """The data-parallel size."""
-    parallel = config.parallel
+def check_layout(parallel: ParallelConfig, world_size: int) -> int:
+    """The data-parallel size of `world_size` processes; UserError where the sizes do not fit them."""
     shape = parallel.tensor * parallel.pipeline
     if world_size % shape:
         raise UserError(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from perl_megatron.config.derive import check_layout
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import platform
@@ -53,26 +54,6 @@ class Topology:
         return parallel_state.get_data_parallel_group()
 
 
-def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """The number of replicas of ``world_size`` ranks; UserError where the sizes do not multiply to it."""
-    model_ranks = parallel.tensor * parallel.pipeline
-    if world_size % model_ranks or world_size < model_ranks:
-        raise UserError(
-            f"{world_size} processes cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline}",
-            where="parallel.tensor, parallel.pipeline",
-            fix=f"start a multiple of {model_ranks} processes, or change the sizes",
-        )
-    data = world_size // model_ranks
-    if parallel.data is not None and parallel.data != data:
-        raise UserError(
-            f"parallel.data is {parallel.data}, but {world_size} processes leave {data} replicas of "
-            f"tensor {parallel.tensor} x pipeline {parallel.pipeline}",
-            where="parallel.data",
-            fix=f"start {parallel.data * model_ranks} processes, set parallel.data={data}, or leave it out",
-        )
-    return data
-
-
 def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -> Topology:
     """Join the process group, make megatron-core's groups, and seed every generator of this process.
 
@@ -81,13 +62,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -
     """
     platform.install()
     rank, world_size = platform.rank_and_world_size()
-    data_parallel_size(parallel, world_size)
-    if parallel.sequence and parallel.tensor == 1:
-        raise UserError(
-            "sequence parallelism needs tensor parallelism",
-            where="parallel.sequence",
-            fix="set parallel.tensor to 2 or more, or parallel.sequence=false",
-        )
+    check_layout(parallel, world_size)
     if platform.is_cuda():
         if platform.local_rank() >= torch.cuda.device_count():
             raise UserError(
