@@ -28,7 +28,7 @@ from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    options = make_parser().parse_args(argv)
+    options = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("perl_megatron").setLevel(logging.INFO)
     try:
@@ -41,6 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not record_failure(error):
             raise
         return EXIT_FAILURE
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options; settings (`section.key=value`) may stand anywhere, which argparse alone does not allow."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(argv)
+    strange = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
+    if strange or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,6 +99,7 @@ def run_job(options: argparse.Namespace, argv: list[str]) -> int:
 
         logs = RunFolder.of(loaded.config).logs
         return torchrun.launch(argv, num_processes=processes, log_dir=logs, master_port=options.master_port)
+    check_before_start(loaded, options, torchrun.num_started_processes())
     from perl_megatron.runtime import environment
 
     environment.prepare_process()  # before torch is imported
@@ -95,7 +108,6 @@ def run_job(options: argparse.Namespace, argv: list[str]) -> int:
     platform.install()  # before anything imports megatron-core or transformers
     from perl_megatron import jobs
 
-    check_before_start(loaded, options, jobs.world_size())
     return jobs.run(options.command, loaded, resume=getattr(options, "resume", False))
 
 

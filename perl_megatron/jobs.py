@@ -26,11 +26,6 @@ from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.session import Session
 
 
-def world_size() -> int:
-    """Number of processes of this job."""
-    return platform.rank_and_world_size()[1]
-
-
 def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
     """Be one process of `train`, `sft` or `eval`; returns the exit status."""
     config = loaded.config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perl_megatron.cli import make_parser
+from perl_megatron.cli import parse
 from perl_megatron.config.load import load_config
 from perl_megatron.data.permutation import apply_order, validate_contract
 from perl_megatron.types import AnswerRule, PermutationContract, Record
@@ -29,7 +29,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands_exist(command: list[str]) -> None:
     if command[0] == "perl-megatron":
-        options = make_parser().parse_args(command[1:])
+        options = parse(command[1:])
         if "config" in vars(options):
             load_config(REPOSITORY / options.config, options.overrides)
     elif command[0] == "make":

@@ -38,6 +38,11 @@ def needs_launch(config: Config) -> bool:
     return not under_torchrun() and launched_processes(config) > 1
 
 
+def num_started_processes() -> int:
+    """In a rank: the number of processes of the job, as torchrun sets it; 1 for a process started by hand."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launcher_pid() -> int | None:
     """In a rank that `launch` started: the launcher's process id (all ranks are below it). Else None."""
     value = os.environ.get(LAUNCHER_VARIABLE)

@@ -237,6 +237,8 @@ def _arguments(
             # A prompt cut over two steps makes vLLM rewind its seeded generator, which a CPU generator cannot do.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_length),
+            # The cache's size is given: no need to run the largest possible images once, which takes gigabytes.
+            "skip_mm_profiling": True,
         }
     )
     return device | {
