@@ -14,7 +14,8 @@ GIB = 2**30
 def tree_rss_gib(root_pid: int | None = None) -> float:
     """Resident memory of the process (None: this one) and all its descendants, summed, in GiB.
 
-    Pages that processes share (libraries) count once for each of them, so this errs on the high side.
+    A page that several processes share counts once where the system tells (Linux): a checkpoint's forked writers share
+    all of a rank's memory. Elsewhere it counts once for each, which errs on the high side.
     """
     try:
         root = psutil.Process(root_pid)
@@ -24,7 +25,8 @@ def tree_rss_gib(root_pid: int | None = None) -> float:
     total = 0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            total += process.memory_info().rss
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
     return total / GIB
 
 
