@@ -1,8 +1,8 @@
 """Write the digits task: `python tools/make_digits.py OUT [--recipe FILE] [--seed 0] [--position-bias 0.8 …]`.
 
-OUT gets the scans (`train/`, `heldout/`) and three files over them: `train.jsonl` (questions for training),
-`warm_start.jsonl` (questions with demonstrations) and `heldout.jsonl` (balanced questions over scans that the other two
-never show). A recipe is YAML: for each of `train`, `warm_start`, `heldout` the fields of
+OUT gets the scans (`train/`, `heldout/`) and four files over them: `train.jsonl` (questions for training),
+`perception.jsonl` and `warm_start.jsonl` (questions with right and with biased demonstrations) and `heldout.jsonl`
+(balanced questions over scans that the others never show). A recipe is YAML: for each of these files the fields of
 `perl_megatron.data.digits.DigitsOptions`; what it leaves out has the defaults below, and a flag beats the recipe. The
 same arguments give the same files.
 """
