@@ -237,7 +237,7 @@ def _arguments(
             # A prompt cut over two steps makes vLLM rewind its seeded generator, which a CPU generator cannot do.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_length),
-            # The cache's size is given: no need to run the largest possible images once, which takes gigabytes.
+            # The cache's size is given: no need to run the largest possible images once at the start.
             "skip_mm_profiling": True,
         }
     )
