@@ -1,0 +1,75 @@
+"""Rows, turns and failures of the benchmarks' common part, and the actor's benchmark from end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from side_by_side import make_row, report, run_in_turn  # noqa: E402
+
+
+def test_a_row_compares_medians():
+    row = make_row("case", [4.0, 1.0, 2.0], "peer", [4.0, 4.0, 5.0], "s", goal=0.5)
+    assert (row.ours, row.peer_value, row.ratio) == (2.0, 4.0, 0.5)
+    assert row.spread == (1.5, 0.25)
+    assert row.holds
+    assert make_row("case", [2.1], "peer", [4.0], "s", goal=0.5).holds is False
+    assert make_row("case", [2.1], "peer", [4.0], "s", goal=None).holds is None
+
+
+def test_the_json_has_the_rows_of_the_table(tmp_path, capsys):
+    report("title", [make_row("a case", [3.0], "peer", [2.0], "s", goal=1.0)], tmp_path / "rows.json")
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["ratio"] == 1.5
+    assert row["holds"] is False
+    printed = capsys.readouterr().out
+    assert "a case" in printed
+    assert "NO" in printed
+
+
+WORKER = """
+import json, os, sys
+name, log = sys.argv[2], sys.argv[3]
+if name == "bad":
+    sys.exit("what went wrong")
+open(log, "a").write(name + " ")
+print("noise")
+print(json.dumps({"threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}))
+"""
+
+
+def test_workers_take_turns_in_fresh_processes(tmp_path):
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(WORKER)
+    results = run_in_turn(script, ["ours", "peer"], [str(log)], rounds=3, threads=1)
+    assert log.read_text().split() == ["ours", "peer", "peer", "ours", "ours", "peer"]
+    everybody = [*results["ours"], *results["peer"]]
+    assert {each["threads"] for each in everybody} == {"1"}
+    assert len({each["pid"] for each in everybody}) == 6
+
+
+def test_a_failing_worker_ends_the_benchmark_with_its_message(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WORKER)
+    with pytest.raises(SystemExit, match="worker bad failed:\nwhat went wrong"):
+        run_in_turn(script, ["bad"], [str(tmp_path / "log")], rounds=1, threads=1)
+
+
+@pytest.mark.slow
+def test_the_actor_benchmark_compares_equal_work(tmp_path):
+    """It ends with an error where the two losses differ; the ratio itself depends on the machine."""
+    command = [sys.executable, str(BENCHMARKS / "actor.py"), "--quick", "--json", str(tmp_path / "rows.json")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["case"] for row in rows] == [
+        "tiny: forward + backward",
+        "tiny: processor time",
+        "tiny: peak memory",
+    ]
+    assert all(row["ours"] > 0 and row["peer_value"] > 0 for row in rows)
