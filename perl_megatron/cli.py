@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, plan, doctor.
+"""The command `perl-megatron`: train, sft, eval, plan, verify-weights, doctor.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -81,6 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "plan":
             command.add_argument("--processes", type=int, help="number of processes (default: the fewest that fit)")
             command.add_argument("--json", action="store_true", help="print JSON")
+    description = "compare the weights of two Hugging Face folders, tensor by tensor; status 1 where they differ"
+    verify = commands.add_parser("verify-weights", help=description, description=description)
+    verify.set_defaults(handler=run_verify_weights)
+    verify.add_argument("first", type=Path, help="Hugging Face folder")
+    verify.add_argument("second", type=Path, help="Hugging Face folder")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write every row")
     doctor = commands.add_parser("doctor", help="versions, device, live fused paths, what to install")
     doctor.set_defaults(handler=run_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -139,6 +145,25 @@ def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
     plan = make_plan(loaded.config, derived)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return 0
+
+
+def run_verify_weights(options: argparse.Namespace, argv: list[str]) -> int:
+    """Compare two folders of weights; status 0 only where every tensor has the same bits."""
+    for folder in (options.first, options.second):
+        if (folder / "manifest.json").is_file():
+            raise UserError(
+                "this is a training checkpoint; only Hugging Face folders can be compared so far",
+                where=str(folder),
+                fix="give the run's export/ folder",
+            )
+    from perl_megatron.checkpoint.compare import compare_checkpoints, render
+    from perl_megatron.checkpoint.hf_files import open_checkpoint
+
+    comparison = compare_checkpoints(open_checkpoint(options.first), open_checkpoint(options.second))
+    if options.json is not None:
+        options.json.write_text(comparison.as_json() + "\n", encoding="utf-8")
+    print(render(comparison))
+    return 0 if comparison.equal else 1
 
 
 def run_doctor(options: argparse.Namespace, argv: list[str]) -> int:

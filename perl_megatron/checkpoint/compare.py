@@ -1,0 +1,141 @@
+"""Two sets of published tensors, compared one tensor at a time: digests, orphans, largest differences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+_CHUNK = 1 << 22
+"""Numbers that are compared at once: the float64 copies stay small, however large the tensor."""
+
+
+@dataclass(frozen=True)
+class TensorComparison:
+    """One name in both checkpoints; each pair is (of the first, of the second)."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtypes: tuple[str, str]
+    digests: tuple[str, str]
+    """BLAKE2b of dtype, shape and bytes."""
+    max_difference: float
+    """Largest absolute difference, in float64; NaN where a NaN or an infinity differs, infinite for other shapes."""
+
+    @property
+    def equal(self) -> bool:
+        """Bit for bit, with the same dtype and shape."""
+        return self.digests[0] == self.digests[1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All names of both checkpoints."""
+
+    tensors: tuple[TensorComparison, ...]
+    only_in_first: tuple[str, ...]
+    only_in_second: tuple[str, ...]
+
+    @property
+    def differing(self) -> list[TensorComparison]:
+        """Tensors that are not equal, the largest difference first, NaN before all."""
+        found = [each for each in self.tensors if not each.equal]
+        return sorted(found, key=lambda each: (not math.isnan(each.max_difference), -each.max_difference, each.name))
+
+    @property
+    def equal(self) -> bool:
+        """Same names, same bits."""
+        return not (self.differing or self.only_in_first or self.only_in_second)
+
+    def as_json(self) -> str:
+        """Every row, as strict JSON: a difference that is not finite becomes text."""
+        rows: list[dict[str, Any]] = []
+        for each in self.tensors:
+            finite = math.isfinite(each.max_difference)
+            difference = each.max_difference if finite else str(each.max_difference)
+            rows.append({**asdict(each), "max_difference": difference, "equal": each.equal})
+        content = {
+            "equal": self.equal,
+            "only_in_first": self.only_in_first,
+            "only_in_second": self.only_in_second,
+            "tensors": rows,
+        }
+        return json.dumps(content, indent=1, allow_nan=False)
+
+
+def compare_checkpoints(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> Comparison:
+    """Compare tensors of any shape and dtype by their names; one of each side is in memory at a time."""
+    shared = [name for name in first if name in second]
+    return Comparison(
+        tensors=tuple(_compare(name, first[name], second[name]) for name in shared),
+        only_in_first=tuple(sorted(name for name in first if name not in second)),
+        only_in_second=tuple(sorted(name for name in second if name not in first)),
+    )
+
+
+def render(comparison: Comparison, *, most: int = 20) -> str:
+    """What differs, worst first and ``most`` of each kind at most, and one line that sums up."""
+    differing = comparison.differing
+    lines = [
+        f"differs   {each.name}: {_sides(each)}, largest difference {each.max_difference:.3g}"
+        for each in differing[:most]
+    ]
+    if len(differing) > most:
+        lines.append(f"          and {len(differing) - most} more (--json lists all)")
+    for label, orphans in (("first", comparison.only_in_first), ("second", comparison.only_in_second)):
+        lines += [f"only in the {label}: {name}" for name in orphans[:most]]
+        if len(orphans) > most:
+            lines.append(f"          and {len(orphans) - most} more (--json lists all)")
+    num_equal = len(comparison.tensors) - len(differing)
+    verdict = "equal" if comparison.equal else "NOT equal"
+    alone = len(comparison.only_in_first) + len(comparison.only_in_second)
+    lines.append(f"{verdict}: {num_equal} tensors are the same bits, {len(differing)} differ, {alone} have no partner")
+    return "\n".join(lines)
+
+
+def _sides(each: TensorComparison) -> str:
+    first, second = (f"{dtype} {list(shape)}" for dtype, shape in zip(each.dtypes, each.shapes, strict=True))
+    return first if first == second else f"{first} and {second}"
+
+
+def _compare(name: str, first: torch.Tensor, second: torch.Tensor) -> TensorComparison:
+    digests = (_digest(first), _digest(second))
+    if first.shape != second.shape:
+        difference = math.inf
+    else:
+        difference = 0.0 if digests[0] == digests[1] else _max_difference(first, second)
+    return TensorComparison(
+        name,
+        (tuple(first.shape), tuple(second.shape)),
+        (_dtype(first), _dtype(second)),
+        digests,
+        difference,
+    )
+
+
+def _max_difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    largest = 0.0
+    for one, other in zip(first.flatten().split(_CHUNK), second.flatten().split(_CHUNK), strict=True):
+        one, other = one.double(), other.double()  # noqa: PLW2901
+        same = (one == other) | (one.isnan() & other.isnan())  # infinity - infinity would be NaN
+        difference = torch.where(same, 0.0, (one - other).abs())
+        if not difference.isfinite().all():
+            return math.nan
+        largest = max(largest, difference.max().item()) if len(difference) else largest
+    return largest
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    digest = hashlib.blake2b(f"{_dtype(tensor)} {tuple(tensor.shape)}".encode(), digest_size=32)
+    for part in tensor.contiguous().flatten().split(_CHUNK):
+        digest.update(part.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
