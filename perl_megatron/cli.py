@@ -14,12 +14,8 @@ from pathlib import Path
 
 from perl_megatron import __version__
 from perl_megatron.config.architecture import read_architecture_numbers
-from perl_megatron.config.derive import (
-    derive,
-    launched_processes,
-    require_evaluation_data,
-    require_training_data,
-)
+from perl_megatron.config.derive import derive, require_evaluation_data, require_training_data
+from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import LoadedConfig, load_config
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure

@@ -167,8 +167,10 @@ class Session:
 
     def layout(self) -> str:
         """The layout in words."""
-        topology = self.topology
-        return f"tensor {topology.tensor_size} × pipeline {topology.pipeline_size} × data {topology.data_size}"
+        sizes = (
+            f"{axis} {getattr(self.topology, f'{axis}_size')}" for axis in ("tensor", "pipeline", "context", "data")
+        )
+        return " × ".join(sizes)
 
     def _create_folder(self) -> None:
         RunFolder.create(self._loaded, resume=self._resume)

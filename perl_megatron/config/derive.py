@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.schema import Config, ParallelConfig
+from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
+from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
 
 Command = Literal["train", "sft", "eval"]
@@ -23,9 +24,12 @@ class Derived:
     """Processes."""
     tensor_size: int
     pipeline_size: int
+    context_size: int
     data_size: int
-    """Data-parallel size: world over tensor times pipeline."""
-    layers_per_stage: int
+    """Data-parallel size: world over tensor times pipeline times context."""
+    virtual_pipeline_size: int
+    """Model chunks of each pipeline stage."""
+    stage_layers: tuple[int, ...]
     """Language-model layers of each pipeline stage."""
     engine: Literal["vllm", "embedded"]
     engine_tensor_size: int
@@ -46,7 +50,7 @@ class Derived:
     questions_per_update: int
     sequences_per_update: int
     micro_batches_per_update: int
-    """Micro-batches of the busiest data-parallel rank in one optimizer step."""
+    """Micro-batches of each data-parallel rank in one optimizer step; some may be empty."""
     total_steps: int
     total_updates: int
     """Optimizer steps of the whole run; the learning-rate schedule counts these."""
@@ -55,11 +59,6 @@ class Derived:
     """Responses trained on over the whole run."""
     max_sequence_tokens: int
     """Longest prompt plus longest response."""
-
-
-def launched_processes(config: Config) -> int:
-    """How many processes the command starts when it is not started by torchrun: tensor · pipeline · (data or 1)."""
-    return config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
 
 
 def resolve_engine(config: Config) -> Literal["vllm", "embedded"]:
@@ -85,7 +84,7 @@ def derive(
     says which parts matter: batches of groups only for training.
     """
     data_size = check_layout(config.parallel, world_size)
-    _check_divisible(config, architecture)
+    check_split(config.parallel, architecture)
     _check_sections(config)
     engine = resolve_engine(config)
     if command == "train":
@@ -109,8 +108,10 @@ def derive(
         world_size=world_size,
         tensor_size=parallel.tensor,
         pipeline_size=parallel.pipeline,
+        context_size=parallel.context,
         data_size=data_size,
-        layers_per_stage=architecture.num_layers // parallel.pipeline,
+        virtual_pipeline_size=parallel.virtual_pipeline,
+        stage_layers=stage_layers(parallel, architecture.num_layers),
         engine=engine,
         engine_tensor_size=engine_tensor,
         engine_replicas=world_size // engine_tensor,
@@ -122,7 +123,9 @@ def derive(
         updates_per_step=updates,
         questions_per_update=questions_per_update,
         sequences_per_update=sequences,
-        micro_batches_per_update=math.ceil(math.ceil(sequences / data_size) / config.optimizer.micro_batch_sequences),
+        micro_batches_per_update=num_micro_batches(
+            math.ceil(sequences / data_size), config.optimizer.micro_batch_sequences, parallel
+        ),
         total_steps=steps,
         total_updates=steps * updates,
         total_questions=steps * questions_per_step,
@@ -157,59 +160,6 @@ def _require_file(key: str, path: Path) -> None:
         )
 
 
-def check_layout(parallel: ParallelConfig, world_size: int) -> int:
-    """The data-parallel size of `world_size` processes; UserError where the sizes do not fit them."""
-    shape = parallel.tensor * parallel.pipeline
-    if world_size % shape:
-        raise UserError(
-            f"{world_size} processes cannot be laid out as tensor {parallel.tensor} × pipeline {parallel.pipeline}",
-            where="parallel.tensor, parallel.pipeline",
-            fix=f"start a multiple of {shape} processes, or choose sizes whose product divides {world_size}",
-        )
-    data_size = world_size // shape
-    if parallel.data is not None and parallel.data != data_size:
-        raise UserError(
-            f"{world_size} processes over tensor {parallel.tensor} × pipeline {parallel.pipeline} leave data-parallel "
-            f"size {data_size}, not {parallel.data}",
-            where=f"parallel.data = {parallel.data}",
-            fix=f"start {shape * parallel.data} processes, or set parallel.data={data_size}, or leave it out",
-        )
-    if parallel.sequence and parallel.tensor == 1:
-        raise UserError(
-            "sequence parallelism needs tensor parallelism",
-            where="parallel.sequence = true",
-            fix="set parallel.tensor above 1, or parallel.sequence=false",
-        )
-    return data_size
-
-
-def _check_divisible(config: Config, architecture: ArchitectureNumbers) -> None:
-    split = {
-        "attention heads": architecture.num_heads,
-        "key-value heads": architecture.num_kv_heads,
-        "feed-forward size": architecture.ffn_size,
-        "vision heads": architecture.vision_num_heads,
-        "vision feed-forward size": architecture.vision_ffn_size,
-    }
-    tensor = config.parallel.tensor
-    wrong = [f"{name} ({size})" for name, size in split.items() if size % tensor]
-    if wrong:
-        possible = [size for size in range(1, tensor) if all(number % size == 0 for number in split.values())]
-        raise UserError(
-            f"tensor-parallel size {tensor} does not divide the policy's {', '.join(wrong)}",
-            where=f"parallel.tensor = {tensor}",
-            fix=f"smaller sizes that do: {_join(possible)}; use parallel.pipeline or parallel.data for more processes",
-        )
-    pipeline, layers = config.parallel.pipeline, architecture.num_layers
-    if layers % pipeline:
-        possible = [size for size in range(1, layers + 1) if layers % size == 0]
-        raise UserError(
-            f"pipeline-parallel size {pipeline} does not divide the policy's {layers} layers",
-            where=f"parallel.pipeline = {pipeline}",
-            fix=f"sizes that do: {_join(possible)}",
-        )
-
-
 def _engine_tensor_size(
     config: Config, engine: Literal["vllm", "embedded"], world_size: int, architecture: ArchitectureNumbers
 ) -> int:
@@ -224,7 +174,7 @@ def _engine_tensor_size(
             f"an engine over {size} processes does not divide the {world_size} processes of the run and the policy's "
             f"{numbers[1]} attention and {numbers[2]} key-value heads",
             where=f"rollout.tensor_parallel = {config.rollout.tensor_parallel}",
-            fix=f"sizes that do: {_join(possible)}",
+            fix=f"sizes that do: {join_numbers(possible)}",
         )
     return size
 
@@ -259,7 +209,7 @@ def _check_training(config: Config, data_size: int) -> None:
         raise UserError(
             f"{rollout.questions_per_step} questions a step cannot be split into {updates} equal updates",
             where=f"rollout.questions_per_step = {rollout.questions_per_step}, algorithm.updates_per_step = {updates}",
-            fix=f"algorithm.updates_per_step may be {_join(possible)}",
+            fix=f"algorithm.updates_per_step may be {join_numbers(possible)}",
         )
     sequences = rollout.questions_per_step // updates * group_size
     if sequences < data_size:
@@ -288,7 +238,3 @@ def _check_training(config: Config, data_size: int) -> None:
             where="reward.accuracy = 0, reward.format = 0",
             fix="set reward.accuracy or reward.format above 0",
         )
-
-
-def _join(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers)) if numbers else "none"

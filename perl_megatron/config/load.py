@@ -24,10 +24,6 @@ from perl_megatron.errors import UserError
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 BASE_KEY = "base"
-NOT_OFFERED = {
-    "parallel.context": "context parallelism is not offered; use parallel.tensor with parallel.sequence=true",
-    "parallel.virtual_pipeline": "virtual pipeline parallelism is not offered; use parallel.pipeline",
-}
 
 
 @dataclass(frozen=True)
@@ -174,8 +170,6 @@ def _takes_text(info: FieldInfo) -> bool:
 
 
 def _unknown_key(key: str, origin: str) -> UserError:
-    if key in NOT_OFFERED:
-        return UserError(f"'{key}' cannot be set: {NOT_OFFERED[key]}", where=origin)
     return UserError(f"unknown key '{key}'", where=origin, fix=f"did you mean '{nearest_key(key)}'?")
 
 

@@ -61,6 +61,14 @@ class ParallelConfig(Section):
     """Data-parallel size; None: the processes over the other sizes (1 where the command starts them itself)."""
     sequence: bool = False
     """Sequence parallelism (needs tensor > 1)."""
+    context: int = Field(default=1, ge=1)
+    """Context-parallel size: every sequence is cut over so many processes, which exchange keys and values."""
+    virtual_pipeline: int = Field(default=1, ge=1)
+    """Model chunks of each pipeline stage (interleaved schedule, needs pipeline > 1): less idle time, more messages."""
+    first_stage_layers: int | None = Field(default=None, ge=1)
+    """Language-model layers of the first pipeline stage, which also runs the vision tower; None: as many as others."""
+    last_stage_layers: int | None = Field(default=None, ge=1)
+    """Language-model layers of the last pipeline stage, which also computes the logits; None: as many as others."""
 
 
 class DataConfig(Section):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from perl_megatron.config.derive import launched_processes
+from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.schema import Config
 from perl_megatron.launch.failures import (
     DIRECTORY_VARIABLE,

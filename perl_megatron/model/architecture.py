@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perl_megatron.config.schema import ParallelConfig
+from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.errors import UserError
 
 
@@ -66,6 +66,22 @@ class Architecture:
     tied_embeddings: bool
     """Whether the output layer is the embedding (the 3B model) or its own matrix."""
     vision: VisionArchitecture
+
+    @property
+    def numbers(self) -> ArchitectureNumbers:
+        """What a layout depends on."""
+        return ArchitectureNumbers(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_size=self.ffn_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            vocabulary_size=self.vocabulary_size,
+            vision_depth=self.vision.depth,
+            vision_hidden_size=self.vision.hidden_size,
+            vision_ffn_size=self.vision.ffn_size,
+            vision_num_heads=self.vision.num_heads,
+        )
 
     def padded_vocabulary(self, tensor_size: int) -> int:
         """The vocabulary's size filled up to a multiple of the tensor-parallel size."""
@@ -140,32 +156,3 @@ def _refuse_unknown_variants(config: Any, file: Path) -> None:
             raise UserError(f"{name} is {value!r}; only {known!r} is supported", where=str(file))
     if "mrope_section" not in text.rope_parameters:
         raise UserError("the rotary parameters have no mrope_section", where=str(file))
-
-
-def check_parallel(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raise UserError where the model does not split evenly over tensor-parallel ranks and pipeline stages."""
-    vision = architecture.vision
-    split_by_tensor = {
-        "attention heads": architecture.num_heads,
-        "key-value heads": architecture.num_kv_heads,
-        "feed-forward size": architecture.ffn_size,
-        "vision heads": vision.num_heads,
-        "vision feed-forward size": vision.ffn_size,
-    }
-    for name, number in split_by_tensor.items():
-        if number % parallel.tensor:
-            raise UserError(
-                f"the model's {number} {name} do not split into {parallel.tensor} tensor-parallel parts",
-                where=f"parallel.tensor = {parallel.tensor}",
-                fix=f"use one of {_divisors(*split_by_tensor.values())}",
-            )
-    if architecture.num_layers % parallel.pipeline:
-        raise UserError(
-            f"the model's {architecture.num_layers} layers do not split into {parallel.pipeline} pipeline stages",
-            where=f"parallel.pipeline = {parallel.pipeline}",
-            fix=f"use one of {_divisors(architecture.num_layers)}",
-        )
-
-
-def _divisors(*numbers: int) -> list[int]:
-    return [size for size in range(1, min(numbers) + 1) if all(number % size == 0 for number in numbers)]

@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
+from perl_megatron.model.context_parallel import context_part
 from perl_megatron.model.segments import Segments
 
 
 class TorchCoreAttention(MegatronModule):
-    """Causal attention over a batch, or attention within the segments of one packed row; grouped queries or not."""
+    """Causal attention over a batch, or attention within the segments of one packed row; grouped queries or not.
+
+    Where the sequence is spread over context ranks, each gathers the keys and values of all for its own queries.
+    """
 
     def __init__(
         self,
@@ -32,9 +38,12 @@ class TorchCoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         assert attention_type == "self", attention_type
-        assert config.context_parallel_size == 1, "this core attention does not split the sequence"
         assert not (config.attention_dropout if attention_dropout is None else attention_dropout)
         self.attn_mask_type = attn_mask_type
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+            self.context_group = groups.cp
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -55,14 +64,39 @@ class TorchCoreAttention(MegatronModule):
             output = self._within_segments(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
             return output.flatten(1).unsqueeze(1)
         causal = (attn_mask_type or self.attn_mask_type) is AttnMaskType.causal
+        mask = None
+        if self.context_group is not None:
+            assert causal, "only causal attention is spread over context ranks"
+            key, value = (self._of_all_context_ranks(tensor) for tensor in (key, value))
+            mask, causal = self._context_mask(query), False
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        return self._attend(query, key, value, causal=causal).permute(2, 0, 1, 3).flatten(2)
+        return self._attend(query, key, value, mask=mask, causal=causal).permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        causal: bool,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=self.scale, enable_gqa=grouped
+            query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
         )  # [batch, heads, length, D]
+
+    def _of_all_context_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keys or values [S / size, …] → [S, …], rank after rank; going back, each rank gets the sum for its own."""
+        return gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=self.context_group)
+
+    def _context_mask(self, query: torch.Tensor) -> torch.Tensor:
+        """bool [own S, S]: which of the gathered keys are not after each of this rank's queries."""
+        assert self.context_group is not None
+        size = self.context_group.size()
+        parts = [context_part(len(query) * size, rank, size) for rank in range(size)]
+        own, gathered = parts[self.context_group.rank()], np.concatenate(parts)
+        return torch.from_numpy(gathered[None] <= own[:, None]).to(query.device)
 
     def _within_segments(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments

@@ -1,4 +1,4 @@
-"""The policy: a Qwen2.5-VL on megatron-core's GPTModel, for one pipeline stage."""
+"""The policy: a Qwen2.5-VL on megatron-core's GPTModel, for one model chunk of a pipeline stage."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.module import MegatronModule
 
+from perl_megatron.config.layout import check_split, stage_layers
 from perl_megatron.config.schema import ModelConfig, ParallelConfig
 from perl_megatron.model import transformer_configs
-from perl_megatron.model.architecture import Architecture, check_parallel
+from perl_megatron.model.architecture import Architecture
 from perl_megatron.model.layer_specs import block_spec, choose_provider
 from perl_megatron.model.vision import VisionModel
 from perl_megatron.runtime import platform
@@ -37,18 +38,28 @@ class VisionInput:
 
 
 class Policy(MegatronModule):
-    """One pipeline stage: the first holds the vision tower and the embedding, the last the output layer."""
+    """One pipeline stage: the first holds the vision tower and the embedding, the last the output layer.
 
-    def __init__(self, architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, topology: Topology):
+    With ``parallel.virtual_pipeline`` above 1 it is the 0-based ``chunk`` of the stage's chunks.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        topology: Topology,
+        chunk: int = 0,
+    ):
         config = transformer_configs.language_config(architecture, model, parallel)
         super().__init__(config=config)
         self.architecture = architecture
         # megatron-core's schedules and gradient reduction ask for these by name.
-        self.pre_process = topology.is_first_stage
-        self.post_process = topology.is_last_stage
+        self.pre_process = topology.is_first_stage and chunk == 0
+        self.post_process = topology.is_last_stage and chunk == parallel.virtual_pipeline - 1
         self.share_embeddings_and_output_weights = architecture.tied_embeddings
         self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage: int | None = None
+        self.vp_stage = chunk if parallel.virtual_pipeline > 1 else None
         provider = choose_provider()
         self.vision_model = None
         if self.pre_process:
@@ -58,9 +69,10 @@ class Policy(MegatronModule):
                 architecture.vision,
                 provider,
             )
+        layers = stage_layers(parallel, architecture.num_layers)[topology.pipeline_rank] // parallel.virtual_pipeline
         self.language_model = GPTModel(
             config,
-            block_spec(provider, architecture.num_layers // parallel.pipeline, mask=AttnMaskType.causal),
+            block_spec(provider, layers, mask=AttnMaskType.causal),
             vocab_size=architecture.padded_vocabulary(parallel.tensor),
             max_sequence_length=architecture.max_positions,
             pre_process=self.pre_process,
@@ -70,7 +82,10 @@ class Policy(MegatronModule):
             position_embedding_type="mrope",
             rotary_base=architecture.rope_theta,
             scatter_embedding_sequence_parallel=False,  # the image features go in first
+            vp_stage=self.vp_stage,
         )
+        # The positions that come in are those of this context rank; megatron-core would take its part of them again.
+        self.language_model.rotary_pos_emb.cp_group = None
         if self.post_process:
             # Its input is gathered and cut to the wanted positions here, so it takes whole rows and reduces their
             # gradient itself, with or without sequence parallelism.
@@ -100,7 +115,8 @@ class Policy(MegatronModule):
 
         ``token_ids`` int64 [B, S], padded on the right; ``position_ids`` int64 [3, B, S]; ``vision`` for the first
         stage, None without images; ``output_mask`` bool [B, S], None for all. Attention is causal; with sequence
-        parallelism S must be a multiple of the tensor-parallel size.
+        parallelism S must be a multiple of the tensor-parallel size. With context parallelism all of them are this
+        rank's part of the sequences, as ``context_parallel.context_part`` cuts it, and S is the part's length.
         Returns on the last stage logits [selected, V / tp] in row-major [B, S] order, this rank's part of the
         vocabulary, in the parameters' dtype; else hidden states [S, B, H] ([S / tp, B, H] if sequence-parallel).
         """
@@ -144,15 +160,18 @@ class Policy(MegatronModule):
 def build_policy(
     architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, topology: Topology
 ) -> list[Policy]:
-    """This rank's stage, one for each virtual stage (one for now), on its device.
+    """This rank's model chunks, one for each virtual stage, on its device.
 
     Norm weights are 1; all other weights are uninitialised until ``checkpoint.stream.import_weights``. With
     ``model.dtype`` bfloat16 parameters and activations are bfloat16 throughout: no Float16Module stands between, the
     policy casts its own inputs, and ``kernels.logprob`` reads the logits as float32.
     Raises UserError where the model does not split evenly.
     """
-    check_parallel(architecture, parallel)
-    policy = Policy(architecture, model, parallel, topology).to(platform.device())
-    for parameter in policy.parameters():
-        assert parameter.dtype == policy.config.params_dtype, parameter.dtype
-    return [policy]
+    check_split(parallel, architecture.numbers)
+    chunks = []
+    for chunk in range(parallel.virtual_pipeline):
+        policy = Policy(architecture, model, parallel, topology, chunk).to(platform.device())
+        for parameter in policy.parameters():
+            assert parameter.dtype == policy.config.params_dtype, parameter.dtype
+        chunks.append(policy)
+    return chunks

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu, silu
 
 from perl_megatron.config.schema import ModelConfig, ParallelConfig
+from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import Architecture
 from perl_megatron.runtime import platform
 
@@ -47,7 +48,8 @@ def _shared(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
 def language_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """The language model: pipeline stages exchange activations of any length, sums of the loss stay per token."""
     dtype = _DTYPES[model.dtype]
-    return TransformerConfig(
+    interleaved = parallel.virtual_pipeline > 1
+    config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_heads,
@@ -61,7 +63,14 @@ def language_config(architecture: Architecture, model: ModelConfig, parallel: Pa
         add_bias_linear=False,
         add_qkv_bias=True,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        context_parallel_size=parallel.context,
         pipeline_dtype=dtype,
+        # Interleaved stages send both ways at once, and in one batch the messages of two stages to each other cross.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence,
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # no experts here: the default's check refuses variable lengths
@@ -70,6 +79,26 @@ def language_config(architecture: Architecture, model: ModelConfig, parallel: Pa
         deallocate_pipeline_outputs=platform.is_cuda(),  # on gloo a buffer may still be in flight
         **_shared(model, parallel),
     )
+    refuse_silent_traps(config)
+    return config
+
+
+def refuse_silent_traps(config: TransformerConfig) -> None:
+    """UserError for settings that megatron-core 0.16 accepts and with which it computes wrong gradients in silence."""
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    if interleaved and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+        raise UserError(
+            "interleaved pipeline stages need overlapping messages outside a batch: in a batch, those between two "
+            "stages cross",
+            where="parallel.virtual_pipeline; megatron-core's overlap_p2p_comm, batch_p2p_comm",
+            fix="overlap_p2p_comm=True, batch_p2p_comm=False",
+        )
+    if config.deallocate_pipeline_outputs and not platform.is_cuda():
+        raise UserError(
+            "on gloo a stage's output may still be in flight when its memory is released",
+            where="parallel.pipeline; megatron-core's deallocate_pipeline_outputs",
+            fix="deallocate_pipeline_outputs=False",
+        )
 
 
 def vision_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:

@@ -19,12 +19,13 @@ def make_plan(config: Config, derived: Derived) -> dict[str, Any]:
     """The derived arithmetic and each rank's place, ready for JSON.
 
     Keys: `run` (name, folder), `batch` and `layout` (numbers of `Derived`), `ranks`: one dict each with rank, tensor,
-    data and pipeline coordinates, its language-model layers (0-based, first and last), whether it runs the vision tower
+    context, data and pipeline coordinates, its language-model layers (0-based), whether it runs the vision tower
     and whether it computes the logits, and its engine replica.
     """
     numbers = asdict(derived)
     layout_names = (
-        *("world_size", "tensor_size", "pipeline_size", "data_size", "layers_per_stage"),
+        *("world_size", "tensor_size", "pipeline_size", "context_size", "data_size"),
+        *("virtual_pipeline_size", "stage_layers"),
         *("engine", "engine_tensor_size", "engine_replicas"),
     )
     return {
@@ -40,21 +41,32 @@ def make_plan(config: Config, derived: Derived) -> dict[str, Any]:
 
 
 def rank_place(derived: Derived, rank: int) -> dict[str, Any]:
-    """What one rank holds. Ranks are ordered tensor-fastest, then data, then pipeline (megatron-core's order)."""
+    """What one rank holds. Ranks are ordered tensor-fastest, then context, data, pipeline (megatron-core's order)."""
     tensor = rank % derived.tensor_size
-    data = rank // derived.tensor_size % derived.data_size
-    pipeline = rank // (derived.tensor_size * derived.data_size)
-    first_layer = pipeline * derived.layers_per_stage
+    context = rank // derived.tensor_size % derived.context_size
+    data = rank // (derived.tensor_size * derived.context_size) % derived.data_size
+    pipeline = rank // (derived.tensor_size * derived.context_size * derived.data_size)
     return {
         "rank": rank,
         "tensor": tensor,
+        "context": context,
         "data": data,
         "pipeline": pipeline,
-        "layers": [first_layer, first_layer + derived.layers_per_stage - 1],
+        "layers": layers_of(derived, pipeline),
         "vision": pipeline == 0,
         "logits": pipeline == derived.pipeline_size - 1,
         "engine_replica": rank // derived.engine_tensor_size,
     }
+
+
+def layers_of(derived: Derived, pipeline: int) -> list[int]:
+    """0-based layers of a stage: one run of them for each model chunk, the chunks of all stages taking turns."""
+    per_chunk = [layers // derived.virtual_pipeline_size for layers in derived.stage_layers]
+    layers: list[int] = []
+    for chunk in range(derived.virtual_pipeline_size):
+        first = chunk * sum(per_chunk) + sum(per_chunk[:pipeline])
+        layers += range(first, first + per_chunk[pipeline])
+    return layers
 
 
 def render_plan(plan: dict[str, Any]) -> str:
@@ -95,10 +107,11 @@ def _batch_table(batch: dict[str, Any]) -> Table:
 
 
 def _layout_table(layout: dict[str, Any]) -> Table:
-    sizes = f"tensor {layout['tensor_size']} × pipeline {layout['pipeline_size']} × data {layout['data_size']}"
+    sizes = " × ".join(f"{axis} {layout[f'{axis}_size']}" for axis in ("tensor", "pipeline", "context", "data"))
     sharing = "sharded over data-parallel ranks" if layout["distributed_optimizer"] else "whole on every rank"
     table = Table(title="Layout", show_header=False, title_justify="left")
     table.add_row("processes", f"{layout['world_size']} = {sizes}")
+    table.add_row("layers of a stage", f"{layout['stage_layers']}, in {layout['virtual_pipeline_size']} model chunk(s)")
     table.add_row("sequence parallel", "yes" if layout["sequence_parallel"] else "no")
     table.add_row("optimizer", sharing)
     table.add_row(
@@ -110,11 +123,17 @@ def _layout_table(layout: dict[str, Any]) -> Table:
 
 def _rank_table(ranks: list[dict[str, Any]]) -> Table:
     table = Table(title="Ranks", title_justify="left")
-    for column in ("rank", "tensor", "data", "pipeline", "layers", "holds also", "engine replica"):
+    for column in ("rank", "tensor", "context", "data", "pipeline", "layers", "holds also", "engine replica"):
         table.add_column(column, justify="right")
     for place in ranks:
         also = [name for name, here in (("vision tower", place["vision"]), ("logits", place["logits"])) if here]
-        first, last = place["layers"]
-        coordinates = (place[axis] for axis in ("rank", "tensor", "data", "pipeline"))
-        table.add_row(*map(str, coordinates), f"{first}-{last}", ", ".join(also), str(place["engine_replica"]))
+        coordinates = (place[axis] for axis in ("rank", "tensor", "context", "data", "pipeline"))
+        table.add_row(*map(str, coordinates), _runs(place["layers"]), ", ".join(also), str(place["engine_replica"]))
     return table
+
+
+def _runs(numbers: list[int]) -> str:
+    """'0-3, 8-11' for ascending numbers."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(f"{first}-{last}" for first, last in zip(starts, ends, strict=True))

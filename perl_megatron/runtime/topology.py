@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from perl_megatron.config.derive import check_layout
+from perl_megatron.config.layout import check_layout
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import platform
@@ -20,7 +20,7 @@ from perl_megatron.runtime import platform
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank stands. Ranks are ordered tensor-fastest, then data, then pipeline (megatron-core's order)."""
+    """Where this rank stands. Ranks are ordered tensor-fastest, then context, data, pipeline, as megatron-core does."""
 
     rank: int
     world_size: int
@@ -30,15 +30,17 @@ class Topology:
     pipeline_size: int
     data_rank: int
     data_size: int
+    context_rank: int = 0
+    context_size: int = 1
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank embeds the tokens and images."""
+        """Whether this rank embeds the tokens and images (in its first model chunk)."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes the logits."""
+        """Whether this rank computes the logits (in its last model chunk)."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     def tensor_group(self) -> dist.ProcessGroup:
@@ -79,6 +81,8 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
         distributed_timeout_minutes=max(1, math.ceil(timeout_seconds / 60)),
     )
     random.seed(seed)
@@ -94,6 +98,8 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

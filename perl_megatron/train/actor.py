@@ -63,7 +63,7 @@ class Actor:
             topology,
             encoder,
             micro_batch_size=config.optimizer.micro_batch_sequences,
-            length_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+            parallel=config.parallel,
         )
 
     def log_probs(self, sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:
@@ -78,8 +78,7 @@ class Actor:
         results = self._schedule.run(sequences, self._keep_log_prob, forward_only=True)
         if contributes(self._topology):
             for batch, kept in results:
-                for index, log_prob in zip(batch.indices, kept["log_prob"].split(batch.lengths.tolist()), strict=True):
-                    values[starts[index] : starts[index + 1]] = log_prob
+                values[torch.from_numpy(batch.places(starts)).to(values.device)] = kept["log_prob"]
         dist.all_reduce(values)
         return np.split(values.cpu().numpy(), starts[1:-1])
 

@@ -4,6 +4,8 @@ Legend: B rows (sequences) of a micro-batch, S padded tokens of a row, T respons
 images, M image-pad tokens. Rows are in the order of ``indices``; flat per-token values run row by row, so they line up
 with the logits that the model gives for ``output_mask``.
 
+With context parallelism a rank holds its part of each row, and S and T count that part.
+
 The rollouts of one group stay together, so that their images pass through the vision tower once for the micro-batch.
 """
 
@@ -15,6 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from perl_megatron.config.layout import num_micro_batches
+from perl_megatron.config.schema import ParallelConfig
+from perl_megatron.model.context_parallel import context_part
 from perl_megatron.model.mrope import position_ids
 from perl_megatron.model.policy import VisionInput
 from perl_megatron.types import EncodedPrompt
@@ -53,35 +58,44 @@ class MicroBatch:
     position_ids: torch.Tensor
     """int64 [3, B, S]."""
     vision: VisionInput | None
-    """None without images, and on pipeline stages that have no vision tower."""
+    """Only the images that occur in this rank's part; None without any, and for model chunks without vision tower."""
     output_mask: torch.Tensor
     """bool [B, S]: the positions that predict response tokens."""
     targets: torch.Tensor
     """int64 [max(T, 1)]: the predicted tokens. Without any, one token is predicted all the same, and ignored."""
     lengths: np.ndarray
-    """int64 [len(indices)]: response tokens of each row; their sum is T."""
+    """int64 [len(indices)]: response tokens of each row, on all context ranks together."""
+    own_tokens: np.ndarray
+    """int64 [T]: which of the rows' response tokens, counted from row to row, this rank predicts, ascending."""
 
     @property
     def num_tokens(self) -> int:
         """T."""
-        return int(self.lengths.sum())
+        return len(self.own_tokens)
+
+    def places(self, starts: np.ndarray) -> np.ndarray:
+        """int64 [T]: places of this rank's tokens, where the tokens of the i-th sequence of all begin at starts[i]."""
+        if not self.indices:
+            return self.own_tokens
+        rows = [starts[index] + np.arange(length) for index, length in zip(self.indices, self.lengths, strict=True)]
+        return np.concatenate(rows)[self.own_tokens]
 
 
 def split_sequences(
-    prompt_lengths: Sequence[int], micro_batch_size: int, data_size: int
+    prompt_lengths: Sequence[int], micro_batch_size: int, data_size: int, parallel: ParallelConfig | None = None
 ) -> list[list[tuple[int, ...]]]:
     """Which sequences are in which micro-batch: ``result[data_rank][micro_batch]`` holds their positions.
 
     Shares are contiguous and as even as possible. Every data-parallel rank has the same number of micro-batches (some
-    empty where there are fewer sequences than that), as the collectives of a step need. Within a rank's share,
-    sequences are taken by the length of their prompt, which saves padding and leaves a group together: its views have
-    prompts of the same length.
+    empty where there are fewer sequences than that), as the collectives of a step and ``parallel`` need. Within
+    a rank's share, sequences are taken by the length of their prompt, which saves padding and leaves a group together:
+    its views have prompts of the same length.
     """
     shares = np.array_split(np.arange(len(prompt_lengths)), data_size)
-    num_micro_batches = max(1, -(-len(shares[0]) // micro_batch_size))
+    number = num_micro_batches(len(shares[0]), micro_batch_size, parallel or ParallelConfig())
     lengths = np.asarray(prompt_lengths, dtype=np.int64)
     ordered = [share[np.argsort(lengths[share], kind="stable")] for share in shares]
-    return [[tuple(part.tolist()) for part in np.array_split(share, num_micro_batches)] for share in ordered]
+    return [[tuple(part.tolist()) for part in np.array_split(share, number)] for share in ordered]
 
 
 def collate(
@@ -92,11 +106,12 @@ def collate(
     pad_token_id: int,
     patches: Callable[[str], np.ndarray] | None,
     device: torch.device,
+    context: tuple[int, int] = (0, 1),
 ) -> MicroBatch:
     """Lay out ``sequences[i] for i in indices``, one in each row, padded to a multiple of ``length_multiple``.
 
     ``patches`` gives an image's float32 [t·h·w, 1176] by its content key; None leaves the images out (later pipeline
-    stages). A causal model lets no token see the padding on its right.
+    stages). ``context``: this context rank and their number. A causal model lets no token see the padding on its right.
     """
     rows = [sequences[index] for index in indices]
     num_rows = max(1, len(rows))
@@ -112,18 +127,23 @@ def collate(
         token_ids[row, num_prompt:total] = sequence.response
         positions[:, row, :total] = prompt_positions[id(sequence.prompt)][:, :total]
         output_mask[row, num_prompt - 1 : total - 1] = True
-    lengths = np.array([len(sequence.response) for sequence in rows], dtype=np.int64)
-    if not lengths.any():
-        output_mask[0, 0] = True
-    targets = token_ids[:, 1:][output_mask[:, :-1]] if lengths.any() else np.array([pad_token_id])
+    part = context_part(length, *context)
+    number = np.cumsum(output_mask).reshape(output_mask.shape) - 1
+    own_mask = output_mask[:, part]
+    own_tokens = number[:, part][own_mask]
+    targets = np.roll(token_ids, -1, axis=1)[:, part][own_mask]
+    if not len(own_tokens):
+        own_mask[0, 0] = True
+        targets = np.array([pad_token_id])
     return MicroBatch(
         indices=tuple(indices),
-        token_ids=torch.from_numpy(token_ids).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
-        vision=None if patches is None else _vision_input(rows, num_rows, length, patches, device),
-        output_mask=torch.from_numpy(output_mask).to(device),
+        token_ids=torch.from_numpy(token_ids[:, part]).to(device),
+        position_ids=torch.from_numpy(positions[:, :, part]).to(device),
+        vision=None if patches is None else _vision_input(rows, part, length, patches, device),
+        output_mask=torch.from_numpy(own_mask).to(device),
         targets=torch.from_numpy(targets).to(device),
-        lengths=lengths,
+        lengths=np.array([len(sequence.response) for sequence in rows], dtype=np.int64),
+        own_tokens=own_tokens,
     )
 
 
@@ -139,26 +159,32 @@ def _positions_by_prompt(rows: Sequence[TrainingSequence]) -> dict[int, np.ndarr
 
 def _vision_input(
     rows: Sequence[TrainingSequence],
-    num_rows: int,
+    part: np.ndarray,
     length: int,
     patches: Callable[[str], np.ndarray],
     device: torch.device,
 ) -> VisionInput | None:
-    """Each distinct image once, and for every image-pad token the row of the merged features that it shows."""
+    """Each distinct image of this rank's ``part`` of the rows once, and for every image-pad token its feature."""
     grids: dict[str, np.ndarray] = {}
     first_feature: dict[str, int] = {}
     num_features = 0
-    image_mask = np.zeros((num_rows, length), dtype=bool)
+    own_place = np.full(length, -1)
+    own_place[part] = np.arange(len(part))
+    image_mask = np.zeros((max(1, len(rows)), len(part)), dtype=bool)
     feature_index: list[np.ndarray] = []
     for row, sequence in enumerate(rows):
         prompt = sequence.prompt
         for key, grid, start in zip(prompt.image_keys, prompt.grids, prompt.image_starts, strict=True):
             num_tokens = int(grid.prod()) // MERGED_CELLS
+            places = own_place[start : start + num_tokens]
+            cells = np.flatnonzero(places >= 0)
+            if not len(cells):
+                continue
             if key not in first_feature:
                 grids[key], first_feature[key] = grid, num_features
                 num_features += num_tokens
-            image_mask[row, start : start + num_tokens] = True
-            feature_index.append(np.arange(first_feature[key], first_feature[key] + num_tokens))
+            image_mask[row, places[cells]] = True
+            feature_index.append(first_feature[key] + cells)
     if not grids:
         return None
     return VisionInput(

@@ -1,7 +1,7 @@
 """The losses of one micro-batch: a weighted sum over its response tokens, and the sums that metrics are made of.
 
-Legend: T response tokens of the micro-batch, row after row. The weights of all tokens of all micro-batches and ranks
-add up to 1, so the loss of a step is the plain sum of what is returned here.
+Legend: T response tokens of the micro-batch that this rank predicts, row after row. The weights of all tokens of all
+micro-batches and ranks add up to 1, so the loss of a step is the plain sum of what is returned here.
 """
 
 from __future__ import annotations
@@ -118,10 +118,11 @@ def _required(values: Sequence[np.ndarray | None], sequences: Sequence[TrainingS
 
 
 def _row(values: Sequence[np.ndarray], batch: MicroBatch, device: torch.device) -> Tensor:
-    """The values of the micro-batch's tokens, float32 [T], in the order of its logits."""
+    """The values of this rank's tokens of the micro-batch, float32 [T], in the order of its logits."""
     if not batch.indices:
         return torch.zeros(0, device=device)
-    return torch.from_numpy(np.concatenate([values[index] for index in batch.indices]).astype(np.float32)).to(device)
+    row = np.concatenate([values[index] for index in batch.indices])[batch.own_tokens]
+    return torch.from_numpy(row.astype(np.float32)).to(device)
 
 
 def _detached(names: Sequence[str], values: Sequence[Tensor]) -> Sums:

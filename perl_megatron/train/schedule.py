@@ -1,8 +1,8 @@
 """One pass of a global list of sequences through megatron-core's schedules, and the agreement of all ranks on results.
 
 Every rank is given the same sequences; a data-parallel rank takes its share, its pipeline stages work on it together,
-and only the last stage sees logits. What it finds reaches all ranks by a sum in which each value has exactly one
-contributor (so values arrive bit for bit).
+each context rank on its part of every sequence, and only the last stage sees logits. What it finds reaches all ranks by
+a sum in which each value has exactly one contributor (so values arrive bit for bit).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from perl_megatron.config.layout import length_multiple
+from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.topology import Topology
@@ -31,7 +33,7 @@ class Schedule:
 
     Args:
         chunks: this rank's model chunks, as megatron-core's schedules take them.
-        length_multiple: rows are padded to a multiple of it (the tensor size under sequence parallelism).
+        parallel: the layout.
     """
 
     def __init__(
@@ -41,14 +43,13 @@ class Schedule:
         encoder: PromptEncoder,
         *,
         micro_batch_size: int,
-        length_multiple: int,
+        parallel: ParallelConfig,
     ):
-        assert len(chunks) == 1, "interleaved pipeline stages are not laid out yet"
-        self._chunk = chunks[0]
+        self._chunks = list(chunks)
         self._topology = topology
         self._encoder = encoder
         self._micro_batch_size = micro_batch_size
-        self._length_multiple = length_multiple
+        self._parallel = parallel
 
     def run(
         self, sequences: Sequence[TrainingSequence], loss: MicroBatchLoss, *, forward_only: bool
@@ -58,13 +59,16 @@ class Schedule:
         Returns what ``loss`` kept of each micro-batch; empty on all but the last pipeline stage.
         """
         prompt_lengths = [len(sequence.prompt.token_ids) for sequence in sequences]
-        parts = split_sequences(prompt_lengths, self._micro_batch_size, self._topology.data_size)
+        parts = split_sequences(prompt_lengths, self._micro_batch_size, self._topology.data_size, self._parallel)
         own = parts[self._topology.data_rank]
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, loss),
-                data_iterator=self._batches(sequences, own),
-                model=self._chunk,
+                data_iterator=[
+                    self._batches(sequences, own, with_images=self._topology.is_first_stage and chunk == 0)
+                    for chunk in range(len(self._chunks))
+                ],
+                model=self._chunks,
                 num_microbatches=len(own),
                 # Both unused: pipeline stages send the shape of each micro-batch (``variable_seq_lengths``).
                 seq_length=1,
@@ -76,16 +80,19 @@ class Schedule:
         self,
         sequences: Sequence[TrainingSequence],
         parts: Sequence[Sequence[int]],
+        *,
+        with_images: bool,
     ) -> Iterator[MicroBatch]:
-        """Micro-batches, each laid out when it is needed (pixels of all of them at once would be large)."""
+        """A model chunk's micro-batches, each laid out when it is needed (pixels of all at once would be large)."""
         for part in parts:
             yield collate(
                 sequences,
                 part,
-                length_multiple=self._length_multiple,
+                length_multiple=length_multiple(self._parallel),
                 pad_token_id=self._encoder.pad_token_id,
-                patches=self._encoder.patches if self._topology.is_first_stage else None,
+                patches=self._encoder.patches if with_images else None,
                 device=platform.device(),
+                context=(self._topology.context_rank, self._topology.context_size),
             )
 
 
@@ -106,7 +113,7 @@ def _forward_step(
 
 
 def contributes(topology: Topology) -> bool:
-    """Whether this rank's results count: one rank of each replica's last stage (its tensor ranks all hold the same)."""
+    """Whether this rank's results count: the last stage's (its tensor ranks all hold the same, so one of them)."""
     return topology.is_last_stage and topology.tensor_rank == 0
 
 

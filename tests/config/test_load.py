@@ -111,7 +111,7 @@ def test_unknown_key_in_a_file_names_its_line(tmp_path):
         ("optimizer.learning_rate=.inf", "valid number"),
         ("optimizer.learning_rate=1e999", "valid number"),
         ("algorithm.kl_estimator=k4", "'k1', 'k2' or 'k3'"),
-        ("parallel.context=2", "context parallelism is not offered"),
+        ("parallel.context=0", "greater than or equal to 1"),
         ("run.seed=!!python/object:os.system x", "tag"),
         ("run.record_rollouts=yes", "valid boolean"),
     ],

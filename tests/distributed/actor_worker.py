@@ -37,13 +37,25 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor_sequence": {"parallel": {"tensor": 2, "sequence": True}},
     "pipeline": {"parallel": {"pipeline": 2}},
     "pipeline_tied": {"parallel": {"pipeline": 2}},
+    "interleaved": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+    "interleaved_tied": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+    "interleaved_small_micro_batches": {
+        "parallel": {"pipeline": 2, "virtual_pipeline": 2},
+        "optimizer": {"micro_batch_sequences": 1},
+    },
+    "uneven": {"parallel": {"pipeline": 2, "first_stage_layers": 1}},
+    "context": {"parallel": {"context": 2}},
+    "context_replicated_optimizer": {"parallel": {"context": 2}, "optimizer": {"distributed": False}},
+    "context_small_micro_batches": {"parallel": {"context": 2}, "optimizer": {"micro_batch_sequences": 1}},
+    "selective_recompute": {"parallel": {"pipeline": 2}, "model": {"recompute": "selective"}},
+    "full_recompute": {"parallel": {"context": 2}, "model": {"recompute": "full"}},
     "data": {"parallel": {"data": 2}},
     "data_replicated_optimizer": {"parallel": {"data": 2}, "optimizer": {"distributed": False}},
     "data_small_micro_batches": {"parallel": {"data": 2}, "optimizer": {"micro_batch_sequences": 2}},
 }
-TIED = ("pipeline_tied",)
+TIED = ("pipeline_tied", "interleaved_tied")
 """Layouts of the case whose output layer is the embedding, as in the published 3B model."""
-RESUMED = ("tensor", "data")
+RESUMED = ("tensor", "data", "interleaved", "context")
 RESHARDED = "pipeline"
 """The layout that also continues from the first layout's checkpoint."""
 

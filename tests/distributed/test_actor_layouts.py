@@ -29,8 +29,8 @@ WORKER = Path(__file__).with_name("actor_worker.py")
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cases")
-    make_case(folder / "untied")
-    make_case(folder / "tied", tie=True)
+    make_case(folder / "untied", layers=4)
+    make_case(folder / "tied", layers=4, tie=True)
     return folder
 
 

