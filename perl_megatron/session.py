@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from safetensors import SafetensorError
-
 from perl_megatron.checkpoint.hf_files import save_checkpoint
 from perl_megatron.checkpoint.manifest import latest_checkpoint, on_rank_zero
 from perl_megatron.collect import Drawn, GroupCollector
@@ -156,8 +154,8 @@ class Session:
             if writes:
                 shutil.rmtree(self.folder.export, ignore_errors=True)  # of an earlier, shorter end of this run
                 fresh.rename(self.folder.export)
-        except (OSError, SafetensorError) as error:
-            failure = str(error)
+        except (OSError, UserError) as error:
+            failure = error.what if isinstance(error, UserError) else str(error)
             for _ in weights:  # a collective stream: the other ranks wait for this one until its end
                 pass
         for text in gather_objects(failure):

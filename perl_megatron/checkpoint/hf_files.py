@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
+from perl_megatron.checkpoint.safetensors_format import StoredTensor, read_header, read_tensor
+from perl_megatron.checkpoint.safetensors_writer import SafetensorsWriter, sync_folder, write_failure
 from perl_megatron.errors import UserError
 
 _SINGLE = "model.safetensors"
@@ -22,70 +22,65 @@ _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
-    """The tensors of a folder by their published names, read when asked for."""
+    """The tensors of a folder by their published names, read when asked for and not kept."""
 
-    def __init__(self, path: Path, files: Mapping[str, Path], stored_names: Mapping[str, str]):
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[Path, StoredTensor]]):
         self.path = path
-        self._files, self._stored_names = files, stored_names
-        self._open: dict[Path, Any] = {}
+        self._tensors = tensors
+        self._open: dict[Path, BinaryIO] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._files:
+        if name not in self._tensors:
             raise UserError(f"there is no tensor {name}", where=str(self.path), fix="the checkpoint is not complete")
-        file = self._files[name]
+        file, stored = self._tensors[name]
         try:
             if file not in self._open:
-                self._open[file] = _open_file(file)
-            return self._open[file].get_tensor(self._stored_names[name])
-        except SafetensorError as error:
-            raise UserError(f"cannot read tensor {name}: {error}", where=str(file)) from error
+                self._open[file] = file.open("rb", buffering=0)
+            return read_tensor(self._open[file], stored)
+        except (OSError, EOFError) as error:
+            raise UserError(f"cannot read tensor {name}: {error}", where=str(file), fix="copy it again") from error
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._tensors)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a folder of safetensors, in one file or in shards, under either naming scheme.
 
-    Reads only the headers. Raises UserError naming the file that is missing, cut short or unreadable, and the tensors
-    that the index promises and the files lack.
+    Reads only the headers. Raises UserError naming the file that is missing, cut short or unreadable, the tensors that
+    the index promises and the files lack, and a tensor that is there twice.
     """
     path = Path(path)
-    promised: dict[str, str] | None = None
-    if (path / _INDEX).is_file():
-        try:
-            promised = json.loads((path / _INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"cannot read the index: {error!r}", where=str(path / _INDEX)) from error
+    promised = _read_index(path / _INDEX) if (path / _INDEX).is_file() else None
     files = sorted({path / file for file in promised.values()}) if promised is not None else [path / _SINGLE]
-    tensors: dict[str, Path] = {}
-    stored_names: dict[str, str] = {}
+    tensors: dict[str, tuple[Path, StoredTensor]] = {}
     for file in files:
-        for name in _open_file(file).keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-            tensors[published_name(name)], stored_names[published_name(name)] = file, name
+        for stored_name, stored in read_header(file).items():
+            name = published_name(stored_name)
+            if name in tensors:
+                raise UserError(
+                    f"tensor {name} is there twice: in {tensors[name][0].name} and in {file.name}", where=str(path)
+                )
+            tensors[name] = file, stored
     missing = sorted({published_name(name) for name in promised or {}} - tensors.keys())
     if missing:
         raise UserError(f"the shards lack tensors that the index lists: {missing}", where=str(path / _INDEX))
-    return Checkpoint(path, tensors, stored_names)
+    return Checkpoint(path, tensors)
 
 
-def _open_file(file: Path) -> Any:
-    if not file.is_file():
-        raise UserError(
-            "the weight file does not exist", where=str(file), fix="give a folder with safetensors weights, complete"
-        )
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor → file."""
     try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"cannot read the weight file, it may be cut short: {error}", where=str(file), fix="copy it again"
-        ) from error
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read the index: {error!r}", where=str(index)) from error
 
 
 def save_checkpoint(
@@ -98,10 +93,11 @@ def save_checkpoint(
 ) -> None:
     """Write published weights as a Hugging Face folder that transformers and vLLM load.
 
-    Config, tokenizer, processor and the like are copied from the folder ``source``. Memory holds one shard. The folder
-    is written under a temporary name beside ``target`` and renamed when whole, so ``target`` is never half-written.
-    ``weights`` may be a collective stream: then all ranks call this, and one has ``write`` set; the others only take
-    part. Raises UserError where ``target`` exists.
+    Config, tokenizer, processor and the like are copied from the folder ``source``. Memory holds one tensor. The folder
+    is written under a temporary name beside ``target``, and renamed when it is whole and on the disk: ``target`` is
+    never half-written. ``weights`` may be a collective stream: then all ranks call this, and one has ``write`` set; the
+    others only take part. Raises UserError where ``target`` exists, where the disk is full (nothing is left behind
+    then), and for a tensor that comes twice.
     """
     if not write:
         for _ in weights:
@@ -111,46 +107,67 @@ def save_checkpoint(
     if target.exists():
         raise UserError("the target folder exists", where=str(target), fix="choose another or remove it")
     temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    dtypes = _write_shards(temporary, weights, max_shard_bytes)
-    _copy_companions(Path(source), temporary, dtypes)
-    temporary.rename(target)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise write_failure(error, "the checkpoint", temporary) from error
+    try:
+        shards, dtypes = _write_shards(temporary, weights, max_shard_bytes)
+        _publish(temporary, target, shards, Path(source), dtypes)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def _write_shards(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> set[torch.dtype]:
-    """One file, or shards with an index; returns the dtypes written."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total_bytes = 0
+def _write_shards(
+    folder: Path, weights: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
+) -> tuple[list[SafetensorsWriter], set[torch.dtype]]:
+    """The finished files, at least one, and the dtypes in them."""
+    shards = [SafetensorsWriter(folder / "0.shard")]
+    seen: set[str] = set()
     dtypes = set()
-
-    def flush() -> None:
-        nonlocal pending_bytes
-        save_file(pending, folder / f"{len(shards)}.shard", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-        pending_bytes = 0
-
     for name, tensor in weights:
-        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-        pending[name] = tensor.detach().cpu().contiguous()
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
+        if name in seen:
+            raise UserError(f"tensor {name} comes twice", where=str(folder))
+        seen.add(name)
         dtypes.add(tensor.dtype)
-    flush()
+        shard = shards[-1]
+        full = shard.num_bytes + tensor.nbytes > max_shard_bytes or not shard.has_room(name, tensor)
+        if full and shard.names:
+            shard.finish()
+            shards.append(SafetensorsWriter(folder / f"{len(shards)}.shard"))
+        shards[-1].add(name, tensor)
+        del tensor  # it would live on while the stream makes the next one
+    shards[-1].finish()
+    return shards, dtypes
+
+
+def _publish(
+    folder: Path, target: Path, shards: Sequence[SafetensorsWriter], source: Path, dtypes: set[torch.dtype]
+) -> None:
+    """All that the weights need beside them; then the folder gets its name."""
+    try:
+        _name_shards(folder, shards)
+        _copy_companions(source, folder, dtypes)
+        sync_folder(folder)
+        folder.rename(target)
+    except OSError as error:
+        raise write_failure(error, "the checkpoint", folder) from error
+
+
+def _name_shards(folder: Path, shards: Sequence[SafetensorsWriter]) -> None:
+    """One file has a fixed name; several are numbered and listed in an index."""
     if len(shards) == 1:
-        (folder / "0.shard").rename(folder / _SINGLE)
-        return dtypes
+        shards[0].path.rename(folder / _SINGLE)
+        return
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
+    for number, shard in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.shard").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        shard.path.rename(folder / file)
+        weight_map |= dict.fromkeys(shard.names, file)
+    index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
     (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return dtypes
 
 
 def _copy_companions(source: Path, folder: Path, dtypes: set[torch.dtype]) -> None:
