@@ -6,22 +6,22 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
+from perl_megatron.checkpoint.companions import copy_companions
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
 from perl_megatron.checkpoint.safetensors_format import StoredTensor, read_header, read_tensor
 from perl_megatron.checkpoint.safetensors_writer import SafetensorsWriter, sync_folder, write_failure
+from perl_megatron.checkpoint.weights import TensorInfo, Weights
 from perl_megatron.errors import UserError
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
-"""What a folder holds beside the weights: config, tokenizer, processor, chat template, generation config."""
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
-class Checkpoint(Mapping[str, torch.Tensor]):
+class Checkpoint(Weights):
     """The tensors of a folder by their published names, read when asked for and not kept."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[Path, StoredTensor]]):
@@ -40,6 +40,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         except (OSError, EOFError) as error:
             raise UserError(f"cannot read tensor {name}: {error}", where=str(file), fix="copy it again") from error
 
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor; reads no tensor."""
+        _, stored = self._tensors[name]
+        return TensorInfo(stored.shape, stored.dtype)
+
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
@@ -57,8 +62,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     the index promises and the files lack, and a tensor that is there twice.
     """
     path = Path(path)
-    promised = _read_index(path / _INDEX) if (path / _INDEX).is_file() else None
-    files = sorted({path / file for file in promised.values()}) if promised is not None else [path / _SINGLE]
+    promised = _read_index(path / INDEX) if (path / INDEX).is_file() else None
+    files = sorted({path / file for file in promised.values()}) if promised is not None else [path / SINGLE]
     tensors: dict[str, tuple[Path, StoredTensor]] = {}
     for file in files:
         for stored_name, stored in read_header(file).items():
@@ -70,7 +75,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             tensors[name] = file, stored
     missing = sorted({published_name(name) for name in promised or {}} - tensors.keys())
     if missing:
-        raise UserError(f"the shards lack tensors that the index lists: {missing}", where=str(path / _INDEX))
+        raise UserError(f"the shards lack tensors that the index lists: {missing}", where=str(path / INDEX))
     return Checkpoint(path, tensors)
 
 
@@ -149,7 +154,7 @@ def _publish(
     """All that the weights need beside them; then the folder gets its name."""
     try:
         _name_shards(folder, shards)
-        _copy_companions(source, folder, dtypes)
+        copy_companions(source, folder, dtypes)
         sync_folder(folder)
         folder.rename(target)
     except OSError as error:
@@ -159,7 +164,7 @@ def _publish(
 def _name_shards(folder: Path, shards: Sequence[SafetensorsWriter]) -> None:
     """One file has a fixed name; several are numbered and listed in an index."""
     if len(shards) == 1:
-        shards[0].path.rename(folder / _SINGLE)
+        shards[0].path.rename(folder / SINGLE)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
@@ -167,24 +172,4 @@ def _name_shards(folder: Path, shards: Sequence[SafetensorsWriter]) -> None:
         shard.path.rename(folder / file)
         weight_map |= dict.fromkeys(shard.names, file)
     index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _copy_companions(source: Path, folder: Path, dtypes: set[torch.dtype]) -> None:
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if file.name != _INDEX:
-                shutil.copyfile(file, folder / file.name)
-    if len(dtypes) == 1:
-        config = json.loads((source / "config.json").read_text())
-        _set_dtype(config, str(dtypes.pop()).removeprefix("torch."))
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """The config says in which dtype loaders build the model; it may differ from the source's."""
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    for section in (config.get("text_config"), config.get("vision_config")):
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(section, dict) and key in section:
-                section[key] = dtype
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -57,9 +57,9 @@ class PendingCheckpoint:
         barrier()
         files = sorted(path for path in self.temporary.rglob("*") if path.is_file())
         entries = dict(
-            zip([str(file.relative_to(self.temporary)) for file in files], shared_map(_entry, files), strict=True)
+            zip([str(file.relative_to(self.temporary)) for file in files], shared_map(file_entry, files), strict=True)
         )
-        self.write(MANIFEST, json.dumps({"format": FORMAT, "step": self.step, "files": entries}, indent=1))
+        self.write(MANIFEST, manifest_text(entries, step=self.step))
         on_rank_zero(lambda: _publish(self.temporary, self.target, keep))
         return self.target
 
@@ -175,7 +175,13 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _entry(file: Path) -> dict[str, Any]:
+def manifest_text(entries: dict[str, dict[str, Any]], *, step: int | None = None) -> str:
+    """The manifest of files with these names and ``file_entry`` each; without a step it is no training checkpoint's."""
+    return json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1)
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """Size and digest."""
     return {"size": file.stat().st_size, "blake2b": _digest(file)}
 
 

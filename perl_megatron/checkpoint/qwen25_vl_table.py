@@ -116,6 +116,14 @@ def canonical_megatron_name(name: str) -> str:
     return name
 
 
+def fused_megatron_name(name: str) -> str:
+    """The inverse of ``canonical_megatron_name``, for the norms of layers: checkpoints are written with these names."""
+    for fused, plain in _FUSED_NORMS.items():
+        if name.endswith(f".{plain}"):
+            return name.removesuffix(plain) + fused
+    return name
+
+
 def published_name(name: str) -> str:
     """The published name of a tensor that may be named as transformers 5 names it in memory."""
     for in_memory, published in (("model.language_model.", "model."), ("model.visual.", "visual.")):

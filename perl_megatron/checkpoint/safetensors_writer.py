@@ -72,14 +72,15 @@ class SafetensorsWriter:
         self._entry_bytes += len(entry)
         self.num_bytes += tensor.nbytes
 
-    def finish(self) -> None:
-        """Write the header, and wait until the whole file is on the disk. UserError where that is full."""
+    def finish(self, *, sync: bool = True) -> None:
+        """Write the header, and (with ``sync``) wait until the whole file is on the disk. UserError if it is full."""
         header = "".join([_OPENING, *self._entries.values(), "}"]).encode().ljust(self._header_bytes)
         try:
             with self.path.open("r+b") as file:
                 file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise write_failure(error, f"the header of {len(self._entries)} tensors", self.path) from error
 
