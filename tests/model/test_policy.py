@@ -105,6 +105,26 @@ def test_recomputation_changes_nothing(build, policy, recompute):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
+@pytest.mark.parametrize(("recompute", "of_attention", "of_mlp"), [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)])
+def test_recomputation_takes_place(build, recompute, of_attention, of_mlp):
+    model = build(dtype="float32", recompute=recompute)
+    model.train()
+    counts = {"core_attention": 0, "mlp": 0}
+
+    def count(name):
+        def hook(*_):
+            counts[name] += 1
+
+        return hook
+
+    blocks = [*model.language_model.decoder.layers, *model.vision_model.decoder.layers]
+    for block in blocks:
+        block.self_attention.core_attention.register_forward_hook(count("core_attention"))
+        block.mlp.register_forward_hook(count("mlp"))
+    logits(model, policy_input(make_batch(), [0, 3])).square().mean().backward()
+    assert counts == {"core_attention": of_attention * len(blocks), "mlp": of_mlp * len(blocks)}
+
+
 def test_bfloat16_is_near_float32(build, policy):
     """Eight bits of mantissa through 7 blocks: the yardstick is the model's own error when only its weights round."""
     inputs = policy_input(make_batch(), [0, 2])
