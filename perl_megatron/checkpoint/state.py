@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,19 @@ def save_training_state(
     scheduler: OptimizerParamScheduler,
     extra: dict[str, Any],
     *,
+    settings: Mapping[str, float],
     keep: int = 2,
 ) -> Path:
     """Write ``directory/step-NNNNNNNN``, then delete all but the newest ``keep`` checkpoints. Collective.
 
-    ``modules`` are the model chunks without their DDP wrapper. ``extra`` must be JSON and equal on all ranks. Returns
-    the checkpoint's folder. If writing fails, all ranks raise UserError and earlier checkpoints are untouched.
+    ``modules`` are the model chunks without their DDP wrapper. ``extra`` must be JSON and equal on all ranks.
+    ``settings`` are the options, by name, that must be the same where the checkpoint is continued. Returns the
+    checkpoint's folder. If writing fails, all ranks raise UserError and earlier checkpoints are untouched.
     """
-    state = json.dumps({"step": step, "scheduler": scheduler.state_dict(), "extra": extra})
+    content = {"step": step, "scheduler": scheduler.state_dict(), "settings": dict(settings), "extra": extra}
+    state = json.dumps(content)
     pending = PendingCheckpoint.begin(directory, step)
-    content, metadata = _sharded(modules, optimizer, is_loading=False)
+    sharded, metadata = _sharded(modules, optimizer, is_loading=False)
     described = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
     replicas = metadata["dp_cp_group"]
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), replicas)
@@ -63,7 +66,7 @@ def save_training_state(
     # to hand results from one of its functions to the next; a save that is not asynchronous does that in-process.
     filesystem_async._results_queue = queue.Queue()
     try:
-        dist_checkpointing.save(content, str(pending.temporary), strategy, content_metadata=described)
+        dist_checkpointing.save(sharded, str(pending.temporary), strategy, content_metadata=described)
     except CheckpointException as error:
         raise UserError(f"the checkpoint could not be written: {error}", where=str(directory)) from error
     pending.write(STATE, state)
@@ -76,16 +79,18 @@ def load_training_state(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     *,
+    settings: Mapping[str, float],
     verify: bool = True,
 ) -> dict[str, Any]:
     """Restore what ``save_training_state`` wrote, in this or another layout; returns its ``extra``. Collective.
 
     ``verify=False`` is for a checkpoint that ``latest_checkpoint`` has just read through. Raises UserError, naming the
-    file, where the checkpoint is damaged, and where it belongs to another model.
+    file, where the checkpoint is damaged, and where it belongs to another model or to other ``settings``.
     """
     if verify:
         verify_checkpoint(checkpoint)
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    _refuse_other_settings(state.get("settings", {}), settings, checkpoint)
     content, _ = _sharded(modules, optimizer, is_loading=True)
     try:
         loaded = dist_checkpointing.load(content, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
@@ -101,6 +106,18 @@ def load_training_state(
     scheduler.num_steps = 0  # load_state_dict adds the checkpoint's count to it
     scheduler.load_state_dict(state["scheduler"])
     return state["extra"]
+
+
+def _refuse_other_settings(saved: Mapping[str, float], current: Mapping[str, float], checkpoint: Path) -> None:
+    """Checkpoints from before a setting was there say nothing about it, and are taken up."""
+    changed = [name for name in current if saved.get(name, current[name]) != current[name]]
+    if changed:
+        written = " ".join(f"{name}={saved[name]}" for name in changed)
+        raise UserError(
+            f"the checkpoint was written with {written}",
+            where=", ".join(f"{name} = {current[name]}" for name in changed),
+            fix=f"continue with {written}, or start a new run from exported weights (model.path); {checkpoint} stays",
+        )
 
 
 def _sharded(

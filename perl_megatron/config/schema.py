@@ -185,6 +185,12 @@ class OptimizerSection(Section):
     """Peak learning rate."""
     min_learning_rate: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the decay."""
+    vision_multiplier: float = Field(default=1.0, ge=0)
+    """Learning rate of the vision tower as a multiple of optimizer.learning_rate; 0 freezes it."""
+    merger_multiplier: float = Field(default=1.0, ge=0)
+    """The same for the merger (between vision tower and language model); 0 freezes it."""
+    language_multiplier: float = Field(default=1.0, ge=0)
+    """The same for the language model, with embedding and output layer; 0 freezes it."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of the learning rate over the run, after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)

@@ -157,18 +157,20 @@ def _for_megatron(original: Callable[..., Any], replacement: Callable[..., Any])
 
 
 def _distributed_optimizer() -> None:
-    """S6: torch's AdamW inside DistributedOptimizer, three faults around its 'step' entry.
+    """S6: torch's AdamW inside DistributedOptimizer, four faults around its 'step' entry.
 
     optimizer/distrib_optimizer.py: the fused Adams of TE and apex keep 'step' in the parameter group, torch keeps it
     with each parameter, where (a) ``_set_main_param_and_optimizer_states`` finds no source for it (KeyError), (b)
-    ``load_state_dict`` gives every parameter the same step tensor, which then counts once for each parameter, and (c)
-    ``sharded_state_dict`` asks for the state of an optimizer that has not stepped yet.
+    ``load_state_dict`` gives every parameter the same step tensor, which then counts once for each parameter, (c)
+    ``sharded_state_dict`` asks for the state of an optimizer that has not stepped yet, and (d) ``state_dict`` asks for
+    the step of a rank that has nothing to train (a pipeline stage of a frozen language model).
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load_state_dict = DistributedOptimizer.load_state_dict
     sharded_state_dict = DistributedOptimizer.sharded_state_dict
+    state_dict = DistributedOptimizer.state_dict
 
     def set_states_with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         group, position = self.model_param_group_index_map[model_param]
@@ -193,6 +195,16 @@ def _distributed_optimizer() -> None:
                     )
         return sharded_state_dict(self, *args, **kwargs)
 
+    def state_dict_of_any_rank(self: Any) -> dict[str, Any]:
+        if any(group["params"] for group in self.optimizer.param_groups):
+            return state_dict(self)
+        groups = [
+            {**{name: value for name, value in group.items() if name != "params"}, "step": 0.0}
+            for group in self.optimizer.state_dict()["param_groups"]
+        ]
+        return {"optimizer": {"param_groups": groups}}
+
+    DistributedOptimizer.state_dict = state_dict_of_any_rank
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
     DistributedOptimizer.load_state_dict = load_with_own_steps
     DistributedOptimizer.sharded_state_dict = sharded_with_state

@@ -115,6 +115,7 @@ class Actor:
             self.optimizer.megatron,
             self.optimizer.scheduler,
             extra,
+            settings=self.optimizer.settings,
             keep=self.config.run.keep_checkpoints,
         )
 
@@ -124,8 +125,14 @@ class Actor:
         ``verify=False`` saves reading a checkpoint again that ``latest_checkpoint`` has just found good. The reference
         policy stays that of `model.path`.
         """
-        optimizer, scheduler = self.optimizer.megatron, self.optimizer.scheduler
-        extra = load_training_state(checkpoint, self.modules, optimizer, scheduler, verify=verify)
+        extra = load_training_state(
+            checkpoint,
+            self.modules,
+            self.optimizer.megatron,
+            self.optimizer.scheduler,
+            settings=self.optimizer.settings,
+            verify=verify,
+        )
         self.optimizer.adopt_configured_rates()
         return extra
 

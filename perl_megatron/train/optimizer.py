@@ -29,6 +29,7 @@ from megatron.core.utils import get_model_config
 
 from perl_megatron.config.schema import OptimizerSection
 from perl_megatron.errors import UserError
+from perl_megatron.train import parts
 
 MAX_CONSECUTIVE_SKIPS = 5
 """So many updates in a row without a finite gradient end the run: the weights themselves are then beyond repair."""
@@ -43,7 +44,7 @@ class StepOutcome:
     gradient_norm: float
     """Global 2-norm before clipping."""
     learning_rate: float
-    """The rate of this step."""
+    """The rate of this step, of parts whose multiplier is 1."""
 
 
 class Optimizer:
@@ -62,10 +63,12 @@ class Optimizer:
                 where="optimizer.min_learning_rate",
                 fix="lower it, or raise optimizer.learning_rate",
             )
+        parts.freeze(modules, section)
         for module in modules:
             mark_sharded_weights(module)
         self.chunks = [_wrap(module, section, is_first=index == 0) for index, module in enumerate(modules)]
-        self.megatron = get_megatron_optimizer(_megatron_config(section, modules[0]), self.chunks)
+        config = _megatron_config(section, modules[0])
+        self.megatron = get_megatron_optimizer(config, self.chunks, parts.group_overrides(config, section))
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -115,14 +118,19 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """The rate that is set now: that of the last applied step."""
-        return float(self.megatron.param_groups[0]["lr"])
+        """The rate that is set now, of parts whose multiplier is 1: that of the last applied step."""
+        return float(self.scheduler.get_lr({}))
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The options that shape the optimizer's state, by name: a checkpoint is continued with the same."""
+        return {f"optimizer.{part}_multiplier": factor for part, factor in parts.multipliers(self._section).items()}
 
     def adopt_configured_rates(self) -> None:
         """After a restore: the configuration, not the checkpoint, says how high the rates are."""
         for group in self.megatron.param_groups:
-            group["max_lr"] = self.scheduler.max_lr
-            group["min_lr"] = self.scheduler.min_lr
+            group["max_lr"] = group["lr_mult"] * self.scheduler.max_lr
+            group["min_lr"] = group["lr_mult"] * self.scheduler.min_lr
         self.scheduler.step(0)
 
 

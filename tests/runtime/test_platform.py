@@ -33,6 +33,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are
         (optimizer, "'torch.cuda.FloatTensor'"),
         (distrib_optimizer, "'torch.cuda.FloatTensor'"),
         (distrib_optimizer, 's["step"] = step\n'),
+        (distrib_optimizer, 'for s in inner_state_dict["state"].values()]))\n            assert len(steps) == 1'),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition(".")[2],
 )
