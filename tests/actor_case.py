@@ -22,6 +22,15 @@ from perl_megatron.types import IMAGE_PLACEHOLDER, View
 
 TOOL = Path(__file__).parents[1] / "tools" / "make_tiny_policy.py"
 IMAGE_SIZES = [(28, 28), (56, 84), (28, 56), (112, 140)]
+ODD_SIZES = [(28, 28)] * 32 + [(28, 560), (560, 28), (280, 280)]
+ODD_VIEWS = {
+    "none": [[]],
+    "one": [[0]],
+    "many": [list(range(32))],
+    "sizes": [[0, 32, 34, 33, 1]],
+    "mixed": [[34], list(range(32)), [], [5], [0, 32, 34, 33, 1], [32], [], [], [], [], []],
+}
+"""Views by indices into ``ODD_SIZES``. The second half of 'mixed', one of two data ranks' share, has no images."""
 TEMPERATURE = 0.8
 GRADIENT_STEP = {"learning_rate": 1e13, "epsilon": 1e9, "weight_decay": 0.0, "clip_gradient": 0.0}
 """With these an Adam step moves every weight by -10,000 times its gradient, so that the weights show the gradient."""
@@ -35,9 +44,11 @@ def make_case(folder: Path, *, layers: int = 2, tie: bool = False) -> None:
     _widen(folder / "policy" / "model.safetensors")
     random = np.random.default_rng(5)
     (folder / "images").mkdir()
-    for index, size in enumerate(IMAGE_SIZES):
+    images = {f"{index}": size for index, size in enumerate(IMAGE_SIZES)}
+    images |= {f"odd-{index}": size for index, size in enumerate(ODD_SIZES)}
+    for name, size in images.items():
         pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+        Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
 
 
 def _tiny_policy_tool() -> ModuleType:
@@ -96,6 +107,20 @@ def make_sequences(folder: Path, encoder: PromptEncoder, *, seed: int = 0) -> li
             advantage=float(random.normal()),
         )
         for index in range(13)
+    ]
+
+
+def make_odd_sequences(folder: Path, encoder: PromptEncoder, kind: str) -> list[TrainingSequence]:
+    """One response to each of ``ODD_VIEWS[kind]``."""
+    random = np.random.default_rng(7)
+    allowed = np.setdiff1d(np.arange(encoder.vocabulary_size), encoder.banned_token_ids)
+    return [
+        TrainingSequence(
+            prompt=encoder.encode(_view([folder / "images" / f"odd-{index}.png" for index in view])),
+            response=random.choice(allowed, size=3 + index % 4).astype(np.int64),
+            advantage=float(random.normal()),
+        )
+        for index, view in enumerate(ODD_VIEWS[kind])
     ]
 
 

@@ -1,6 +1,8 @@
 """Run by torchrun on two ranks: every layout through the actor; rank 0 writes what it found for the tests to judge.
 
-torchrun --nproc-per-node 2 actor_worker.py CASES_FOLDER OUT_FOLDER
+torchrun --nproc-per-node 2 actor_worker.py CASES_FOLDER OUT_FOLDER TABLE
+
+TABLE is a key of ``TABLES``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from actor_case import (  # noqa: E402
     GRADIENT_STEP,
     make_config,
     make_encoder,
+    make_odd_sequences,
     make_sequences,
     weights_of,
     with_log_probs,
@@ -31,6 +34,7 @@ from perl_megatron.checkpoint.state import latest_checkpoint  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
 from perl_megatron.runtime.collective import gather_objects, rank  # noqa: E402
 from perl_megatron.train.actor import Actor  # noqa: E402
+from perl_megatron.train.batch import TrainingSequence  # noqa: E402
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2}},
@@ -53,9 +57,53 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data_replicated_optimizer": {"parallel": {"data": 2}, "optimizer": {"distributed": False}},
     "data_small_micro_batches": {"parallel": {"data": 2}, "optimizer": {"micro_batch_sequences": 2}},
 }
-TIED = ("pipeline_tied", "interleaved_tied")
+FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor_frozen_images": {
+        "parallel": {"tensor": 2, "sequence": True},
+        "optimizer": {"vision_multiplier": 0.0, "merger_multiplier": 0.0},
+    },
+    "pipeline_frozen_language": {
+        "parallel": {"pipeline": 2},
+        "optimizer": {"language_multiplier": 0.0, "merger_multiplier": 0.5},
+    },
+    "pipeline_frozen_language_replicated_optimizer": {
+        "parallel": {"pipeline": 2},
+        "optimizer": {"language_multiplier": 0.0, "merger_multiplier": 0.5, "distributed": False},
+    },
+    "pipeline_frozen_language_tied": {"parallel": {"pipeline": 2}, "optimizer": {"language_multiplier": 0.0}},
+    "interleaved_frozen_language": {
+        "parallel": {"pipeline": 2, "virtual_pipeline": 2},
+        "optimizer": {"language_multiplier": 0.0},
+    },
+    "context_frozen_merger": {"parallel": {"context": 2}, "optimizer": {"merger_multiplier": 0.0}},
+    "data_frozen_vision": {"parallel": {"data": 2}, "optimizer": {"vision_multiplier": 0.0, "merger_multiplier": 3.0}},
+}
+"""Parts that are frozen or have their own rate; with a frozen language model, the last stage has nothing to train."""
+ODD_LAYOUTS: dict[str, dict[str, Any]] = {
+    **{
+        f"{name}_{size}": {**LAYOUTS[name], "optimizer": {"micro_batch_sequences": size}}
+        for name in ("data", "pipeline", "interleaved", "context", "tensor_sequence")
+        for size in (1, 3)
+    },
+    "data_replicated_optimizer_1": {
+        "parallel": {"data": 2},
+        "optimizer": {"distributed": False, "micro_batch_sequences": 1},
+    },
+    "data_filler": {"parallel": {"data": 2}},
+}
+"""Trained on odd micro-batches: without images, with one, with many, with images of very different sizes."""
+FILLER = ("data_filler",)
+"""Trained on a single sequence, which leaves nothing for the second data rank."""
+TABLES = {"layouts": LAYOUTS, "frozen": FROZEN_LAYOUTS, "odd": ODD_LAYOUTS}
+TIED = ("pipeline_tied", "interleaved_tied", "pipeline_frozen_language_tied")
 """Layouts of the case whose output layer is the embedding, as in the published 3B model."""
 RESUMED = ("tensor", "data", "interleaved", "context")
+RESUMED_FROZEN = (
+    "pipeline_frozen_language",
+    "pipeline_frozen_language_replicated_optimizer",
+    "interleaved_frozen_language",
+    "data_frozen_vision",
+)
 RESHARDED = "pipeline"
 """The layout that also continues from the first layout's checkpoint."""
 
@@ -63,13 +111,13 @@ RESHARDED = "pipeline"
 # The process group stays: its store cannot be joined twice under one torchrun.
 
 
-def main(cases: Path, out: Path) -> None:
+def main(cases: Path, out: Path, table: str) -> None:
     torch.set_num_threads(1)
-    for name, sections in LAYOUTS.items():
+    for name, sections in TABLES[table].items():
         case = folder_of(cases, name)
         encoder = make_encoder(case)
-        arrays, report = measure(case, encoder, sections)
-        if name in RESUMED:
+        arrays, report = measure(case, encoder, sections, sequences_of(name, case, encoder))
+        if name in RESUMED + RESUMED_FROZEN:
             report |= resume(case, encoder, sections, out / "checkpoints" / name)
         if name == RESHARDED:
             actor = start_again(case, encoder, sections)
@@ -92,10 +140,18 @@ def start(case: Path, encoder: Any, sections: dict[str, Any], **optimizer: Any) 
     return Actor(config, topology, encoder, total_steps=10)
 
 
-def measure(case: Path, encoder: Any, sections: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def sequences_of(name: str, case: Path, encoder: Any) -> list[TrainingSequence]:
+    """What a layout is measured with."""
+    if name in ODD_LAYOUTS:
+        return make_odd_sequences(case, encoder, "many" if name in FILLER else "mixed")
+    return make_sequences(case, encoder)
+
+
+def measure(
+    case: Path, encoder: Any, sections: dict[str, Any], sequences: list[TrainingSequence]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Log-probabilities, and the weights before and after a step that shows the gradient."""
     actor = start(case, encoder, sections, **GRADIENT_STEP)
-    sequences = make_sequences(case, encoder)
     log_probs = actor.log_probs(sequences)
     reference = actor.reference_log_probs(sequences)
     before = weights_of(actor)
@@ -144,4 +200,4 @@ def train(actor: Actor, case: Path, encoder: Any, seeds: list[int]) -> list[dict
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

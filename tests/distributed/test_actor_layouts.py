@@ -39,7 +39,8 @@ def results(cases, tmp_path_factory):
     """{layout: (arrays, report)} of the two ranks."""
     out = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run([*command, str(WORKER), str(cases), str(out)], capture_output=True, text=True, timeout=500)
+    command += [str(WORKER), str(cases), str(out), "layouts"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-5000:]
     return out, {
         name: (dict(np.load(out / f"{name}.npz")), json.loads((out / f"{name}.json").read_text())) for name in LAYOUTS

@@ -1,0 +1,82 @@
+"""Frozen parts and parts with their own rate on two ranks against transformers in float64."""
+
+import numpy as np
+import pytest
+from actor_case import make_case, make_config, make_encoder, make_sequences, worst_relative_error
+from actor_results import expect, norm, run_worker
+from actor_worker import FROZEN_LAYOUTS, RESUMED_FROZEN, TIED, folder_of, train
+
+from perl_megatron.config.schema import ParallelConfig
+from perl_megatron.runtime import topology
+from perl_megatron.train.actor import Actor
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cases")
+    make_case(folder / "untied", layers=4)
+    make_case(folder / "tied", layers=4, tie=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def results(cases, out):
+    return run_worker(cases, out, "frozen")
+
+
+@pytest.fixture(scope="module")
+def expected(cases, results):
+    folders = [folder_of(cases, name) for name in ("untied", *TIED)]
+    return {case: expect(case, make_sequences) for case in set(folders)}
+
+
+def multiplier(name, tensor):
+    """Of the learning rate of a published tensor, in a layout."""
+    part = "merger" if ".merger." in tensor else "vision" if tensor.startswith("visual.") else "language"
+    return FROZEN_LAYOUTS[name]["optimizer"].get(f"{part}_multiplier", 1.0)
+
+
+@pytest.mark.parametrize("name", FROZEN_LAYOUTS)
+def test_frozen_parts_stay_and_the_others_take_their_multiple_of_the_step(cases, results, expected, name):
+    found, gradients = results[name], expected[folder_of(cases, name)].gradients
+    trained = {tensor: value for tensor, value in gradients.items() if multiplier(name, tensor)}
+    steps = {tensor: multiplier(name, tensor) * value for tensor, value in trained.items()}
+    assert 0 < len(trained) < len(gradients)
+    assert worst_relative_error({tensor: found.steps[tensor] for tensor in trained}, steps) < 2e-5
+    assert not any(found.steps[tensor].any() for tensor in gradients.keys() - trained.keys())
+    assert found.report["metrics"]["gradient_norm"] == pytest.approx(norm(trained), rel=1e-5)
+    assert found.report["ranks_agree"]
+
+
+@pytest.mark.parametrize("name", FROZEN_LAYOUTS)
+def test_log_probabilities_and_loss_are_the_whole_policys(cases, results, expected, name):
+    found, want = results[name], expected[folder_of(cases, name)]
+    np.testing.assert_allclose(found.arrays["log_probs"], want.log_probs, rtol=0, atol=1e-5)
+    assert found.report["metrics"]["loss"] == pytest.approx(want.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RESUMED_FROZEN)
+def test_continuing_from_a_checkpoint_is_bit_for_bit_the_uninterrupted_run(results, name):
+    assert results[name].report["same_metrics"]
+    assert results[name].report["same_weights"]
+
+
+def test_a_checkpoint_with_frozen_parts_is_continued_in_one_process(results, cases, out):
+    case = folder_of(cases, RESUMED_FROZEN[0])
+    one = topology.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
+    try:
+        encoder = make_encoder(case)
+        for name in RESUMED_FROZEN:
+            config = make_config(case, optimizer=FROZEN_LAYOUTS[name]["optimizer"])
+            actor = Actor(config, one, encoder, total_steps=10)
+            actor.restore(out / "checkpoints" / name / "step-00000002")
+            uninterrupted = results[name].report["metrics_of_rest"]
+            for actual, metrics in zip(train(actor, case, encoder, [2, 3]), uninterrupted, strict=True):
+                assert actual == pytest.approx(metrics, rel=1e-4)
+    finally:
+        topology.shutdown()
