@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, plan, verify-weights, doctor.
+"""The command `perl-megatron`: train, sft, eval, plan, verify, verify-weights, doctor.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "plan":
             command.add_argument("--processes", type=int, help="number of processes (default: the fewest that fit)")
             command.add_argument("--json", action="store_true", help="print JSON")
+    add_verify(commands)
     description = "compare the weights of two Hugging Face folders, tensor by tensor; status 1 where they differ"
     verify = commands.add_parser("verify-weights", help=description, description=description)
     verify.set_defaults(handler=run_verify_weights)
@@ -87,6 +89,34 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(handler=run_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def add_verify(commands: argparse._SubParsersAction) -> None:
+    """The options of `verify`: one for each size of a layout."""
+    from perl_megatron.verification.layout import OPTIONS
+
+    description = "a tiny policy in one layout against transformers; status 1 where they differ"
+    verify = commands.add_parser("verify", help=description, description=description)
+    verify.set_defaults(handler=run_verify)
+    for field, option in OPTIONS.items():
+        name = f"{field.replace('_', ' ')} parallelism"
+        if field == "sequence":
+            verify.add_argument(option, dest=field, action="store_true", help=name)
+        else:
+            verify.add_argument(option, dest=field, type=positive, default=1, metavar="N", help=f"size of {name}")
+    output = verify.add_mutually_exclusive_group()
+    output.add_argument("--tied", action="store_true", help="the output layer is the embedding, as in the 3B model")
+    output.add_argument("--untied", dest="tied", action="store_false", help="it has its own matrix (default)")
+    verify.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    verify.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write every row with all its tensors")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 def run_job(options: argparse.Namespace, argv: list[str]) -> int:
@@ -141,6 +171,45 @@ def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
     plan = make_plan(loaded.config, derived)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return 0
+
+
+def run_verify(options: argparse.Namespace, argv: list[str]) -> int:
+    """Check one layout against transformers, in as many processes as it needs; status 0 only if all rows pass."""
+    from perl_megatron.launch import torchrun
+    from perl_megatron.verification.layout import OPTIONS, Layout
+
+    sizes = {field: getattr(options, field) for field in OPTIONS}
+    layout = Layout.of(sizes, tied=options.tied, recompute=options.recompute, dtype=options.dtype)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError("the folder does not exist", where=f"--json {options.json}", fix="create it first")
+    config = layout.config(Path())  # for the number of processes; the policy is not made yet
+    if torchrun.needs_launch(config):
+        layout.check(launched_processes(config))
+        return launch_verify(options, argv, launched_processes(config))
+    layout.check(torchrun.num_started_processes())
+    from perl_megatron.runtime import environment
+
+    environment.prepare_process()  # before torch is imported
+    from perl_megatron.runtime import platform
+
+    platform.install()  # before anything imports megatron-core or transformers
+    from perl_megatron.verification import command
+
+    passed = command.run(layout, options.json)
+    # torchrun would take a verdict for a crash: a process that was launched here ends with 0.
+    return 0 if passed or torchrun.launcher_pid() is not None else 1
+
+
+def launch_verify(options: argparse.Namespace, argv: list[str], processes: int) -> int:
+    """Start the processes; their verdict comes back in the file that they write."""
+    from perl_megatron.launch import torchrun
+
+    with tempfile.TemporaryDirectory(prefix="perl-megatron-verify-") as folder:
+        file = options.json or Path(folder) / "verdict.json"
+        status = torchrun.launch([*argv, "--json", str(file)], num_processes=processes)
+        if status != 0:
+            return status
+        return 0 if json.loads(file.read_text(encoding="utf-8"))["passed"] else 1
 
 
 def run_verify_weights(options: argparse.Namespace, argv: list[str]) -> int:

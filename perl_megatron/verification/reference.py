@@ -1,0 +1,161 @@
+"""The reference: transformers and torch's AdamW, one unpadded sequence at a time, in one process on the CPU.
+
+In float64 it says what is right; in the working dtype it says how much of that a correct program loses by rounding,
+which is what tolerances are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perl_megatron.checkpoint.qwen25_vl_table import published_name
+from perl_megatron.config.schema import OptimizerSection
+from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.verification.layout import IMAGE_TOKEN
+from perl_megatron.verification.tiny import TinyImages
+
+Named = dict[str, Tensor]
+"""By published name."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What one program computes in one dtype; all tensors float64."""
+
+    log_probs: list[Tensor]
+    """[R] for each sequence."""
+    gradients: Named
+    """Of the first step, as AdamW gets them: clipped."""
+    gradient_norm: float
+    """Before clipping."""
+    updates: tuple[Named, Named]
+    """The weights after one and after two steps, minus the first ones."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """transformers in float64 and in the working dtype."""
+
+    exact: Trajectory
+    rounded: Trajectory
+
+
+def compute_reference(
+    folder: Path,
+    sequences: Sequence[TrainingSequence],
+    images: TinyImages,
+    dtype: torch.dtype,
+    optimizer: OptimizerSection,
+) -> Reference:
+    """Two steps of GRPO at ratio 1 on the policy in ``folder``."""
+    return Reference(
+        _trajectory(folder, sequences, images, torch.float64, optimizer),
+        _trajectory(folder, sequences, images, dtype, optimizer),
+    )
+
+
+def reference_log_probs(
+    folder: Path, sequences: Sequence[TrainingSequence], images: TinyImages, dtype: torch.dtype
+) -> list[Tensor]:
+    """float64 [R] for each sequence, by transformers in ``dtype``."""
+    model = _load(folder, dtype)
+    with torch.no_grad():
+        return [_log_prob(model, sequence, images).double() for sequence in sequences]
+
+
+def _trajectory(
+    folder: Path,
+    sequences: Sequence[TrainingSequence],
+    images: TinyImages,
+    dtype: torch.dtype,
+    optimizer: OptimizerSection,
+) -> Trajectory:
+    model = _load(folder, dtype)
+    parameters = {published_name(name): parameter for name, parameter in model.named_parameters()}
+    # Low precision trains with main weights and gradients in float32, here as in megatron-core.
+    main_dtype = torch.promote_types(dtype, torch.float32)
+    main = {name: parameter.detach().to(main_dtype, copy=True) for name, parameter in parameters.items()}
+    first = {name: weight.to(torch.float64, copy=True) for name, weight in main.items()}
+    adam = _adam(list(main.values()), optimizer)
+    log_probs, gradients, norm, updates = [], {}, 0.0, []
+    for step in range(2):
+        found = _accumulate(model, parameters, main, sequences, images)
+        step_norm = torch.nn.utils.clip_grad_norm_(main.values(), optimizer.clip_gradient).item()
+        if step == 0:
+            log_probs, norm = found, step_norm
+            gradients = {name: _gradient(weight).double() for name, weight in main.items()}
+        adam.step()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(main[name])
+        updates.append({name: parameter.detach().double() - first[name] for name, parameter in parameters.items()})
+    return Trajectory(log_probs, gradients, norm, (updates[0], updates[1]))
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+
+
+def _adam(weights: Sequence[Tensor], section: OptimizerSection) -> torch.optim.AdamW:
+    """Weight decay on all but biases and norms, as `optimizer.weight_decay` says."""
+    groups = [
+        {"params": [weight for weight in weights if weight.dim() > 1], "weight_decay": section.weight_decay},
+        {"params": [weight for weight in weights if weight.dim() == 1], "weight_decay": 0.0},
+    ]
+    betas = (section.beta1, section.beta2)
+    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=betas, eps=section.epsilon)
+
+
+def _accumulate(
+    model: Any, parameters: Named, main: Named, sequences: Sequence[TrainingSequence], images: TinyImages
+) -> list[Tensor]:
+    """Set the main weights' gradients to those of GRPO's loss at ratio 1, summed over the sequences.
+
+    The loss is -Σ advantage · log-probability over the number of response tokens. Returns the log-probabilities,
+    float64 [R] each.
+    """
+    num_tokens = sum(len(sequence.response) for sequence in sequences)
+    for weight in main.values():
+        weight.grad = torch.zeros_like(weight)
+    log_probs = []
+    for sequence in sequences:
+        log_prob = _log_prob(model, sequence, images)
+        (log_prob.sum() * (-sequence.advantage / num_tokens)).backward()
+        log_probs.append(log_prob.detach().double())
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                _gradient(main[name]).add_(parameter.grad)
+                parameter.grad = None
+    return log_probs
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
+def _log_prob(model: Any, sequence: TrainingSequence, images: TinyImages) -> Tensor:
+    """[R], differentiable; transformers makes its own positions. From float32 logits at least."""
+    prompt = sequence.prompt
+    ids = torch.from_numpy(np.concatenate([prompt.token_ids, sequence.response]))[None]
+    pixels: dict[str, Tensor] = {}
+    if prompt.image_keys:
+        patches = np.concatenate([images.patches(key) for key in prompt.image_keys])
+        pixels = {
+            "pixel_values": torch.from_numpy(patches).to(model.dtype),
+            "image_grid_thw": torch.from_numpy(prompt.grids),
+        }
+    types = (ids == IMAGE_TOKEN).int()
+    logits = model(input_ids=ids, mm_token_type_ids=types, use_cache=False, **pixels).logits[0]
+    count = len(sequence.response)
+    log_probs = logits[-count - 1 : -1].to(torch.promote_types(model.dtype, torch.float32)).log_softmax(-1)
+    return log_probs.gather(-1, ids[0, -count:, None])[:, 0]
