@@ -98,10 +98,12 @@ def test_interrupted_and_resumed_is_bit_for_bit(job: SmallJob, reference: Path) 
 
 
 def test_layouts_give_the_same_first_loss(job: SmallJob, reference: Path) -> None:
-    """Pipeline 2 and tensor 2 against one process, on the same rollouts."""
+    """Two processes in every way against one process, on the same rollouts."""
     expected = steps(reference)[0]
     for name, layout in (
         ("pipeline", ("parallel.tensor=1", "parallel.pipeline=2")),
+        ("interleaved", ("parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+        ("context", ("parallel.tensor=1", "parallel.context=2")),
         ("tensor", ("parallel.tensor=2",)),
     ):
         arguments = (f"run.name={name}", *SMALL, "run.steps=1", "optimizer.schedule=constant", *layout)
