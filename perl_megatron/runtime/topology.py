@@ -104,8 +104,12 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -
 
 
 def forget_layout() -> None:
-    """Drop megatron-core's groups and keep the ranks together: a later ``initialize`` may choose another layout."""
+    """Leave megatron-core's groups and keep the ranks together: a later ``initialize`` may choose another layout."""
     if parallel_state.model_parallel_is_initialized():
+        # megatron-core only forgets them; on gloo each keeps its threads, hundreds after a few layouts.
+        for group in parallel_state._global_process_group_list or []:
+            if group is not None:
+                dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
 

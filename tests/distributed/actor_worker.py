@@ -28,7 +28,6 @@ from actor_case import (  # noqa: E402
     weights_of,
     with_log_probs,
 )
-from megatron.core import parallel_state  # noqa: E402
 
 from perl_megatron.checkpoint.state import latest_checkpoint  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
@@ -126,7 +125,7 @@ def main(cases: Path, out: Path, table: str) -> None:
         if rank() == 0:
             np.savez(out / f"{name}.npz", **arrays)
             (out / f"{name}.json").write_text(json.dumps(report))
-        parallel_state.destroy_model_parallel()
+        layout.forget_layout()
 
 
 def folder_of(cases: Path, name: str) -> Path:
@@ -186,7 +185,7 @@ def resume(case: Path, encoder: Any, sections: dict[str, Any], folder: Path) -> 
 
 
 def start_again(case: Path, encoder: Any, sections: dict[str, Any]) -> Actor:
-    parallel_state.destroy_model_parallel()
+    layout.forget_layout()
     return start(case, encoder, sections)
 
 

@@ -21,7 +21,7 @@ def plan(capsys, size: str, *overrides: str) -> dict:
 
 @pytest.mark.parametrize(
     ("size", "nodes", "data", "layers"),
-    [("3b", 1, 4, [36]), ("7b", 1, 2, [28]), ("32b", 4, 2, [32, 32]), ("72b", 8, 2, [20, 20, 20, 20])],
+    [("3b", 1, 4, [36]), ("7b", 1, 2, [28]), ("32b", 4, 2, [28, 36]), ("72b", 8, 2, [17, 21, 21, 21])],
 )
 def test_the_plan_fills_whole_nodes(capsys, size, nodes, data, layers):
     found = plan(capsys, size)
