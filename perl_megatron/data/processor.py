@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.images import image_key, load_image
+from perl_megatron.data.tokenizer_check import check_tokenizer
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import torchvision_schema
 from perl_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, View
@@ -219,12 +220,14 @@ def _read_checkpoint(path: Path) -> tuple[Any, Any, tuple[int, ...]]:
         raise UserError(f"{path} holds a {config.model_type} model", where=where, fix="use a Qwen2.5-VL checkpoint")
     try:
         processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more specific for a damaged file
         raise UserError(
             f"cannot read tokenizer and image processor of {path}: {error}",
             where=where,
-            fix="the folder needs tokenizer.json, the chat template and preprocessor_config.json of the model",
+            fix="the folder needs tokenizer.json (or a SentencePiece tokenizer.model), the chat template and "
+            "preprocessor_config.json of the model",
         ) from error
+    check_tokenizer(processor.tokenizer, path)
     if not processor.tokenizer.chat_template:
         processor.tokenizer.chat_template = processor.chat_template
     ends = [processor.tokenizer.eos_token_id]
