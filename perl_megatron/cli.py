@@ -79,11 +79,17 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--processes", type=int, help="number of processes (default: the fewest that fit)")
             command.add_argument("--json", action="store_true", help="print JSON")
     add_verify(commands)
-    description = "compare the weights of two Hugging Face folders, tensor by tensor; status 1 where they differ"
+    description = "compare the weights of two checkpoints of any format, tensor by tensor; status 1 where they differ"
     verify = commands.add_parser("verify-weights", help=description, description=description)
     verify.set_defaults(handler=run_verify_weights)
-    verify.add_argument("first", type=Path, help="Hugging Face folder")
-    verify.add_argument("second", type=Path, help="Hugging Face folder")
+    for name in ("first", "second"):
+        verify.add_argument(name, type=Path, help="Hugging Face folder, torch_dist folder or training checkpoint")
+    verify.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="config.json of a checkpoint without config.json (default: the other's)",
+    )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write every row")
     doctor = commands.add_parser("doctor", help="versions, device, live fused paths, what to install")
     doctor.set_defaults(handler=run_doctor)
@@ -213,18 +219,14 @@ def launch_verify(options: argparse.Namespace, argv: list[str], processes: int) 
 
 
 def run_verify_weights(options: argparse.Namespace, argv: list[str]) -> int:
-    """Compare two folders of weights; status 0 only where every tensor has the same bits."""
-    for folder in (options.first, options.second):
-        if (folder / "manifest.json").is_file():
-            raise UserError(
-                "this is a training checkpoint; only Hugging Face folders can be compared so far",
-                where=str(folder),
-                fix="give the run's export/ folder",
-            )
+    """Compare two checkpoints; status 0 only where every tensor has the same bits."""
     from perl_megatron.checkpoint.compare import compare_checkpoints, render
-    from perl_megatron.checkpoint.hf_files import open_checkpoint
+    from perl_megatron.checkpoint.open_weights import open_weights
 
-    comparison = compare_checkpoints(open_checkpoint(options.first), open_checkpoint(options.second))
+    first, second, model = options.first, options.second, options.model
+    with_config = [folder for folder in (model, first, second) if folder and (folder / "config.json").is_file()]
+    described_by = with_config[0] if with_config else None
+    comparison = compare_checkpoints(*(open_weights(folder, config=described_by) for folder in (first, second)))
     if options.json is not None:
         options.json.write_text(comparison.as_json() + "\n", encoding="utf-8")
     print(render(comparison))

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from perl_megatron.checkpoint.qwen25_vl_table import EMBEDDING, OUTPUT_LAYER
+
 _CHUNK = 1 << 22
 """Numbers that are compared at once: the float64 copies stay small, however large the tensor."""
 
@@ -69,12 +71,16 @@ class Comparison:
 
 
 def compare_checkpoints(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> Comparison:
-    """Compare tensors of any shape and dtype by their names; one of each side is in memory at a time."""
+    """Compare tensors of any shape and dtype by their names; one of each side is in memory at a time.
+
+    An output layer that one side alone holds is no orphan where it is a copy of that side's embedding: checkpoints with
+    tied embeddings come with and without it.
+    """
     shared = [name for name in first if name in second]
     return Comparison(
         tensors=tuple(_compare(name, first[name], second[name]) for name in shared),
-        only_in_first=tuple(sorted(name for name in first if name not in second)),
-        only_in_second=tuple(sorted(name for name in second if name not in first)),
+        only_in_first=_orphans(first, second),
+        only_in_second=_orphans(second, first),
     )
 
 
@@ -96,6 +102,14 @@ def render(comparison: Comparison, *, most: int = 20) -> str:
     alone = len(comparison.only_in_first) + len(comparison.only_in_second)
     lines.append(f"{verdict}: {num_equal} tensors are the same bits, {len(differing)} differ, {alone} have no partner")
     return "\n".join(lines)
+
+
+def _orphans(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    alone = sorted(name for name in weights if name not in others)
+    may_be_copy = OUTPUT_LAYER in alone and EMBEDDING in weights and EMBEDDING in others
+    if may_be_copy and _digest(weights[OUTPUT_LAYER]) == _digest(weights[EMBEDDING]):
+        alone.remove(OUTPUT_LAYER)
+    return tuple(alone)
 
 
 def _sides(each: TensorComparison) -> str:

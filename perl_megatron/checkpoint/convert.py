@@ -21,10 +21,11 @@ import torch
 from perl_megatron.checkpoint.companions import companions, copy_companions
 from perl_megatron.checkpoint.file_groups import Target
 from perl_megatron.checkpoint.hf_target import HuggingFaceTarget
-from perl_megatron.checkpoint.manifest import MANIFEST, file_entry, manifest_text, verify_checkpoint
+from perl_megatron.checkpoint.manifest import MANIFEST, file_entry, manifest_text, quick_entry, verify_checkpoint
 from perl_megatron.checkpoint.open_weights import open_weights
-from perl_megatron.checkpoint.partial_folder import PartialFolder
+from perl_megatron.checkpoint.partial_folder import PartialFolder, refuse_existing
 from perl_megatron.checkpoint.published_shapes import published_shapes
+from perl_megatron.checkpoint.qwen25_vl_table import EMBEDDING, OUTPUT_LAYER
 from perl_megatron.checkpoint.safetensors_writer import write_failure
 from perl_megatron.checkpoint.torch_dist_writer import TorchDistTarget
 from perl_megatron.checkpoint.weights import TensorInfo, Weights
@@ -34,9 +35,6 @@ from perl_megatron.model.architecture import Architecture, read_architecture
 Format = Literal["hf", "torch_dist"]
 MAX_FILE_BYTES = 1 << 30
 """Files end before this, unless a single parameter is larger: what an interruption loses is at most one."""
-
-_TIED = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ class Conversion:
         With ``resume`` finished files of an interrupted conversion with the same source and options are kept. Raises
         UserError for a target that exists, a disk that is or gets full, and a source that is damaged.
         """
-        partial = PartialFolder(self.target_path, self._fingerprint(), resume=resume)
+        describe = file_entry if self.format == "torch_dist" else quick_entry
+        partial = PartialFolder(self.target_path, self._fingerprint(), describe=describe, resume=resume)
         self._check_tied_copy()
         self._check_free_space(partial)
         try:
@@ -111,9 +110,9 @@ class Conversion:
             verify_checkpoint(self.source.path)
 
     def _check_tied_copy(self) -> None:
-        if self.has_tied_copy and not torch.equal(self.source[_TIED], self.source[_EMBEDDING]):
+        if self.has_tied_copy and not torch.equal(self.source[OUTPUT_LAYER], self.source[EMBEDDING]):
             raise UserError(
-                f"tensor {_TIED} differs from {_EMBEDDING}, and config.json says that they are one",
+                f"tensor {OUTPUT_LAYER} differs from {EMBEDDING}, and config.json says that they are one",
                 where=str(self.source.path),
                 fix="set tie_word_embeddings to false in config.json if the model has an output layer of its own",
             )
@@ -162,8 +161,9 @@ def plan_conversion(
 
     ``companions_from`` is the folder with config.json, tokenizer and so on, where the source has none (a training
     checkpoint). ``dtype`` converts floating-point tensors. Reads headers and indices; writes nothing. Raises UserError
-    naming the tensors that are missing, too many or of another shape.
+    naming the tensors that are missing, too many or of another shape, and where the target exists.
     """
+    refuse_existing(target)
     described_by = companions_from or source
     weights = open_weights(source, config=companions_from)
     architecture = read_architecture(described_by)
@@ -201,10 +201,10 @@ def _check_tensors(weights: Weights, architecture: Architecture, described_by: P
     """Names and shapes against the architecture; True where a tied output layer is there as a copy."""
     shapes = published_shapes(architecture)
     extra = set(weights) - shapes.keys()
-    has_tied_copy = _TIED in extra and architecture.tied_embeddings
+    has_tied_copy = OUTPUT_LAYER in extra and architecture.tied_embeddings
     if has_tied_copy:
-        extra.remove(_TIED)
-        shapes[_TIED] = shapes[_EMBEDDING]
+        extra.remove(OUTPUT_LAYER)
+        shapes[OUTPUT_LAYER] = shapes[EMBEDDING]
     problems = [f"tensor {name} is missing" for name in sorted(shapes.keys() - set(weights))]
     problems += [f"tensor {name} is not expected" for name in sorted(extra)]
     problems += [

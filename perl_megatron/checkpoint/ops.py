@@ -39,6 +39,10 @@ def _chunk(tensor: torch.Tensor, rank: int, size: int, dim: int) -> torch.Tensor
     return tensor.chunk(size, dim)[rank]
 
 
+def _join(shards: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(tuple(shards), dim)  # cat copies even a single tensor
+
+
 @dataclass(frozen=True)
 class Replicated:
     """The whole tensor on every rank."""
@@ -82,7 +86,7 @@ class Column:
 
     def join(self, shards: Sequence[torch.Tensor]) -> Parts:
         """All rows."""
-        return (torch.cat(tuple(shards), 0),)
+        return (_join(shards, 0),)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Row:
 
     def join(self, shards: Sequence[torch.Tensor]) -> Parts:
         """All columns."""
-        return (torch.cat(tuple(shards), 1),)
+        return (_join(shards, 1),)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Vocabulary:
 
     def join(self, shards: Sequence[torch.Tensor]) -> Parts:
         """The real rows."""
-        return (torch.cat(tuple(shards), 0)[: self.rows],)
+        return (_join(shards, 0)[: self.rows],)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class GateUp:
     def join(self, shards: Sequence[torch.Tensor]) -> Parts:
         """(gate, up)."""
         halves = [shard.chunk(2, 0) for shard in shards]
-        return torch.cat([gate for gate, _ in halves], 0), torch.cat([up for _, up in halves], 0)
+        return _join([gate for gate, _ in halves], 0), _join([up for _, up in halves], 0)
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class GroupedQkv:
 
     def join(self, shards: Sequence[torch.Tensor]) -> Parts:
         """(query, key, value)."""
-        grouped = torch.cat(tuple(shards), 0).unflatten(0, (self.num_groups, -1))
+        grouped = _join(shards, 0).unflatten(0, (self.num_groups, -1))
         queries = self.num_heads // self.num_groups * self.head_dim
         pieces = grouped.split([queries, self.head_dim, self.head_dim], dim=1)
         return tuple(piece.flatten(0, 1) for piece in pieces)
@@ -175,5 +179,5 @@ class StackedQkv:
 
     def join(self, shards: Sequence[torch.Tensor]) -> Parts:
         """The stacked tensor."""
-        by_head = torch.cat(tuple(shards), 0).unflatten(0, (self.num_heads, 3, -1))
+        by_head = _join(shards, 0).unflatten(0, (self.num_heads, 3, -1))
         return (by_head.transpose(0, 1).flatten(0, 2),)

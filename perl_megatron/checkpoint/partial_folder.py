@@ -3,7 +3,7 @@
     .NAME.partial/conversion.jsonl    first the plan's fingerprint, then one line for every finished group of files
     .NAME.partial/…                   the files
 
-A file counts as finished when it is on the disk and its size and digest are in the journal.
+A file counts as finished when it is on the disk and its description (size and digest) is in the journal.
 """
 
 from __future__ import annotations
@@ -12,27 +12,31 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perl_megatron.checkpoint.manifest import file_entry
 from perl_megatron.checkpoint.safetensors_writer import sync_folder, write_failure
 from perl_megatron.errors import UserError
 
 _JOURNAL = "conversion.jsonl"
 
 
+Describe = Callable[[Path], dict[str, Any]]
+
+
 class PartialFolder:
     """The folder until it has its name."""
 
-    def __init__(self, target: Path, fingerprint: str, *, resume: bool):
+    def __init__(self, target: Path, fingerprint: str, *, describe: Describe, resume: bool):
         """Begin, or go on where a conversion with the same fingerprint was interrupted.
 
+        ``describe`` gives what the journal keeps of a file, to know it again.
         Raises UserError where ``target`` exists, the folder cannot be written, or ``resume`` finds another conversion.
         """
-        if target.exists():
-            raise UserError("the target exists", where=str(target), fix="choose another name, or remove it")
+        refuse_existing(target)
         self.target = target
+        self._describe = describe
         self.path = target.with_name(f".{target.name}.partial")
         self.records: dict[int, Any] = {}
         """Finished groups: number → what the target's ``finish`` wants to know."""
@@ -57,7 +61,7 @@ class PartialFolder:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            entries[name] = file_entry(self.path / name)
+            entries[name] = self._describe(self.path / name)
         self._append({"group": number, "files": entries, "record": record})
         self._keep(number, entries, record)
 
@@ -87,7 +91,7 @@ class PartialFolder:
 
     def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
         file = self.path / name
-        return file.is_file() and file.stat().st_size == entry["size"] and file_entry(file) == entry
+        return file.is_file() and file.stat().st_size == entry["size"] and self._describe(file) == entry
 
     def _keep(self, number: int, entries: dict[str, dict[str, Any]], record: Any) -> None:
         self.records[number] = record
@@ -98,3 +102,9 @@ class PartialFolder:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
+
+
+def refuse_existing(target: Path) -> None:
+    """UserError where ``target`` exists."""
+    if target.exists():
+        raise UserError("the target exists", where=str(target), fix="choose another name, or remove it")

@@ -21,6 +21,10 @@ from perl_megatron.checkpoint.ops import (
 )
 from perl_megatron.model.architecture import Architecture
 
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT_LAYER = "lm_head.weight"
+"""Absent where the embeddings are tied; some checkpoints hold a copy of the embedding under this name all the same."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -44,7 +48,7 @@ def _language_entries(architecture: Architecture) -> list[Entry]:
     vocabulary = Vocabulary(architecture.vocabulary_size)
     qkv = GroupedQkv(architecture.num_heads, architecture.num_kv_heads, architecture.head_dim)
     entries = [
-        Entry("language_model.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
+        Entry("language_model.embedding.word_embeddings.weight", (EMBEDDING,), vocabulary),
     ]
     for layer in range(architecture.num_layers):
         ours, theirs = f"language_model.decoder.layers.{layer}", f"model.layers.{layer}"
@@ -66,7 +70,7 @@ def _language_entries(architecture: Architecture) -> list[Entry]:
         ]
     entries.append(Entry("language_model.decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()))
     if not architecture.tied_embeddings:
-        entries.append(Entry("language_model.output_layer.weight", ("lm_head.weight",), vocabulary))
+        entries.append(Entry("language_model.output_layer.weight", (OUTPUT_LAYER,), vocabulary))
     return entries
 
 

@@ -3,9 +3,11 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from random_checkpoint import make_random_checkpoint
+from safetensors.torch import load_file, save_file
 
 from perl_megatron.checkpoint.compare import compare_checkpoints, render
+from perl_megatron.checkpoint.convert import plan_conversion
 from perl_megatron.cli import main
 
 
@@ -108,7 +110,32 @@ def test_the_command_refuses_what_it_cannot_read(tmp_path, capsys):
     (tmp_path / "b" / "model.safetensors").write_bytes(whole[:-7])
     assert main(["verify-weights", good, broken]) == 2
     assert "cut short" in capsys.readouterr().err
-    (tmp_path / "step-00000002").mkdir()
-    (tmp_path / "step-00000002" / "manifest.json").write_text("{}")
-    assert main(["verify-weights", good, str(tmp_path / "step-00000002")]) == 2
-    assert "export" in capsys.readouterr().err
+
+
+def test_the_command_reads_every_format(tmp_path, capsys):
+    source = make_random_checkpoint(tmp_path / "hf")
+    plan_conversion(source, tmp_path / "torch_dist", to="torch_dist", tensor_size=2).run()
+    assert main(["verify-weights", str(source), str(tmp_path / "torch_dist")]) == 0
+    for file in ("config.json", "manifest.json"):  # a training checkpoint says nothing of the model
+        (tmp_path / "torch_dist" / file).unlink()
+    assert main(["verify-weights", str(tmp_path / "torch_dist"), str(source)]) == 0
+    both = ["verify-weights", str(tmp_path / "torch_dist"), str(tmp_path / "torch_dist")]
+    assert main(both) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert main([*both, "--model", str(source)]) == 0
+    changed = load_file(source / "model.safetensors")
+    changed["model.layers.2.mlp.gate_proj.weight"][7].neg_()
+    save_file(changed, source / "model.safetensors")
+    assert main(["verify-weights", str(tmp_path / "torch_dist"), str(source)]) == 1
+    assert "differs   model.layers.2.mlp.gate_proj.weight" in capsys.readouterr().out
+
+
+def test_a_copy_of_the_tied_embedding_is_no_orphan():
+    embedding = {"model.embed_tokens.weight": torch.arange(12.0).view(4, 3)}
+    with_copy = embedding | {"lm_head.weight": embedding["model.embed_tokens.weight"].clone()}
+    assert compare_checkpoints(embedding, with_copy).equal
+    assert compare_checkpoints(with_copy, embedding).equal
+    other = embedding | {"lm_head.weight": torch.zeros(4, 3)}
+    assert compare_checkpoints(embedding, other).only_in_second == ("lm_head.weight",)
+    # The copy stands for nothing where the other side has no embedding either.
+    assert compare_checkpoints(with_copy, {}).only_in_first == ("lm_head.weight", "model.embed_tokens.weight")

@@ -1,0 +1,121 @@
+"""Conversion against `cp`: `python benchmarks/convert.py [--shapes 3b|small] [--folder DIR] [--json FILE]`.
+
+Random weights of the true shapes go from Hugging Face's format to torch_dist and back; the result is compared bit for bit
+with what was put in. Each direction takes turns with `cp -r` of the same folder on the same disk, in fresh processes; the
+source is read once before, so that both find it in the same state. Ours is timed from the plan to the renamed folder,
+without Python's imports, and with everything on the disk and digested; for `cp` the time until its bytes are on the disk
+is a row of its own. Peak memory is VmHWM: what the process held resident at most, pages of files included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as tools/convert_checkpoint.py does
+
+from side_by_side import Row, make_row, report, run_in_turn
+
+from perl_megatron.checkpoint.convert import Format, plan_conversion
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_random_weights.py"
+MEMORY_GOAL_GIB = 3e9 / 2**30
+TIME_GOAL = 2.0
+DIRECTIONS: dict[str, tuple[str, str, Format]] = {
+    "HF to torch_dist": ("source", "torch_dist", "torch_dist"),
+    "torch_dist to HF": ("torch_dist", "hf", "hf"),
+}
+
+
+def read_once(folder: Path) -> None:
+    """Into the page cache, as far as it goes."""
+    buffer = bytearray(1 << 24)
+    for file in sorted(folder.iterdir()):
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+
+
+def peak_memory_gib() -> float:
+    """VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20
+    raise RuntimeError("this system has no /proc/self/status")
+
+
+def work(name: str, direction: str, folder: Path) -> dict[str, float]:
+    """One conversion or one copy."""
+    source_name, target_name, to = DIRECTIONS[direction]
+    source, target = folder / source_name, folder / target_name
+    copy = folder / "copy"
+    for leftover in (target, copy):
+        shutil.rmtree(leftover, ignore_errors=True)
+    os.sync()
+    read_once(source)
+    begin = time.perf_counter()
+    if name == "ours":
+        plan_conversion(source, target, to=to).run()
+        return {"seconds": time.perf_counter() - begin, "memory_gib": peak_memory_gib()}
+    subprocess.run(["cp", "-r", source, copy], check=True)
+    copied = time.perf_counter()
+    subprocess.run(["sync", "-f", copy], check=True)
+    synced = time.perf_counter()
+    shutil.rmtree(copy)
+    return {"seconds": copied - begin, "synced_seconds": synced - begin}
+
+
+def run_direction(direction: str, folder: Path, rounds: int) -> list[Row]:
+    arguments = ["--direction", direction, "--folder", str(folder)]
+    results = run_in_turn(Path(__file__), ["cp", "ours"], arguments, rounds=rounds, threads=1)
+    ours, copies = results["ours"], results["cp"]
+    seconds = [each["seconds"] for each in ours]
+    return [
+        make_row(direction, seconds, "cp", [each["seconds"] for each in copies], "s", TIME_GOAL),
+        make_row(direction, seconds, "cp + sync", [each["synced_seconds"] for each in copies], "s", None),
+        make_row(
+            f"{direction}: peak memory",
+            [each["memory_gib"] for each in ours],
+            "3 GB",
+            [MEMORY_GOAL_GIB] * rounds,
+            "GiB",
+            1.0,
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", choices=("3b", "small"), default="3b", help="(default: 3b, needs 30 GB of disk)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each side and direction")
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured (default: the temporary folder's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--direction", choices=DIRECTIONS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        result: dict[str, Any] = work(options.worker, options.direction, options.folder)
+        print(json.dumps(result))
+        return
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        subprocess.run([sys.executable, TOOL, folder / "source", "--shape", options.shapes], check=True)
+        for direction in DIRECTIONS:
+            rows += run_direction(direction, folder, options.rounds)
+        command = [sys.executable, "-m", "perl_megatron", "verify-weights", folder / "source", folder / "hf"]
+        if subprocess.run(command, check=False).returncode:
+            sys.exit("the weights did not come back bit for bit")
+    report(f"conversion, {options.shapes} shapes, bfloat16", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+import subprocess
+import sys
+
+import pytest
+from random_checkpoint import TOOLS, make_random_checkpoint, tool
+
+from perl_megatron.checkpoint.compare import compare_checkpoints
+from perl_megatron.checkpoint.open_weights import open_weights
+from perl_megatron.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_random_checkpoint(tmp_path_factory.mktemp("tool") / "source")
+
+
+def convert(*arguments):
+    tool("convert_checkpoint").main([str(argument) for argument in arguments])
+
+
+def test_there_and_back(source, tmp_path, capfd):
+    convert(source, tmp_path / "a", "--to", "torch_dist", "--tp", "2", "--pp", "2")
+    convert(tmp_path / "a", tmp_path / "b", "--to", "hf")
+    weights = open_weights(source)
+    assert compare_checkpoints(weights, open_weights(tmp_path / "b")).equal
+    output = capfd.readouterr()
+    total = sum(weights.info(name).nbytes for name in weights)
+    assert f"b: {len(weights)} tensors, {total:,} bytes" in output.out
+    assert "3.3/3.3 MB" in output.err  # the bar, at its end
+
+
+def test_dry_run_writes_nothing(source, tmp_path, capsys):
+    convert(source, tmp_path / "a", "--to", "torch_dist", "--dry-run")
+    assert capsys.readouterr().out.count("->") == len(open_weights(source))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_companions_come_from_the_named_folder(source, tmp_path):
+    convert(source, tmp_path / "a", "--to", "torch_dist")
+    for file in ("config.json", "tokenizer.json", "manifest.json"):
+        (tmp_path / "a" / file).unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        convert(tmp_path / "a", tmp_path / "b", "--to", "hf")
+    convert(tmp_path / "a", tmp_path / "b", "--to", "hf", "--companions", source)
+    assert (tmp_path / "b" / "tokenizer.json").exists()
+
+
+def test_a_mistake_is_one_message_without_a_traceback(source, tmp_path):
+    command = [sys.executable, TOOLS / "convert_checkpoint.py", source, source, "--to", "hf"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: the target exists")
+    assert "Traceback" not in result.stderr
+
+
+def test_random_weights_are_the_same_for_a_seed_and_finite(source, tmp_path):
+    made = tool("make_random_weights").make_random_weights(tmp_path / "again", "small")
+    again, other = open_weights(tmp_path / "again"), open_weights(source)
+    assert made == sum(again.info(name).nbytes for name in again)
+    assert compare_checkpoints(again, other).equal
+    assert all(again[name].isfinite().all() for name in again)
+    assert len({again[name].view(-1)[0].item() for name in again}) > len(again) // 2
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
