@@ -48,6 +48,11 @@ class ModelConfig(Section):
     """Type of parameters and activations (main parameters and gradients are always float32)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation of megatron-core."""
+    fp8: Literal["none", "e4m3", "hybrid"] = "none"
+    """Matrix products of the language model's layers in 8 bits ('hybrid': e4m3 forward, e5m2 backward); needs CUDA,
+    Transformer Engine and bfloat16."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How Transformer Engine scales to 8 bits: by past maxima, by tensor, by block, or in the MX format (Blackwell)."""
 
 
 class ParallelConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -16,7 +17,40 @@ from perl_megatron.runtime import platform
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def _shared(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+def fuses_weight_gradients(*, cuda: bool, apex: bool, transformer_engine: bool, has_megatron_linear: bool) -> bool:
+    """Whether weight gradients are added to their float32 buffers within the matrix product.
+
+    TransformerEngine's layers bring the kernel; megatron-core's own use apex's, and refuse the setting without it.
+    ``has_megatron_linear``: the part has such a layer even among TransformerEngine's (the language model's output).
+    (Fused Adam needs no setting: megatron-core's optimizer/__init__.py imports TransformerEngine's, else apex's, else
+    takes torch's.)
+    """
+    return cuda and (apex or (transformer_engine and not has_megatron_linear))
+
+
+def _fused_weight_gradients(*, has_megatron_linear: bool) -> bool:
+    return fuses_weight_gradients(
+        cuda=platform.is_cuda(),
+        apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        has_megatron_linear=has_megatron_linear,
+    )
+
+
+def _fp8(model: ModelConfig) -> dict[str, Any]:
+    """Only for the language model: patches of images cannot be padded to the multiples of tokens that fp8 needs."""
+    if model.fp8 == "none":
+        return {}
+    if not platform.is_cuda():
+        raise UserError(
+            "8-bit matrix products need CUDA, and this machine has no CUDA device",
+            where=f"model.fp8 = {model.fp8}",
+            fix="set model.fp8=none, or run where there is CUDA (perl-megatron doctor shows what is here)",
+        )
+    return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
+
+
+def _shared(model: ModelConfig, parallel: ParallelConfig, *, has_megatron_linear: bool = False) -> dict[str, Any]:
     dtype = _DTYPES[model.dtype]
     recompute: dict[str, dict[str, Any]] = {
         "none": {},
@@ -32,8 +66,8 @@ def _shared(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "bf16": dtype is torch.bfloat16,
         "perform_initialization": False,  # every weight is imported; stream.import_weights proves it
         "use_cpu_initialization": not platform.is_cuda(),
-        # The fusions are torch.compile or CUDA kernels; TransformerEngine brings its own.
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": _fused_weight_gradients(has_megatron_linear=has_megatron_linear),
+        # The other fusions are torch.compile or CUDA kernels; TransformerEngine brings its own.
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
@@ -77,7 +111,8 @@ def language_config(architecture: Architecture, model: ModelConfig, parallel: Pa
         calculate_per_token_loss=True,
         batch_p2p_sync=platform.is_cuda(),
         deallocate_pipeline_outputs=platform.is_cuda(),  # on gloo a buffer may still be in flight
-        **_shared(model, parallel),
+        **_fp8(model),
+        **_shared(model, parallel, has_megatron_linear=True),
     )
     refuse_silent_traps(config)
     return config

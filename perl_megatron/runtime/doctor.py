@@ -50,6 +50,14 @@ OPTIONAL = (
         needs_cuda=True,
     ),
     Part(
+        "Apex weight gradients",
+        ("apex",),
+        "fused_weight_gradient_mlp_cuda",
+        "weight gradients added up within the matrix product on CUDA (else, in the language model: after it)",
+        "build apex from its source with its CUDA extensions",
+        needs_cuda=True,
+    ),
+    Part(
         "Triton",
         ("triton",),
         "triton",

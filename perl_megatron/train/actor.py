@@ -17,6 +17,7 @@ from torch import Tensor
 from perl_megatron.checkpoint import stream
 from perl_megatron.checkpoint.hf_files import open_checkpoint
 from perl_megatron.checkpoint.state import load_training_state, save_training_state
+from perl_megatron.config.derive_model import fp8_alignment
 from perl_megatron.config.schema import Config
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.kernels.logprob import vocabulary_parallel_log_prob
@@ -64,6 +65,7 @@ class Actor:
             encoder,
             micro_batch_size=config.optimizer.micro_batch_sequences,
             parallel=config.parallel,
+            alignment=fp8_alignment(config.model),
         )
 
     def log_probs(self, sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:

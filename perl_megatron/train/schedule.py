@@ -34,6 +34,7 @@ class Schedule:
     Args:
         chunks: this rank's model chunks, as megatron-core's schedules take them.
         parallel: the layout.
+        alignment: each rank's part of a padded row is a multiple of it.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Schedule:
         *,
         micro_batch_size: int,
         parallel: ParallelConfig,
+        alignment: int = 1,
     ):
         self._chunks = list(chunks)
         self._topology = topology
         self._encoder = encoder
         self._micro_batch_size = micro_batch_size
         self._parallel = parallel
+        self._length_multiple = length_multiple(parallel) * alignment
 
     def run(
         self, sequences: Sequence[TrainingSequence], loss: MicroBatchLoss, *, forward_only: bool
@@ -88,7 +91,7 @@ class Schedule:
             yield collate(
                 sequences,
                 part,
-                length_multiple=length_multiple(self._parallel),
+                length_multiple=self._length_multiple,
                 pad_token_id=self._encoder.pad_token_id,
                 patches=self._encoder.patches if with_images else None,
                 device=platform.device(),
