@@ -14,6 +14,7 @@ from perl_megatron.checkpoint.companions import copy_companions
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
 from perl_megatron.checkpoint.safetensors_format import StoredTensor, read_header, read_tensor
 from perl_megatron.checkpoint.safetensors_writer import SafetensorsWriter, sync_folder, write_failure
+from perl_megatron.checkpoint.torch_dist_index import is_torch_dist
 from perl_megatron.checkpoint.weights import TensorInfo, Weights
 from perl_megatron.errors import UserError
 
@@ -62,6 +63,12 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     the index promises and the files lack, and a tensor that is there twice.
     """
     path = Path(path)
+    if is_torch_dist(path):
+        raise UserError(
+            "this is a torch_dist checkpoint, and a Hugging Face folder is needed here",
+            where=str(path),
+            fix=f"python tools/convert_checkpoint.py {path} FOLDER --to hf",
+        )
     promised = _read_index(path / INDEX) if (path / INDEX).is_file() else None
     files = sorted({path / file for file in promised.values()}) if promised is not None else [path / SINGLE]
     tensors: dict[str, tuple[Path, StoredTensor]] = {}

@@ -181,3 +181,9 @@ def test_index_that_promises_too_much_is_named(tmp_path):
         index.write_text(unreadable)
         with pytest.raises(UserError, match="cannot read the index"):
             open_checkpoint(tmp_path)
+
+
+def test_a_torch_dist_folder_is_refused_with_the_command_that_converts_it(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"")
+    with pytest.raises(UserError, match=r"(?s)torch_dist checkpoint.*convert_checkpoint\.py .* --to hf"):
+        open_checkpoint(tmp_path)
