@@ -30,6 +30,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from perl_megatron.checkpoint.manifest import PendingCheckpoint, latest_checkpoint, verify_checkpoint
+from perl_megatron.checkpoint.state_buckets import keep_bucket_padding
 from perl_megatron.errors import UserError
 from perl_megatron.model.policy import Policy
 
@@ -134,6 +135,7 @@ def _sharded(
     content: dict[str, Any] = {
         _model_key(index, modules): module.sharded_state_dict(metadata=metadata) for index, module in enumerate(modules)
     }
+    keep_bucket_padding(optimizer)
     content["optimizer"] = optimizer.sharded_state_dict(dict(content), is_loading=is_loading, metadata=metadata)
     return content, metadata
 
