@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def keep_bucket_padding(optimizer: MegatronOptimizer) -> None:
-    """Make all distributed optimizers in ``optimizer`` lay their states out as the parameters' places say. Idempotent."""
+    """Make distributed optimizers lay their states out as their parameters' places say. Idempotent."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
             part.get_parameter_state_dp_zero = partial(_padded_states, part)

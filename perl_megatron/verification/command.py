@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Case:
 def run(layout: Layout, json_file: Path | None) -> bool:
     """Verify one layout; rank 0 prints the table and writes the file. Returns on every rank whether all rows passed."""
     try:
-        with shared_folder() as folder:
+        with quiet_libraries(), shared_folder() as folder:
             case = make_case(folder / "policy", layout)
             report = verify_layout(layout, layout.other(world_size()), case, folder / "scratch")
         if report is not None:
@@ -47,6 +48,14 @@ def run(layout: Layout, json_file: Path | None) -> bool:
         return all(gather_objects(report is None or report.passed))
     finally:
         topology.shutdown()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without torch's and megatron-core's warnings about each other's outdated calls, which would bury the table."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(torch|megatron)\.")
+        yield
 
 
 @contextmanager

@@ -71,15 +71,9 @@ class Layout:
 
     @classmethod
     def of(cls, parallel: Mapping[str, int | bool], **others: Any) -> Layout:
-        """A layout of these sizes, without those of 1 and what is off. UserError for one that does not exist yet."""
-        chosen = {name: value for name, value in parallel.items() if value is True or value > 1}
-        for name in chosen.keys() - ParallelConfig.model_fields.keys():
-            raise UserError(
-                f"`parallel.{name}` does not exist in this version",
-                where=f"{OPTIONS[name]} {chosen[name]}",
-                fix=f"leave {OPTIONS[name]} out",
-            )
-        return cls(chosen, **others)
+        """A layout of these sizes, without those that are their fields' defaults."""
+        plain = ParallelConfig(data=1).model_dump()
+        return cls({name: value for name, value in parallel.items() if value != plain[name]}, **others)
 
     def __str__(self) -> str:
         sizes = [name if value is True else f"{name} {value}" for name, value in self.parallel.items()]

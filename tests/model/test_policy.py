@@ -1,4 +1,4 @@
-"""The policy in one process; tests/distributed/test_policy_parity.py compares it with transformers in every layout."""
+"""The policy in one process; tests/distributed/test_layout_matrix.py compares it with transformers in every layout."""
 
 import pytest
 import torch

@@ -1,0 +1,111 @@
+"""Run by torchrun on 2 or 4 ranks: verifies one layout after the other, as `perl-megatron verify` does.
+
+    torchrun --nproc-per-node 4 matrix_worker.py FOLDER
+
+Writes FOLDER/reports.json: for each layout its report.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from perl_megatron.runtime import platform
+
+platform.install()
+
+import torch  # noqa: E402
+
+from perl_megatron.config.schema import ParallelConfig  # noqa: E402
+from perl_megatron.kernels.logprob import vocabulary_parallel_log_prob  # noqa: E402
+from perl_megatron.runtime import topology  # noqa: E402
+from perl_megatron.runtime.collective import gather_objects, rank, world_size  # noqa: E402
+from perl_megatron.verification.command import make_case, quiet_libraries, shared_folder, verify_layout  # noqa: E402
+from perl_megatron.verification.layout import Layout  # noqa: E402
+
+KERNEL = "log-probability kernel"
+
+
+def matrix(processes: int) -> list[Layout]:
+    """{TP 1, 2, 4} × {PP 1, 2} × {VPP 1, 2} × {SP} × {CP 1, 2} × {DP 1, 2} on so many processes."""
+    layouts = []
+    for tensor, pipeline, chunks, context, data, sequence in itertools.product(
+        (1, 2, 4), (1, 2), (1, 2), (1, 2), (1, 2), (False, True)
+    ):
+        fits = tensor * pipeline * context * data == processes
+        if fits and (pipeline > 1 or chunks == 1) and (tensor > 1 or not sequence):
+            sizes = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": chunks}
+            layouts.append(Layout.of({**sizes, "context": context, "data": data, "sequence": sequence}))
+    return layouts
+
+
+EXTRAS = {
+    2: [
+        Layout.of({"tensor": 2, "sequence": True}, tied=True),
+        Layout.of({"pipeline": 2}, tied=True),
+        Layout.of({"pipeline": 2, "first_stage_layers": 1}),
+        Layout.of({"pipeline": 2, "virtual_pipeline": 2}, recompute="full"),
+        Layout.of({"tensor": 2, "sequence": True}, recompute="selective"),
+        Layout.of({"context": 2}, recompute="full"),
+        Layout.of({"data": 2}, dtype="bfloat16"),
+        Layout.of({"pipeline": 2, "virtual_pipeline": 2}, dtype="bfloat16"),
+    ],
+    4: [
+        Layout.of({"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, tied=True),
+        Layout.of({"pipeline": 2, "context": 2}, tied=True),
+        Layout.of({"data": 4}),  # a rank has no images
+        Layout.of({"tensor": 2, "context": 2, "sequence": True}, dtype="bfloat16"),
+    ],
+}
+"""The output layer tied, stages of unequal size, recomputation, low precision."""
+LAYOUTS = {processes: matrix(processes) + extras for processes, extras in EXTRAS.items()}
+
+
+def verify_all(folder: Path) -> dict[str, dict]:
+    """The reports on rank 0; each layout's weights and optimizer go on in the next layout's."""
+    layouts, cases, reports = LAYOUTS[world_size()], {}, {}
+    for index, layout in enumerate(layouts):
+        key = f"{layout.dtype}-{layout.tied}"
+        if key not in cases:
+            cases[key] = make_case(folder / key, layout)
+        other = layout.elsewhere(layouts[(index + 1) % len(layouts)].parallel)
+        report = verify_layout(layout, other, cases[key], folder / f"scratch-{index}")
+        if report is not None:
+            reports[str(layout)] = report.as_dict()
+    return reports
+
+
+def check_log_prob_kernel() -> dict[str, float]:
+    """The ranks with a part of the vocabulary each against the whole vocabulary in one process, float64."""
+    place = topology.initialize(ParallelConfig(tensor=world_size()), seed=0, timeout_seconds=120)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(11, 52, generator=generator, dtype=torch.float64).mul(4).requires_grad_()
+    targets = torch.randint(0, 52, (11,), generator=generator)
+    weights = torch.randn(2, 11, generator=generator, dtype=torch.float64)
+    options = {"temperature": 0.7, "banned_token_ids": (0, 27)}
+    part = whole.detach().chunk(world_size(), 1)[place.tensor_rank].clone().requires_grad_()
+    expected = torch.stack(vocabulary_parallel_log_prob(whole, targets, **options))
+    ours = torch.stack(vocabulary_parallel_log_prob(part, targets, group=place.tensor_group(), **options))
+    (expected * weights).sum().backward()
+    (ours * weights).sum().backward()
+    own_gradient = whole.grad.chunk(world_size(), 1)[place.tensor_rank]
+    topology.forget_layout()
+    errors = [(ours - expected).abs().max().item(), (part.grad - own_gradient).abs().max().item()]
+    value, gradient = (max(each) for each in zip(*gather_objects(errors), strict=True))
+    return {"value": value, "gradient": gradient}
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    with quiet_libraries(), shared_folder() as folder:
+        reports = verify_all(folder)
+        reports[KERNEL] = check_log_prob_kernel()
+    if rank() == 0:
+        (out / "reports.json").write_text(json.dumps(reports, allow_nan=False))
+    topology.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
