@@ -19,9 +19,12 @@ from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
+    load_sharded_metadata,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -94,6 +97,7 @@ def load_training_state(
     _refuse_other_settings(state.get("settings", {}), settings, checkpoint)
     content, _ = _sharded(modules, optimizer, is_loading=True)
     try:
+        _keep_unsaved_extra_state(content, checkpoint)
         loaded = dist_checkpointing.load(content, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
     except (CheckpointException, CheckpointingException, KeyError) as error:
         raise UserError(
@@ -138,6 +142,21 @@ def _sharded(
     keep_bucket_padding(optimizer)
     content["optimizer"] = optimizer.sharded_state_dict(dict(content), is_loading=is_loading, metadata=metadata)
     return content, metadata
+
+
+def _keep_unsaved_extra_state(content: dict[str, Any], checkpoint: Path) -> None:
+    """Ask only for those ``_extra_state`` objects that the checkpoint has; the model keeps the others as they are.
+
+    TransformerEngine's modules hold the scales of fp8 there (empty without), also those whose counterpart in torch has
+    nothing of the kind: so a checkpoint of torch's layers, or a converted one, lacks some.
+    """
+    saved = load_sharded_metadata(str(checkpoint)).keys()
+
+    def wanted(value: Any) -> Any:
+        is_extra = isinstance(value, ShardedObject) and value.key.endswith("._extra_state")
+        return LocalNonpersistentObject(value.data) if is_extra and value.unique_key not in saved else value
+
+    dict_list_map_inplace(wanted, content)
 
 
 def _model_key(index: int, modules: Sequence[Policy]) -> str:
