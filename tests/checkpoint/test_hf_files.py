@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_policy import hf_model
+from tiny_policy import HIDDEN, hf_model
 
 from perl_megatron.checkpoint.hf_files import open_checkpoint, save_checkpoint
 from perl_megatron.checkpoint.safetensors_format import LENGTH_BYTES
@@ -51,7 +51,7 @@ def test_config_says_the_dtype_that_was_written(source, tmp_path):
 
 def test_a_failing_stream_leaves_no_target(source, tmp_path):
     def broken():
-        yield "model.norm.weight", torch.zeros(96)
+        yield "model.norm.weight", torch.zeros(HIDDEN)
         raise RuntimeError("rank lost")
 
     with pytest.raises(RuntimeError):
@@ -63,7 +63,7 @@ def test_a_failing_stream_leaves_no_target(source, tmp_path):
 
 def test_an_interruption_leaves_only_the_partial_folder(source, tmp_path):
     def interrupted():
-        yield "model.norm.weight", torch.zeros(96)
+        yield "model.norm.weight", torch.zeros(HIDDEN)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -67,7 +67,7 @@ def test_policy_orphans_are_listed(loaded):
 def test_a_tensor_of_another_shape_is_named(loaded):
     chunks, architecture, layout, checkpoint = loaded
     state = dict(checkpoint) | {"model.norm.weight": torch.zeros(5)}
-    with pytest.raises(UserError, match=r"model.norm.weight: shape \(5,\) instead of \(96,\)"):
+    with pytest.raises(UserError, match=r"model.norm.weight: shape \(5,\) instead of \(192,\)"):
         import_weights(chunks, architecture, layout, state)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron_checkpoint import load_policy, parameters, save_policy
-from tiny_policy import VOCABULARY, hf_model
+from tiny_policy import FFN, HIDDEN, VOCABULARY, hf_model
 from torch.distributed.checkpoint import FileSystemReader
 
 from perl_megatron.checkpoint.convert import plan_conversion
@@ -95,7 +95,7 @@ def test_megatron_loads_it(folder, tmp_path, name):
 
 def test_padded_vocabulary_is_cut_off(folder, tmp_path):
     plan_conversion(folder / "untied", tmp_path / "new", to="torch_dist", tensor_size=2).run()
-    assert described(tmp_path / "new")["language_model.output_layer.weight"][0] == (VOCABULARY + 1, 96)
+    assert described(tmp_path / "new")["language_model.output_layer.weight"][0] == (VOCABULARY + 1, HIDDEN)
     weights, expected = open_weights(tmp_path / "new"), open_weights(folder / "untied")
     assert torch.equal(weights["lm_head.weight"], expected["lm_head.weight"])
 
@@ -104,7 +104,7 @@ def test_reading_needs_neither_megatron_nor_a_process_group(folder):
     program = (
         "import sys, torch; from pathlib import Path; from perl_megatron.checkpoint.open_weights import open_weights\n"
         f"w = open_weights(Path({str(folder / 'tied.megatron')!r}), config=Path({str(folder / 'tied')!r}))\n"
-        "assert w['model.norm.weight'].shape == (96,)\n"
+        f"assert w['model.norm.weight'].shape == ({HIDDEN},)\n"
         "assert not torch.distributed.is_initialized()\n"
         "assert not any(name.startswith('megatron.') for name in sys.modules)"
     )
@@ -169,10 +169,10 @@ def test_chunks_that_leave_a_gap_are_refused(folder, tmp_path):
     index = checkpoint / ".metadata"
     metadata = pickle.loads(index.read_bytes())
     key = "language_model.decoder.layers.mlp.linear_fc1.weight"
-    gone = next(place for place in metadata.storage_data if place.fqn == key and tuple(place.offset) == (1, 176, 0))
+    gone = next(place for place in metadata.storage_data if place.fqn == key and tuple(place.offset) == (1, FFN, 0))
     del metadata.storage_data[gone]
     index.write_bytes(pickle.dumps(metadata))
     weights = open_weights(checkpoint, config=folder / "tied")
-    assert weights["model.layers.0.mlp.up_proj.weight"].shape == (176, 96)
+    assert weights["model.layers.0.mlp.up_proj.weight"].shape == (FFN, HIDDEN)
     with pytest.raises(UserError, match="do not fill it"):
         weights["model.layers.1.mlp.up_proj.weight"]

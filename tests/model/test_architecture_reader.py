@@ -67,7 +67,7 @@ def test_published_flat_layout(tmp_path):
 def test_nested_layout(tmp_path, tied):
     hf_config(tied=tied).save_pretrained(tmp_path)
     architecture = read_architecture(tmp_path)
-    assert (architecture.num_layers, architecture.num_kv_heads, architecture.vision.depth) == (4, 2, 3)
+    assert (architecture.num_layers, architecture.num_kv_heads, architecture.vision.depth) == (4, 4, 3)
     assert architecture.tied_embeddings is tied
     assert architecture.padded_vocabulary(2) == 332
 

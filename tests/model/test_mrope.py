@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_policy import IMAGE_TOKEN, hf_config, make_batch
+from tiny_policy import IMAGE_TOKEN, hf_config, tiny_sequences
 
 from perl_megatron.model.mrope import position_ids
 from perl_megatron.types import EncodedPrompt
@@ -27,7 +27,7 @@ def rope_index():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_transformers(rope_index, seed):
-    for sequence in make_batch(seed).sequences:
+    for sequence in tiny_sequences(seed):
         token_ids = np.concatenate([sequence.prompt.token_ids, sequence.response])
         ours = position_ids(sequence.prompt, len(sequence.response))
         assert ours.dtype == np.int64
@@ -35,7 +35,7 @@ def test_equals_transformers(rope_index, seed):
 
 
 def test_an_image_token_in_the_response_is_text():
-    sequence = make_batch().sequences[0]
+    sequence = tiny_sequences()[0]
     ours = position_ids(sequence.prompt, 3)
     assert (np.diff(ours[:, -4:], axis=1) == 1).all()
 

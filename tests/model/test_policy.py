@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_policy import IMAGE_TOKEN, hf_model, make_batch, policy_input
+from tiny_policy import IMAGE_TOKEN, WITHOUT_IMAGES, hf_model, micro_batch
 
 from perl_megatron.checkpoint.hf_files import open_checkpoint
 from perl_megatron.checkpoint.stream import import_weights
@@ -39,7 +39,7 @@ def logits(policy, inputs, *, select=True):
 
 
 def test_selected_rows_are_those_of_all_positions(policy):
-    inputs = policy_input(make_batch(), [0, 2, 4])
+    inputs = micro_batch([0, 2, 4])
     everything = logits(policy, inputs, select=False)
     assert everything.shape[0] == inputs.token_ids.numel()
     chosen = everything[inputs.output_mask.flatten()]
@@ -47,43 +47,41 @@ def test_selected_rows_are_those_of_all_positions(policy):
 
 
 def test_right_padding_and_company_do_not_change_a_sequence(policy):
-    batch = make_batch()
-    alone = logits(policy, policy_input(batch, [2]))
-    together = logits(policy, policy_input(batch, [2, 0, 5], length=130))
+    alone = logits(policy, micro_batch([2]))
+    together = logits(policy, micro_batch([2, 0, 6], length_multiple=130))
     torch.testing.assert_close(together[: len(alone)], alone, rtol=0, atol=2e-5)
 
 
 def test_an_image_token_outside_the_mask_is_text(policy):
-    inputs = policy_input(make_batch(), [4])  # no images
+    inputs = micro_batch([WITHOUT_IMAGES])
     inputs.token_ids[0, 2] = IMAGE_TOKEN
     before = logits(policy, inputs)
     assert before.isfinite().all()
-    with_image = policy_input(make_batch(), [5, 4])
+    with_image = micro_batch([6, WITHOUT_IMAGES])
     with_image.token_ids[1, 2] = IMAGE_TOKEN
     torch.testing.assert_close(logits(policy, with_image)[-len(before) :], before, rtol=0, atol=2e-5)
 
 
 def test_changing_an_image_changes_the_answer(policy):
-    inputs = policy_input(make_batch(), [3])
+    inputs = micro_batch([3])
     before = logits(policy, inputs)
     inputs.vision.patches[:4] += 1.0
     assert (logits(policy, inputs) - before).abs().max() > 1e-2
 
 
 def test_gradients_of_an_image_used_twice_are_summed(policy):
-    batch = make_batch()
     weight = policy.vision_model.patch_embed.weight
 
     def gradient(members):
         policy.zero_grad()
-        logits(policy, policy_input(batch, members)).square().sum().backward()
+        logits(policy, micro_batch(members)).square().sum().backward()
         return weight.grad.clone()
 
     torch.testing.assert_close(gradient([0, 1]), gradient([0]) + gradient([1]), rtol=1e-4, atol=1e-3)
 
 
 def test_no_selected_position_gives_no_logits_and_zero_gradients(policy):
-    inputs = policy_input(make_batch(), [5])
+    inputs = micro_batch([6])
     inputs.output_mask[:] = False
     policy.zero_grad()
     output = logits(policy, inputs)
@@ -94,7 +92,7 @@ def test_no_selected_position_gives_no_logits_and_zero_gradients(policy):
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_nothing(build, policy, recompute):
-    inputs = policy_input(make_batch(), [0, 3])
+    inputs = micro_batch([0, 3])
     gradients = []
     for model in (policy, build(dtype="float32", recompute=recompute)):
         model.train()
@@ -121,13 +119,13 @@ def test_recomputation_takes_place(build, recompute, of_attention, of_mlp):
     for block in blocks:
         block.self_attention.core_attention.register_forward_hook(count("core_attention"))
         block.mlp.register_forward_hook(count("mlp"))
-    logits(model, policy_input(make_batch(), [0, 3])).square().mean().backward()
+    logits(model, micro_batch([0, 3])).square().mean().backward()
     assert counts == {"core_attention": of_attention * len(blocks), "mlp": of_mlp * len(blocks)}
 
 
 def test_bfloat16_is_near_float32(build, policy):
     """Eight bits of mantissa through 7 blocks: the yardstick is the model's own error when only its weights round."""
-    inputs = policy_input(make_batch(), [0, 2])
+    inputs = micro_batch([0, 2])
     low = build(dtype="bfloat16")
     assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
     with torch.no_grad():

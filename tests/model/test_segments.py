@@ -10,16 +10,16 @@ from perl_megatron.model.segments import make_segments, vision_plan
 
 VISION = VisionArchitecture(
     depth=4,
-    hidden_size=80,
+    hidden_size=160,
     ffn_size=120,
-    num_heads=4,
+    num_heads=8,
     in_channels=3,
     patch_size=14,
     temporal_patch_size=2,
     merge_size=2,
     window_size=56,
     full_attention_blocks=(1, 3),
-    out_hidden_size=96,
+    out_hidden_size=192,
 )
 
 
