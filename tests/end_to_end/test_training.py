@@ -62,7 +62,7 @@ def test_tensor_parallel_with_vllm(job: SmallJob) -> None:
     assert logged[0]["gradient_norm"] > 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["engine"] == "vllm"
-    assert summary["layout"] == "tensor 2 × pipeline 1 × data 1"
+    assert summary["layout"] == "tensor 2 × pipeline 1 × context 1 × data 1"
     assert summary["groups_kept"] > 0
     assert summary["accuracy_before"] is not None
     assert summary["logprob_gap_mean"] <= 1e-4
