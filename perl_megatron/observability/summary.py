@@ -18,8 +18,9 @@ def summarize(
 ) -> dict[str, Any]:
     """The summary of a run from its metric rows (`metrics.jsonl`); None where a number was never logged.
 
-    `layout` is a line such as 'tensor 2 × pipeline 1 × context 1 × data 1'; `seconds_total` is the wall time of the run,
-    everything included; `peak_rss_gib` counts beside the logged peaks (an earlier start of the run may have had a higher one).
+    `layout` is a line such as 'tensor 2 × pipeline 1 × context 1 × data 1'; `seconds_total` is the wall time of the
+    run, everything included; `peak_rss_gib` counts beside the logged peaks (an earlier start of the run may have had a
+    higher one).
     Before is the first evaluation, after is the last one.
     """
     accuracy = _values(rows, "evaluation/accuracy")
