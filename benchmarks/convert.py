@@ -5,7 +5,7 @@ bit with what was put in. Each direction takes turns with `cp -r` of the same fo
 processes; the source is read once before, so that both find it in the same state. Ours is timed from the plan to the
 renamed folder, without Python's imports, and with everything on the disk and digested; for `cp` the time until its
 bytes are on the disk is a row of its own. Peak memory is VmHWM: what the process held resident at most, pages of files
-included.
+included. The mapping of the tensors alone, in memory, is compared with mbridge's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as tools/convert_checkpoint.py does
 
@@ -30,6 +29,7 @@ from perl_megatron.checkpoint.convert import Format, plan_conversion
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_random_weights.py"
 MEMORY_GOAL_GIB = 3e9 / 2**30
 TIME_GOAL = 2.0
+MAPPING = "mapping"
 DIRECTIONS: dict[str, tuple[str, str, Format]] = {
     "HF to torch_dist": ("source", "torch_dist", "torch_dist"),
     "torch_dist to HF": ("torch_dist", "hf", "hf"),
@@ -77,6 +77,21 @@ def work(name: str, direction: str, folder: Path) -> dict[str, float]:
     return {"seconds": copied - begin, "synced_seconds": synced - begin}
 
 
+def work_on_mapping(name: str, folder: Path) -> dict[str, float]:
+    """The mapping by ``name``."""
+    from mbridge_mapping import map_all  # mbridge imports megatron-core, which conversion does not need
+
+    return map_all(name, folder / "source")
+
+
+def run_mapping(folder: Path, rounds: int) -> list[Row]:
+    """The tensors' mapping there and back, without reading and writing them."""
+    arguments = ["--direction", MAPPING, "--folder", str(folder)]
+    results = run_in_turn(Path(__file__), ["mbridge", "ours"], arguments, rounds=rounds, threads=1)
+    ours, theirs = ([each["mapping_seconds"] for each in results[name]] for name in ("ours", "mbridge"))
+    return [make_row("mapping there and back, in memory", ours, "mbridge", theirs, "s", None)]
+
+
 def run_direction(direction: str, folder: Path, rounds: int) -> list[Row]:
     arguments = ["--direction", direction, "--folder", str(folder)]
     results = run_in_turn(Path(__file__), ["cp", "ours"], arguments, rounds=rounds, threads=1)
@@ -103,11 +118,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to be measured (default: the temporary folder's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--direction", choices=DIRECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--direction", choices=(*DIRECTIONS, MAPPING), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        result: dict[str, Any] = work(options.worker, options.direction, options.folder)
-        print(json.dumps(result))
+        mapping = options.direction == MAPPING
+        name, folder = options.worker, options.folder
+        print(json.dumps(work_on_mapping(name, folder) if mapping else work(name, options.direction, folder)))
         return
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -115,6 +131,7 @@ def main() -> None:
         subprocess.run([sys.executable, TOOL, folder / "source", "--shape", options.shapes], check=True)
         for direction in DIRECTIONS:
             rows += run_direction(direction, folder, options.rounds)
+        rows += run_mapping(folder, options.rounds)
         command = [sys.executable, "-m", "perl_megatron", "verify-weights", folder / "source", folder / "hf"]
         if subprocess.run(command, check=False).returncode:
             sys.exit("the weights did not come back bit for bit")

@@ -1,8 +1,8 @@
 """Converting a checkpoint: between Hugging Face's format and megatron-core's torch_dist, and between layouts.
 
 ``plan_conversion`` reads headers and indices only, and finds everything that does not fit before anything is written.
-``Conversion.run`` then streams: one Megatron parameter is in memory at a time. A conversion that is interrupted leaves
-``.NAME.partial``, never something with the target's name.
+``Conversion.run`` then streams: one Megatron parameter and a buffer of those that are read ahead are in memory. A
+conversion that is interrupted leaves ``.NAME.partial``, never something with the target's name.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from perl_megatron.checkpoint.open_weights import open_weights
 from perl_megatron.checkpoint.partial_folder import PartialFolder, refuse_existing
 from perl_megatron.checkpoint.published_shapes import published_shapes
 from perl_megatron.checkpoint.qwen25_vl_table import EMBEDDING, OUTPUT_LAYER
+from perl_megatron.checkpoint.read_ahead import ReadAhead
 from perl_megatron.checkpoint.safetensors_writer import write_failure
 from perl_megatron.checkpoint.torch_dist_writer import TorchDistTarget
 from perl_megatron.checkpoint.weights import TensorInfo, Weights
@@ -34,7 +35,9 @@ from perl_megatron.model.architecture import Architecture, read_architecture
 
 Format = Literal["hf", "torch_dist"]
 MAX_FILE_BYTES = 1 << 30
-"""Files end before this, unless a single parameter is larger: what an interruption loses is at most one."""
+"""Files end before this, unless a single parameter is larger: an interruption loses the few that are not recorded."""
+NUM_BACKGROUND_THREADS = 3
+"""One verifies the source; the others wait for the disk and digest, in turn."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,25 @@ class Conversion:
 
     def _write(self, partial: PartialFolder, progress: Callable[[int], None]) -> None:
         # Waiting for the disk and digesting go on while the next files are written.
-        with ThreadPoolExecutor(2) as workers:
-            verified = workers.submit(self._verify_source)
-            recorded: Future[None] | None = None
-            for number, group in enumerate(self.target.groups):
-                if number in partial.records:
-                    progress(group.nbytes)
-                    continue
-                record = self.target.write(partial.path, group, lambda name: self._read(name, progress))
-                if recorded is not None:
-                    recorded.result()
-                recorded = workers.submit(partial.finish_group, number, group.files, record)
-            if recorded is not None:
-                recorded.result()
-            verified.result()
+        wanted = {number: group for number, group in enumerate(self.target.groups) if number not in partial.records}
+        names = [name for group in wanted.values() for together in group.published for name in together]
+        coming = [(name, self.infos[name].nbytes) for name in names]
+        progress(self.nbytes - sum(group.nbytes for group in wanted.values()))
+        with (
+            ThreadPoolExecutor(NUM_BACKGROUND_THREADS) as workers,
+            ReadAhead(
+                lambda name: self._read(name, progress), [(name, self.infos[name].nbytes) for name in names]
+            ) as read,
+        ):
+            running: list[Future[None]] = [workers.submit(self._verify_source)]
+            for number, group in wanted.items():
+                record = self.target.write(partial.path, group, read)
+                for future in [future for future in running if future.done()]:
+                    future.result()  # so that a full disk or a damaged source is not found at the end only
+                    running.remove(future)
+                running.append(workers.submit(partial.finish_group, number, group.files, record))
+            for future in running:
+                future.result()
 
     def _read(self, name: str, progress: Callable[[int], None]) -> torch.Tensor:
         info = self.infos[name]

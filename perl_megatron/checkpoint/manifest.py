@@ -1,8 +1,8 @@
 """Checkpoint folders: written under a temporary name, renamed when complete, checked by digest, the newest N kept.
 
-A folder that has its name is whole, because the rename comes last; ``manifest.json`` (size and BLAKE2b digest of every
-other file) finds what happened to it later. All ranks need the same file system. Every function with "Collective" in
-its description has to be called by all ranks.
+A folder that has its name is whole, because the rename comes last; ``manifest.json`` (size and SHA-256 digest of every
+other file; processors have instructions for it) finds what happened to it later. All ranks need the same file system.
+Every function with "Collective" in its description has to be called by all ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,10 @@ from perl_megatron.runtime.collective import barrier, gather_objects, rank, shar
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".incomplete-"
-_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -128,16 +126,17 @@ def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     try:
         content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         version = content["format"]
-        expected = {name: (int(entry["size"]), str(entry["blake2b"])) for name, entry in content["files"].items()}
+        if version != FORMAT:
+            raise UserError(f"the checkpoint has format {version!r}; this version reads {FORMAT}", where=str(manifest))
+        return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the checkpoint's manifest cannot be read: {error!r}",
             where=str(manifest),
             fix="delete that checkpoint, continue from another",
         ) from error
-    if version != FORMAT:
-        raise UserError(f"the checkpoint has format {version!r}; this version reads {FORMAT}", where=str(manifest))
-    return expected
 
 
 def _make_empty(temporary: Path) -> None:
@@ -183,21 +182,15 @@ def manifest_text(entries: dict[str, dict[str, Any]], *, step: int | None = None
 
 def file_entry(file: Path) -> dict[str, Any]:
     """Size and digest."""
-    return {"size": file.stat().st_size, "blake2b": _digest(file)}
+    return {"size": file.stat().st_size, "sha256": _digest(file)}
 
 
 def quick_entry(file: Path) -> dict[str, Any]:
-    """Size and a checksum that takes a quarter of the digest's time; for files that no manifest will list."""
-    checksum = 0
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-    return {"size": file.stat().st_size, "crc32": checksum}
+    """Size and time of the last change; for files that no manifest will list, as reading them again would take long."""
+    stat = file.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

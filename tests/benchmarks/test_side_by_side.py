@@ -1,4 +1,4 @@
-"""Rows, turns and failures of the benchmarks' common part, and the actor's benchmark from end to end."""
+"""Rows, turns and failures of the benchmarks' common part, and each benchmark from end to end."""
 
 import json
 import subprocess
@@ -73,3 +73,17 @@ def test_the_actor_benchmark_compares_equal_work(tmp_path):
         "tiny: peak memory",
     ]
     assert all(row["ours"] > 0 and row["peer_value"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_conversion_benchmark_goes_there_and_back(tmp_path):
+    """It ends with an error where a bit is lost, or where mbridge maps a tensor to other numbers."""
+    script, rows_file = str(BENCHMARKS / "convert.py"), tmp_path / "rows.json"
+    command = [sys.executable, script, "--shapes", "small", "--rounds", "1", "--folder", str(tmp_path)]
+    run = subprocess.run([*command, "--json", str(rows_file)], capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "equal: " in run.stdout
+    cases = {(row["case"], row["peer"]): row["ours"] for row in json.loads(rows_file.read_text())}
+    assert {peer for _, peer in cases} == {"cp", "cp + sync", "3 GB", "mbridge"}
+    assert len(cases) == 7
+    assert all(value > 0 for value in cases.values())
