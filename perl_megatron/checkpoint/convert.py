@@ -89,9 +89,7 @@ class Conversion:
         progress(self.nbytes - sum(group.nbytes for group in wanted.values()))
         with (
             ThreadPoolExecutor(NUM_BACKGROUND_THREADS) as workers,
-            ReadAhead(
-                lambda name: self._read(name, progress), [(name, self.infos[name].nbytes) for name in names]
-            ) as read,
+            ReadAhead(lambda name: self._read(name, progress), coming) as read,
         ):
             running: list[Future[None]] = [workers.submit(self._verify_source)]
             for number, group in wanted.items():
