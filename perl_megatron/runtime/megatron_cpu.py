@@ -1,4 +1,4 @@
-"""Six shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
+"""Five shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
 
 Each names the files of megatron-core that need it; ``tests/runtime/test_platform.py`` fails for a shim that
 megatron-core no longer needs. S4 and S5 change only calls made by ``megatron.*`` modules.
@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Install all six. Call once, before any model is built."""
+    """Install all five. Call once, before any model is built."""
     # megatron-core says on import, four times, that the fused CUDA kernels are missing; here that is no news.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     import torch._dynamo  # noqa: F401 - asserts on import that names in torch.cuda are distinct objects, so it goes first
@@ -29,7 +29,6 @@ def install() -> None:
     _random_state()
     _tensor_creation()
     _type_names()
-    _distributed_optimizer()
 
 
 def _current_device_and_synchronize() -> None:
@@ -154,57 +153,3 @@ def _for_megatron(original: Callable[..., Any], replacement: Callable[..., Any])
         return (replacement if caller.startswith("megatron.") else original)(self, *args, **kwargs)
 
     return method
-
-
-def _distributed_optimizer() -> None:
-    """S6: torch's AdamW inside DistributedOptimizer, four faults around its 'step' entry.
-
-    optimizer/distrib_optimizer.py: the fused Adams of TE and apex keep 'step' in the parameter group, torch keeps it
-    with each parameter, where (a) ``_set_main_param_and_optimizer_states`` finds no source for it (KeyError), (b)
-    ``load_state_dict`` gives every parameter the same step tensor, which then counts once for each parameter, (c)
-    ``sharded_state_dict`` asks for the state of an optimizer that has not stepped yet, and (d) ``state_dict`` asks for
-    the step of a rank that has nothing to train (a pipeline stage of a frozen language model).
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-    load_state_dict = DistributedOptimizer.load_state_dict
-    sharded_state_dict = DistributedOptimizer.sharded_state_dict
-    state_dict = DistributedOptimizer.state_dict
-
-    def set_states_with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, position = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][position]]
-        own = {"step": state["step"]} if "step" in state else {}
-        set_states(self, model_param, {**tensors, **own})
-
-    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-
-    def sharded_with_state(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter].update(
-                        step=torch.zeros(()),
-                        exp_avg=torch.zeros_like(parameter),
-                        exp_avg_sq=torch.zeros_like(parameter),
-                    )
-        return sharded_state_dict(self, *args, **kwargs)
-
-    def state_dict_of_any_rank(self: Any) -> dict[str, Any]:
-        if any(group["params"] for group in self.optimizer.param_groups):
-            return state_dict(self)
-        groups = [
-            {**{name: value for name, value in group.items() if name != "params"}, "step": 0.0}
-            for group in self.optimizer.state_dict()["param_groups"]
-        ]
-        return {"optimizer": {"param_groups": groups}}
-
-    DistributedOptimizer.state_dict = state_dict_of_any_rank
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
-    DistributedOptimizer.load_state_dict = load_with_own_steps
-    DistributedOptimizer.sharded_state_dict = sharded_with_state

@@ -1,7 +1,8 @@
 """The one place that knows whether this machine has CUDA.
 
-Call ``install()`` first in every process that imports megatron-core, transformers or torchvision. With CUDA it leaves
-megatron-core as it is; without, ``megatron_cpu`` makes megatron-core run on the CPU with gloo.
+Call ``install()`` first in every process that imports megatron-core, transformers or torchvision. With CUDA and a fused
+Adam it leaves megatron-core as it is; without CUDA, ``megatron_cpu`` makes it run on the CPU with gloo; without a fused
+Adam, ``megatron_adam`` mends its use of torch's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 
 import torch
 
-from perl_megatron.runtime import megatron_cpu, torchvision_schema
+from perl_megatron.runtime import megatron_adam, megatron_cpu, torchvision_schema
 
 _installed = False
 
@@ -24,6 +25,7 @@ def install() -> None:
     torchvision_schema.install()
     if not is_cuda():
         megatron_cpu.install()
+    megatron_adam.install()
 
 
 def is_cuda() -> bool:

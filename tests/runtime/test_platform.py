@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import megatron.core
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are
 )
 def test_megatron_core_still_needs_the_shim(module, text):
     with open(inspect.getsourcefile(module)) as source:
-        assert text in source.read(), f"{module.__name__} has changed: see perl_megatron/runtime/megatron_cpu.py"
+        assert text in source.read(), f"{module.__name__} has changed: see megatron_cpu.py, megatron_adam.py"
 
 
 _NOT_USED_HERE = (
@@ -106,3 +108,23 @@ def test_only_megatrons_calls_are_changed():
     assert from_megatron["zeros"].device.type == "cpu"
     assert from_megatron["kind"] == "torch.cuda.FloatTensor"
     assert from_megatron["same"] is from_megatron["zeros"]
+
+
+WITH_CUDA = """
+import torch
+torch.cuda.is_available = lambda: True
+before = torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type
+from perl_megatron.runtime import platform
+platform.install()
+assert before == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type)
+from megatron.core.optimizer import distrib_optimizer
+assert not distrib_optimizer.HAVE_APEX_OR_TE
+print(distrib_optimizer.DistributedOptimizer.load_state_dict.__module__)
+"""
+
+
+def test_without_a_fused_adam_the_optimizer_is_mended_on_cuda_too():
+    """S6: neither TransformerEngine nor apex has to be installed, and torch's AdamW is no matter of the device."""
+    run = subprocess.run([sys.executable, "-c", WITH_CUDA], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["perl_megatron.runtime.megatron_adam"]
