@@ -24,9 +24,17 @@ from perl_megatron.runtime.collective import barrier, gather_objects, rank, shar
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
+_DIGESTS = {1: "blake2b", FORMAT: "sha256"}
+"""Which digest the manifests of a format hold; FORMAT is written, all are read."""
+CONTINUE_FROM_ANOTHER = "delete that checkpoint, continue from another"
 MANIFEST = "manifest.json"
+_CHUNK_BYTES = 1 << 20
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".incomplete-"
+
+
+class StoppedError(Exception):
+    """Reading a checkpoint through was given up, as nobody waits for the outcome any more."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,15 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def verify_checkpoint(checkpoint: Path) -> None:
-    """Compare every file with the manifest, the ranks sharing the work. Collective; UserError names the file."""
-    expected = _read_manifest(checkpoint / MANIFEST)
+def verify_checkpoint(
+    checkpoint: Path, *, fix: str = CONTINUE_FROM_ANOTHER, keep_on: Callable[[], bool] = lambda: True
+) -> None:
+    """Compare every file with the manifest, the ranks sharing the work. Collective.
+
+    UserError names the file and advises ``fix``. Raises StoppedError soon after ``keep_on``, asked for every chunk of a
+    file, says no.
+    """
+    algorithm, expected = _read_manifest(checkpoint / MANIFEST, fix)
 
     def fault(name: str) -> str | None:
         file = checkpoint / name
@@ -98,12 +112,13 @@ def verify_checkpoint(checkpoint: Path) -> None:
         size = file.stat().st_size
         if size != expected[name][0]:
             return f"a file of the checkpoint has {size} bytes, and was written with {expected[name][0]}"
-        return None if _digest(file) == expected[name][1] else "a file of the checkpoint is not what was written"
+        same = _digest(file, algorithm, keep_on) == expected[name][1]
+        return None if same else "a file of the checkpoint is not what was written"
 
     names = sorted(expected)
     for name, problem in zip(names, shared_map(fault, names), strict=True):
         if problem is not None:
-            raise UserError(problem, where=str(checkpoint / name), fix="delete that checkpoint, continue from another")
+            raise UserError(problem, where=str(checkpoint / name), fix=fix)
 
 
 def on_rank_zero(action: Callable[[], None], *, what: str = "the checkpoint") -> None:
@@ -121,22 +136,24 @@ def on_rank_zero(action: Callable[[], None], *, what: str = "the checkpoint") ->
             raise error_of_rank
 
 
-def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
-    """Size and digest of each file. UserError if the manifest is missing, damaged, or of another format."""
+def _read_manifest(manifest: Path, fix: str) -> tuple[str, dict[str, tuple[int, str]]]:
+    """The kind of digest; size and digest of each file. UserError if it is missing, damaged, or of another format."""
     try:
         content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         version = content["format"]
-        if version != FORMAT:
-            raise UserError(f"the checkpoint has format {version!r}; this version reads {FORMAT}", where=str(manifest))
-        return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+        if version not in _DIGESTS:
+            raise UserError(
+                f"the checkpoint has format {version!r}; this version reads {', '.join(map(str, _DIGESTS))}",
+                where=str(manifest),
+            )
+        algorithm = _DIGESTS[version]
+        return algorithm, {
+            name: (int(entry["size"]), str(entry[algorithm])) for name, entry in content["files"].items()
+        }
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the checkpoint's manifest cannot be read: {error!r}",
-            where=str(manifest),
-            fix="delete that checkpoint, continue from another",
-        ) from error
+        raise UserError(f"the checkpoint's manifest cannot be read: {error!r}", where=str(manifest), fix=fix) from error
 
 
 def _make_empty(temporary: Path) -> None:
@@ -182,7 +199,7 @@ def manifest_text(entries: dict[str, dict[str, Any]], *, step: int | None = None
 
 def file_entry(file: Path) -> dict[str, Any]:
     """Size and digest."""
-    return {"size": file.stat().st_size, "sha256": _digest(file)}
+    return {"size": file.stat().st_size, "sha256": _digest(file, "sha256", lambda: True)}
 
 
 def quick_entry(file: Path) -> dict[str, Any]:
@@ -191,6 +208,12 @@ def quick_entry(file: Path) -> dict[str, Any]:
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path, algorithm: str, keep_on: Callable[[], bool]) -> str:
+    digest = hashlib.blake2b(digest_size=32) if algorithm == "blake2b" else hashlib.new(algorithm)
+    buffer = memoryview(bytearray(_CHUNK_BYTES))  # one for all chunks: a new one for each costs more than reading
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if not keep_on():
+                raise StoppedError
+    return digest.hexdigest()

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from perl_megatron.checkpoint.manifest import (
     MANIFEST,
     PendingCheckpoint,
+    StoppedError,
     latest_checkpoint,
     list_checkpoints,
     verify_checkpoint,
@@ -74,12 +76,59 @@ def test_damage_names_the_file_and_the_one_before_is_taken(tmp_path, damage, cap
     assert "b.txt" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "files": {"a.txt": 3}}'])
+MALFORMED = [
+    *("", "{", "[]", "{}", '{"format": []}', '{"format": 2}', '{"format": 2, "files": ["a.txt"]}'),
+    '{"format": 2, "files": {"a.txt": 3}}',
+    '{"format": 2, "files": {"a.txt": {"size": 3}}}',
+    '{"format": 2, "files": {"a.txt": {"size": 3, "blake2b": ""}}}',
+    '{"format": 1, "files": {"a.txt": {"size": 3, "sha256": ""}}}',
+]
+
+
+@pytest.mark.parametrize("text", MALFORMED)
 def test_a_damaged_manifest_is_named(tmp_path, text):
     checkpoint = write(tmp_path, 1)
     (checkpoint / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=MANIFEST):
         verify_checkpoint(checkpoint)
+
+
+def test_what_is_wrong_is_told_with_the_given_advice(tmp_path):
+    checkpoint = write(tmp_path, 1)
+    (checkpoint / "a.txt").unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match="copy it again") as raised:
+            verify_checkpoint(checkpoint, fix="copy it again")
+        assert "continue from another" not in str(raised.value)
+        (checkpoint / MANIFEST).write_text("{")
+
+
+def test_checkpoints_of_the_first_format_are_read(tmp_path):
+    checkpoint = write(tmp_path, 1)
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    assert content["format"] == 2
+    files = {
+        name: {
+            "size": entry["size"],
+            "blake2b": hashlib.blake2b((checkpoint / name).read_bytes(), digest_size=32).hexdigest(),
+        }
+        for name, entry in content["files"].items()
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps({**content, "format": 1, "files": files}))
+    verify_checkpoint(checkpoint)
+    assert latest_checkpoint(tmp_path) == checkpoint
+    flip_a_byte(checkpoint / "b.txt")
+    with pytest.raises(UserError, match=r"b\.txt"):
+        verify_checkpoint(checkpoint)
+
+
+def test_reading_stops_when_it_is_told_to(tmp_path, monkeypatch):
+    checkpoint = write(tmp_path, 1)
+    monkeypatch.setattr("perl_megatron.checkpoint.manifest._CHUNK_BYTES", 10)
+    answers = [True, True, False]
+    with pytest.raises(StoppedError):
+        verify_checkpoint(checkpoint, keep_on=lambda: answers.pop(0))
+    assert answers == []
 
 
 def test_another_format_is_refused(tmp_path):
