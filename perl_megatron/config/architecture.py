@@ -20,8 +20,6 @@ class ArchitectureNumbers:
     num_heads: int
     num_kv_heads: int
     vocabulary_size: int
-    vision_depth: int
-    vision_hidden_size: int
     vision_ffn_size: int
     vision_num_heads: int
 
@@ -35,8 +33,6 @@ _TEXT = {
     "vocabulary_size": "vocab_size",
 }
 _VISION = {
-    "vision_depth": "depth",
-    "vision_hidden_size": "hidden_size",
     "vision_ffn_size": "intermediate_size",
     "vision_num_heads": "num_heads",
 }

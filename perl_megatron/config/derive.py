@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.derive_model import check_fp8, check_parts
+from perl_megatron.config.derive_model import check_fp8, check_parts, check_psutil
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
@@ -87,6 +87,10 @@ def derive(
     data_size = check_layout(config.parallel, world_size)
     check_split(config.parallel, architecture)
     _check_sections(config)
+    if command != "eval":  # which builds no policy, only an engine
+        check_psutil()
+        check_parts(config.optimizer)
+        check_fp8(config.model, config.parallel, architecture)
     engine = resolve_engine(config)
     if command == "train":
         _check_training(config, data_size)
@@ -182,8 +186,6 @@ def _engine_tensor_size(
 
 def _check_sections(config: Config) -> None:
     data, optimizer = config.data, config.optimizer
-    check_parts(optimizer)
-    check_fp8(config.model)
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         raise UserError(
             f"images cannot have at least {data.min_pixels} and at most {data.max_pixels} pixels",

@@ -51,8 +51,9 @@ class ModelConfig(Section):
     fp8: Literal["none", "e4m3", "hybrid"] = "none"
     """Matrix products of the language model's layers in 8 bits ('hybrid': e4m3 forward, e5m2 backward); needs CUDA,
     Transformer Engine and bfloat16."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    """How Transformer Engine scales to 8 bits: by past maxima, by tensor, by block, or in the MX format (Blackwell)."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How Transformer Engine scales to 8 bits: by past maxima (then the log-probabilities before an update are scaled
+    otherwise than those in it), by tensor, by block (Hopper and later), or in the MX format (Blackwell)."""
 
 
 class ParallelConfig(Section):

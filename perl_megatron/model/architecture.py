@@ -77,8 +77,6 @@ class Architecture:
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             vocabulary_size=self.vocabulary_size,
-            vision_depth=self.vision.depth,
-            vision_hidden_size=self.vision.hidden_size,
             vision_ffn_size=self.vision.ffn_size,
             vision_num_heads=self.vision.num_heads,
         )

@@ -122,11 +122,9 @@ class Policy(MegatronModule):
         """
         embedded = self._embed(token_ids, vision) if self.pre_process else None
         language = self.language_model
-        hidden = language.decoder(
-            hidden_states=embedded,
-            attention_mask=None,
-            rotary_pos_emb=language.rotary_pos_emb(position_ids, language.mrope_section),
-        )
+        angles = language.rotary_pos_emb(position_ids, language.mrope_section)
+        assert len(angles) == position_ids.shape[2], "megatron-core has cut the rotary angles a second time"
+        hidden = language.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles)
         return self._logits(hidden, output_mask) if self.post_process else hidden
 
     def _embed(self, token_ids: torch.Tensor, vision: VisionInput | None) -> torch.Tensor:

@@ -14,6 +14,8 @@ from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import Architecture
 from perl_megatron.runtime import platform
 
+_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Recipe → compute capability from which Transformer Engine offers it (its ``check_fp8_support`` and like it)."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +48,14 @@ def _fp8(model: ModelConfig) -> dict[str, Any]:
             "8-bit matrix products need CUDA, and this machine has no CUDA device",
             where=f"model.fp8 = {model.fp8}",
             fix="set model.fp8=none, or run where there is CUDA (perl-megatron doctor shows what is here)",
+        )
+    needed, found = _FP8_CAPABILITY[model.fp8_recipe], platform.compute_capability()
+    if found < needed:
+        raise UserError(
+            f"the recipe needs a GPU of compute capability {needed[0]}.{needed[1]}, and this one's is "
+            f"{found[0]}.{found[1]}",
+            where=f"model.fp8 = {model.fp8}, model.fp8_recipe = {model.fp8_recipe}",
+            fix="set model.fp8=none, or model.fp8_recipe=tensorwise (8.9 and later)",
         )
     return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
 

@@ -38,6 +38,11 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if is_cuda() else torch.device("cpu")
 
 
+def compute_capability() -> tuple[int, int]:
+    """(major, minor) of this process's GPU: (9, 0) is Hopper. Only with CUDA."""
+    return torch.cuda.get_device_capability(device())
+
+
 def backend() -> str:
     """The torch.distributed backend for this machine's tensors: 'nccl' or 'gloo'."""
     return "nccl" if is_cuda() else "gloo"

@@ -51,10 +51,6 @@ class Topology:
         """The ranks that hold successive blocks of layers; its order is the order of the stages."""
         return parallel_state.get_pipeline_model_parallel_group()
 
-    def data_group(self) -> dist.ProcessGroup:
-        """The replicas."""
-        return parallel_state.get_data_parallel_group()
-
 
 def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -> Topology:
     """Join the process group, make megatron-core's groups, and seed every generator of this process.

@@ -57,12 +57,6 @@ class Optimizer:
     """
 
     def __init__(self, section: OptimizerSection, modules: Sequence[torch.nn.Module], *, total_steps: int):
-        if section.min_learning_rate > section.learning_rate:
-            raise UserError(
-                f"the minimum learning rate {section.min_learning_rate} is above the peak {section.learning_rate}",
-                where="optimizer.min_learning_rate",
-                fix="lower it, or raise optimizer.learning_rate",
-            )
         parts.freeze(modules, section)
         for module in modules:
             mark_sharded_weights(module)

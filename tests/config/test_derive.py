@@ -15,8 +15,6 @@ TINY = ArchitectureNumbers(
     num_heads=4,
     num_kv_heads=2,
     vocabulary_size=1000,
-    vision_depth=4,
-    vision_hidden_size=64,
     vision_ffn_size=172,
     vision_num_heads=4,
 )
@@ -128,7 +126,7 @@ def test_architecture_from_both_layouts(tmp_path, layout):
             json.dumps({"model_type": "qwen2_5_vl", "vision_config": VISION, **TEXT, "num_hidden_layers": 0}),
             "num_hidden_layers",
         ),
-        (json.dumps({"model_type": "qwen2_5_vl", **TEXT}), "'depth' is None"),
+        (json.dumps({"model_type": "qwen2_5_vl", **TEXT}), "'intermediate_size' is None"),
     ],
 )
 def test_bad_architectures(tmp_path, content, says):
@@ -147,3 +145,17 @@ def test_an_engine_may_have_another_layout_than_the_trainer(monkeypatch):
     assert derive(config_of("parallel.tensor=2"), world_size=4, architecture=TINY).engine_replicas == 2
     with pytest.raises(UserError, match=r"rollout\.tensor_parallel = 4"):
         derive(config_of("rollout.tensor_parallel=4"), world_size=4, architecture=TINY)
+
+
+def test_evaluation_asks_nothing_of_the_training(monkeypatch):
+    """It builds an engine only: the advice of those checks is to use `eval`."""
+    frozen = [f"optimizer.{part}_multiplier=0" for part in ("vision", "merger", "language")]
+    config = config_of(*frozen, "model.fp8=hybrid", "model.dtype=float32")
+    derive(config, world_size=1, architecture=TINY, command="eval")
+    for command in ("train", "sft"):
+        with pytest.raises(UserError, match="all frozen"):
+            derive(config, world_size=1, architecture=TINY, command=command)
+        with pytest.raises(UserError, match="bfloat16 activations"):
+            derive(
+                config_of("model.fp8=hybrid", "model.dtype=float32"), world_size=1, architecture=TINY, command=command
+            )

@@ -1,8 +1,9 @@
 import pytest
 
 from perl_megatron.config import derive_model
-from perl_megatron.config.derive_model import PART_FIELDS, check_fp8, check_parts, fp8_alignment
-from perl_megatron.config.schema import ModelConfig, OptimizerSection
+from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.derive_model import PART_FIELDS, check_fp8, check_parts, check_psutil, fp8_alignment
+from perl_megatron.config.schema import ModelConfig, OptimizerSection, ParallelConfig
 from perl_megatron.errors import UserError
 
 
@@ -21,16 +22,47 @@ def test_the_fields_are_those_of_the_schema():
     assert set(PART_FIELDS) == {name for name in OptimizerSection.model_fields if name.endswith("_multiplier")}
 
 
+PUBLISHED_72B = ArchitectureNumbers(
+    num_layers=80,
+    hidden_size=8192,
+    ffn_size=29568,
+    num_heads=64,
+    num_kv_heads=8,
+    vocabulary_size=152064,
+    vision_ffn_size=3456,
+    vision_num_heads=16,
+)
+
+
+def check(parallel=None, **model):
+    check_fp8(ModelConfig(path="m", **model), ParallelConfig(**(parallel or {})), PUBLISHED_72B)
+
+
 def test_fp8_is_refused_without_what_it_needs(monkeypatch):
-    model = ModelConfig(path="m", fp8="hybrid")
     monkeypatch.setattr(derive_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed"):
-        check_fp8(model)
+        check(fp8="hybrid")
     monkeypatch.setattr(derive_model.importlib.util, "find_spec", lambda name: name)
-    check_fp8(model)
-    check_fp8(ModelConfig(path="m", dtype="float32"))
+    check(fp8="hybrid")
+    check(dtype="float32")
     with pytest.raises(UserError, match="float32"):
-        check_fp8(ModelConfig(path="m", fp8="hybrid", dtype="float32"))
+        check(fp8="hybrid", dtype="float32")
+
+
+def test_fp8_is_refused_for_matrices_that_are_no_multiples(monkeypatch):
+    monkeypatch.setattr(derive_model.importlib.util, "find_spec", lambda name: name)
+    check({"tensor": 8}, fp8="hybrid", fp8_recipe="blockwise")
+    check({"tensor": 4}, fp8="hybrid", fp8_recipe="mxfp8")
+    with pytest.raises(UserError, match=r"multiples of 32.*feed-forward size \(3696\)\n") as refused:
+        check({"tensor": 8}, fp8="hybrid", fp8_recipe="mxfp8")  # 115.5 times 32
+    assert "parallel.tensor = 8" in refused.value.where
+
+
+def test_psutil_is_asked_for_before_a_save_hangs(monkeypatch):
+    check_psutil()
+    monkeypatch.setattr(derive_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="psutil is not installed"):
+        check_psutil()
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,19 @@ def test_bfloat16_is_near_float32(build, policy):
     error = (output.float().log_softmax(-1) - exact).abs().mean()
     assert error <= 6 * from_weights
     assert error <= 0.1
+
+
+def test_angles_that_megatron_core_cuts_for_context_ranks_are_refused(build):
+    """Trap 3: the positions are already those of one context rank, and other angles would pass in silence."""
+
+    class TwoContextRanks:
+        def size(self):
+            return 2
+
+        def rank(self):
+            return 0
+
+    policy = build(dtype="float32")
+    policy.language_model.rotary_pos_emb.cp_group = TwoContextRanks()
+    with pytest.raises(AssertionError, match="cut the rotary angles a second time"):
+        logits(policy, micro_batch([0, 2], length_multiple=4))

@@ -57,6 +57,10 @@ def test_fp8_is_the_language_models_and_needs_cuda(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no CUDA"):
         language_config(*arguments)
     monkeypatch.setattr(transformer_configs.platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(transformer_configs.platform, "compute_capability", lambda: (8, 0))
+    with pytest.raises(UserError, match=r"compute capability 8\.9, and this one's is 8\.0"):
+        language_config(*arguments)
+    monkeypatch.setattr(transformer_configs.platform, "compute_capability", lambda: (8, 9))
     config = language_config(*arguments)
     assert (config.fp8, config.fp8_recipe) == ("hybrid", "tensorwise")
     assert vision_config(*arguments).fp8 is None

@@ -18,8 +18,6 @@ NUMBERS = ArchitectureNumbers(
     num_heads=4,
     num_kv_heads=2,
     vocabulary_size=1000,
-    vision_depth=4,
-    vision_hidden_size=64,
     vision_ffn_size=172,
     vision_num_heads=4,
 )
