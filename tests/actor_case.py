@@ -207,6 +207,11 @@ def gradient(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) 
     return {name: (after[name].astype(np.float64) - before[name]) / GRADIENT_SCALE for name in before}
 
 
+def norm(gradients: Mapping[str, np.ndarray]) -> float:
+    """2-norm over all tensors."""
+    return float(np.sqrt(sum((value**2).sum() for value in gradients.values())))
+
+
 def weights_of(actor: Any) -> dict[str, np.ndarray]:
     return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in actor.weights()}
 

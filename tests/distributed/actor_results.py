@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from actor_case import Reference, gradient, make_config, make_encoder, with_log_probs
 from actor_worker import TABLES
+from launch_ranks import launch_ranks
 
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.train.batch import TrainingSequence
@@ -40,10 +39,7 @@ class Found:
 
 def run_worker(cases: Path, out: Path, table: str) -> dict[str, Found]:
     """Two ranks through every layout of the table."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(WORKER), str(cases), str(out), table]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stderr[-5000:]
+    launch_ranks(WORKER, cases, out, table, log=out / "ranks.log")
     return {
         name: Found(dict(np.load(out / f"{name}.npz")), json.loads((out / f"{name}.json").read_text()))
         for name in TABLES[table]
@@ -73,7 +69,3 @@ def expect(case: Path, make: Callable[[Path, PromptEncoder], Sequence[TrainingSe
         for name, parameter in reference.named()
     }
     return Expected(np.concatenate(log_probs), loss.item(), gradients)
-
-
-def norm(gradients: Mapping[str, np.ndarray]) -> float:
-    return float(np.sqrt(sum((value**2).sum() for value in gradients.values())))

@@ -15,7 +15,6 @@ from typing import Any
 from perl_megatron.runtime import platform
 
 platform.install()
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

@@ -17,7 +17,6 @@ from unittest import mock
 from perl_megatron.runtime import platform
 
 platform.install()
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

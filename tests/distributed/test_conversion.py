@@ -1,19 +1,16 @@
 """Converted checkpoints in two processes: megatron-core loads them, whatever layout they were cut for."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conversion_worker import CONVERTED, LAYOUTS
+from launch_ranks import launch_ranks
 from tiny_policy import hf_model
 
 from perl_megatron.checkpoint.convert import plan_conversion
 
-TESTS = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).with_name("conversion_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +28,7 @@ def results(tmp_path_factory):
                 pipeline_size=pipeline_size,
                 max_file_bytes=400_000,
             ).run()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    log = folder / "workers.log"
-    with log.open("w") as output:
-        launch = subprocess.Popen(
-            [*command, str(TESTS / "distributed" / "conversion_worker.py"), str(folder)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            returncode = launch.wait(timeout=300)
-        finally:
-            if launch.poll() is None:
-                os.killpg(launch.pid, signal.SIGKILL)  # torchrun's workers too
-    assert returncode == 0, log.read_text()[-4000:]
+    launch_ranks(WORKER, folder, log=folder / "ranks.log", timeout=300)
     return json.loads((folder / "result.json").read_text())
 
 

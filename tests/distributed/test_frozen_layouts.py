@@ -2,21 +2,13 @@
 
 import numpy as np
 import pytest
-from actor_case import make_case, make_config, make_encoder, make_sequences, worst_relative_error
-from actor_results import expect, norm, run_worker
+from actor_case import make_config, make_encoder, make_sequences, norm, worst_relative_error
+from actor_results import expect, run_worker
 from actor_worker import FROZEN_LAYOUTS, RESUMED_FROZEN, TIED, folder_of, train
 
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.runtime import topology
 from perl_megatron.train.actor import Actor
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cases")
-    make_case(folder / "untied", layers=4)
-    make_case(folder / "tied", layers=4, tie=True)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,14 @@
 
 import functools
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch_ranks import launch_ranks
 from matrix_worker import KERNEL, LAYOUTS, matrix
 
 from perl_megatron.verification.layout import Layout
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("matrix_worker.py")
 
 
@@ -29,23 +25,7 @@ def reports_of(tmp_path_factory):
 
 
 def launch(folder: Path, processes: int) -> dict[str, dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    log = folder / "workers.log"
-    with log.open("w") as output:
-        job = subprocess.Popen(
-            [*command, str(WORKER), str(folder)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            returncode = job.wait(timeout=550)
-        finally:
-            if job.poll() is None:
-                os.killpg(job.pid, signal.SIGKILL)  # torchrun's workers too
-    assert returncode == 0, log.read_text()[-4000:]
+    launch_ranks(WORKER, folder, log=folder / "ranks.log", processes=processes, timeout=550)
     return json.loads((folder / "reports.json").read_text())
 
 

@@ -4,16 +4,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from actor_case import make_case, worst_relative_error
-from actor_results import expect, norm, run_worker
+from actor_case import norm, worst_relative_error
+from actor_results import expect, run_worker
 from actor_worker import FILLER, ODD_LAYOUTS, folder_of, sequences_of
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cases")
-    make_case(folder / "untied", layers=4)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,11 @@ TransformerEngine's modules are as its sources say, and anything about what they
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from actor_case import make_case
+from launch_ranks import launch_ranks
 from te_worker import LAYOUTS
 
 STAND_IN = Path(__file__).parents[1] / "transformer_engine_stand_in"
@@ -27,16 +25,7 @@ def results(tmp_path_factory):
     """{layout: what each of the two ranks found}."""
     case, out = tmp_path_factory.mktemp("case"), tmp_path_factory.mktemp("out")
     make_case(case)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [*command, str(WORKER), str(case), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert run.returncode == 0, run.stderr[-5000:]
+    launch_ranks(WORKER, case, out, log=out / "ranks.log", path=[STAND_IN])
     return {name: [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in LAYOUTS}
 
 

@@ -1,12 +1,10 @@
 """The engines' contract, the same for both. contract_worker.py measures in three launches; here it is judged."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch_ranks import launch_ranks
 from tiny_checkpoint import make_images, make_policy
 
 from perl_megatron.rollout.engine import vllm_obstacle
@@ -33,17 +31,8 @@ def folder(tmp_path_factory):
 def launch(folder, *, processes, tensor_parallel, engines):
     """Reports by engine."""
     output = folder / f"{processes}-{tensor_parallel}.json"
-    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
-    prefix = ["-m", *torchrun, "--rdzv-endpoint", "localhost:0"] if processes > 1 else []
-    environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *prefix, str(WORKER), str(folder), str(output), str(tensor_parallel), *engines],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    arguments = (folder, output, tensor_parallel, *engines)
+    launch_ranks(WORKER, *arguments, log=output.with_suffix(".log"), processes=processes, timeout=800)
     return json.loads(output.read_text())
 
 

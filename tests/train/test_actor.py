@@ -13,6 +13,7 @@ from actor_case import (
     make_config,
     make_encoder,
     make_sequences,
+    norm,
     weights_of,
     with_log_probs,
     worst_relative_error,
@@ -71,10 +72,6 @@ def expected_gradient(reference, loss):
     reference.model.zero_grad()
     loss.backward()
     return {name: parameter.grad.numpy() for name, parameter in reference.named()}
-
-
-def norm(gradients):
-    return float(np.sqrt(sum((value**2).sum() for value in gradients.values())))
 
 
 def test_log_probabilities_are_those_of_the_sampling_distribution(start, sequences, reference):

@@ -11,6 +11,7 @@ from actor_case import (
     make_config,
     make_encoder,
     make_sequences,
+    norm,
     weights_of,
     with_log_probs,
     worst_relative_error,
@@ -77,10 +78,6 @@ def published_part(name):
 
 def frozen(*parts):
     return {f"{part}_multiplier": 0.0 for part in parts}
-
-
-def norm(gradients):
-    return float(np.sqrt(sum((value**2).sum() for value in gradients.values())))
 
 
 def test_every_parameter_is_in_the_part_that_its_published_name_says(case):
