@@ -7,8 +7,16 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
+
+from perl_megatron.checkpoint.conversion import Conversion, Format
+from perl_megatron.checkpoint.convert import plan_conversion
+from perl_megatron.checkpoint.open_weights import open_weights
 
 TOOLS = Path(__file__).parents[1] / "tools"
+MAX_FILE_BYTES = 400_000
 
 
 def tool(name: str) -> ModuleType:
@@ -21,6 +29,18 @@ def tool(name: str) -> ModuleType:
         sys.modules[key] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[key])
     return sys.modules[key]
+
+
+def assert_same_bits(path: Path, expected: Path) -> None:
+    """Both folders hold the same tensors, in whatever format."""
+    weights, others = open_weights(path), open_weights(expected)
+    assert set(weights) == set(others)
+    assert all(torch.equal(weights[n].view(torch.uint8), others[n].view(torch.uint8)) for n in others)
+
+
+def conversion(source: Path, target: Path, to: Format = "torch_dist", **options: Any) -> Conversion:
+    """A plan that cuts the small model into about ten files."""
+    return plan_conversion(source, target, to=to, **({"max_file_bytes": MAX_FILE_BYTES} | options))
 
 
 def make_random_checkpoint(folder: Path) -> Path:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
+from perl_megatron.errors import UserError
+
+_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
 _OF_THE_WEIGHTS = ("model.safetensors.index.json", "metadata.json", "manifest.json", "training_state.json")
 """These describe one folder's weight files, in Hugging Face's format or torch_dist's."""
 
@@ -22,13 +23,30 @@ def companions(folder: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, folder: Path, dtypes: Collection[torch.dtype]) -> None:
-    """Copy them; the config is told the weights' dtype if they have one and the same."""
+    """Copy them; the config is told the weights' dtype if they have one and the same.
+
+    UserError for a file that cannot be read, OSError for one that cannot be written.
+    """
     for file in companions(source):
-        shutil.copyfile(file, folder / file.name)
-    if len(dtypes) == 1:
-        config = json.loads((source / "config.json").read_text())
-        _set_dtype(config, str(next(iter(dtypes))).removeprefix("torch."))
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        content = _read(file)
+        if file == source / "config.json" and len(dtypes) == 1:
+            config = json.loads(content)
+            _set_dtype(config, str(next(iter(dtypes))).removeprefix("torch."))
+            content = (json.dumps(config, indent=2) + "\n").encode()
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read a file that goes along with the weights: {error.strerror or error}",
+            where=str(file),
+            fix="copy it again, or take another folder",
+        ) from error
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

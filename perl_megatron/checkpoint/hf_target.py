@@ -45,9 +45,7 @@ class HuggingFaceTarget:
 
     def write(self, folder: Path, group: FileGroup, read: ReadTensor) -> list[str]:
         """Write one file; gives the names in it."""
-        path = folder / group.files[0]
-        path.unlink(missing_ok=True)
-        writer = SafetensorsWriter(path)
+        writer = SafetensorsWriter(folder / group.files[0])
         for names in group.published:
             for name in names:
                 writer.add(name, read(name))

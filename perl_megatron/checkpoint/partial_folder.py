@@ -1,93 +1,155 @@
 """A folder that is being written: under a temporary name, with a journal of what is finished, renamed when whole.
 
-    .NAME.partial/conversion.jsonl    first the plan's fingerprint, then one line for every finished group of files
-    .NAME.partial/…                   the files
+    .NAME.partial/…        the files
+    .NAME.partial.jsonl    the journal: the plan's fingerprint, then one line for every finished group of files
 
-A file counts as finished when it is on the disk and its description (size and digest) is in the journal.
+A file counts as finished when it is on the disk and its description (size and digest) is in the journal. The journal
+stands beside the folder, so that it is there until the folder has its name, wherever the process is killed. Whoever
+writes holds a lock on it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from perl_megatron.checkpoint.safetensors_writer import sync_folder, write_failure
+from perl_megatron.checkpoint.safetensors_writer import sync_folder, sync_path, write_failure
 from perl_megatron.errors import UserError
-
-_JOURNAL = "conversion.jsonl"
-
 
 Describe = Callable[[Path], dict[str, Any]]
 
 
+def partial_path(target: Path) -> Path:
+    """Where a conversion to ``target`` keeps what is not whole yet."""
+    return target.with_name(f".{target.name}.partial")
+
+
 class PartialFolder:
-    """The folder until it has its name."""
+    """The folder until it has its name; a context, which gives up the lock at its end."""
 
     def __init__(self, target: Path, fingerprint: str, *, describe: Describe, resume: bool):
-        """Begin, or go on where a conversion with the same fingerprint was interrupted.
+        """Begin, or (``resume``) go on where a conversion with the same fingerprint was interrupted.
 
-        ``describe`` gives what the journal keeps of a file, to know it again.
-        Raises UserError where ``target`` exists, the folder cannot be written, or ``resume`` finds another conversion.
+        ``describe`` gives what the journal keeps of a file, to know it again; size is part of it.
+        Raises UserError where ``target`` exists, the folder cannot be written, another conversion is writing there, an
+        interrupted one is there and ``resume`` is not set, and where ``resume`` finds another conversion.
         """
-        refuse_existing(target)
-        self.target = target
+        self.target, self.path = target, partial_path(target)
         self._describe = describe
-        self.path = target.with_name(f".{target.name}.partial")
         self.records: dict[int, Any] = {}
         """Finished groups: number → what the target's ``finish`` wants to know."""
         self.entries: dict[str, dict[str, Any]] = {}
-        """Finished files: name → size and digest."""
+        """Finished files: name → what ``describe`` gave."""
+        self._journal = self.path.with_name(f"{self.path.name}.jsonl")
+        refuse_existing(target)
+        had_journal = self._journal.exists()
         try:
-            if resume and (self.path / _JOURNAL).is_file():
-                self._take_up(fingerprint)
-                return
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
-            self._append({"fingerprint": fingerprint})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self._journal, self.path)
         except OSError as error:
             raise write_failure(error, "the target", self.path) from error
+        try:
+            refuse_existing(target)  # once more: whoever held the lock before may have finished it
+            self._begin(fingerprint, resume=resume, had_journal=had_journal)
+        except BaseException as error:
+            if not had_journal:
+                self._journal.unlink(missing_ok=True)
+            os.close(self._lock)
+            if isinstance(error, OSError):
+                raise write_failure(error, "the target", self.path) from error
+            raise
 
     def finish_group(self, number: int, files: tuple[str, ...], record: Any) -> None:
-        """Wait until the files are on the disk, digest them, and record the group. OSError where that fails."""
+        """Wait until the files are on the disk, describe them, and record the group. UserError where that fails."""
         entries = {}
         for name in files:
-            descriptor = os.open(self.path / name, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            entries[name] = self._describe(self.path / name)
-        self._append({"group": number, "files": entries, "record": record})
+                sync_path(self.path / name)
+                entries[name] = self._describe(self.path / name)
+            except OSError as error:
+                raise write_failure(error, f"the file {name}", self.path) from error
+        try:
+            self._append({"group": number, "files": entries, "record": record})
+        except OSError as error:
+            raise write_failure(error, "the journal", self._journal) from error
         self._keep(number, entries, record)
 
     def publish(self) -> None:
-        """Remove the journal, and give the folder its name once everything is on the disk. OSError if that fails."""
-        (self.path / _JOURNAL).unlink()
+        """Give the folder its name once everything is on the disk, then remove the journal.
+
+        Raises UserError for a finished file that is not there as it was written, OSError where the system fails.
+        """
+        for name, entry in self.entries.items():
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size != entry["size"]:
+                raise UserError(
+                    "a file of the conversion was changed or removed meanwhile",
+                    where=str(file),
+                    fix="let nothing else write there, and go on with --resume",
+                )
         sync_folder(self.path)
-        if self.target.exists():
+        if os.path.lexists(self.target):
             raise FileExistsError(errno.EEXIST, "the target has appeared meanwhile", str(self.target))
         self.path.rename(self.target)
+        sync_path(self.target.parent)
+        self._journal.unlink()
 
-    def _take_up(self, fingerprint: str) -> None:
-        text = (self.path / _JOURNAL).read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # the last line may be cut off
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines or lines[0].get("fingerprint") != fingerprint:
+    def __enter__(self) -> PartialFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and not self.records:  # nothing to go on from: a new start needs no --resume
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._journal.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _begin(self, fingerprint: str, *, resume: bool, had_journal: bool) -> None:
+        if os.path.lexists(self.path):
+            if not resume or not had_journal:
+                raise UserError(
+                    "an interrupted conversion is there"
+                    if had_journal
+                    else "what is there has no journal, so nobody can go on with it",
+                    where=str(self.path),
+                    fix=f"go on with --resume, or remove {self.path}" if had_journal else f"remove {self.path}",
+                )
+            if self._take_up(fingerprint):
+                return
+        os.truncate(self._journal, 0)
+        self.path.mkdir()
+        self._append({"fingerprint": fingerprint})
+        sync_path(self.path.parent)
+
+    def _take_up(self, fingerprint: str) -> bool:
+        """Keep the finished files and remove all others; False where the journal has recorded nothing."""
+        lines, num_bytes = _read_journal(self._journal)
+        if not lines:
+            shutil.rmtree(self.path)
+            return False
+        if lines[0] != {"fingerprint": fingerprint}:
             raise UserError(
                 "what was begun there is another conversion: another source, or other options",
                 where=str(self.path),
-                fix="repeat the options of the interrupted conversion, or start over without --resume",
+                fix=f"repeat the options of the interrupted conversion, or remove {self.path} to start over",
             )
+        # A bad line must not stand before the next one.
+        os.truncate(self._journal, num_bytes)
         for line in lines[1:]:
             if all(self._is_whole(name, entry) for name, entry in line["files"].items()):
                 self._keep(line["group"], line["files"], line["record"])
-        # A cut-off line must not stand before the next one.
-        os.truncate(self.path / _JOURNAL, len(whole.encode()))
+        for path in self.path.iterdir():
+            if path.name not in self.entries:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return True
 
     def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
         file = self.path / name
@@ -98,13 +160,51 @@ class PartialFolder:
         self.entries |= entries
 
     def _append(self, line: dict[str, Any]) -> None:
-        with (self.path / _JOURNAL).open("a", encoding="utf-8") as journal:
+        with self._journal.open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
 
 def refuse_existing(target: Path) -> None:
-    """UserError where ``target`` exists."""
-    if target.exists():
+    """UserError where ``target`` exists, be it a link to nothing."""
+    if os.path.lexists(target):
         raise UserError("the target exists", where=str(target), fix="choose another name, or remove it")
+
+
+def _lock(journal: Path, folder: Path) -> int:
+    """An open file that holds the lock. UserError where another conversion has it."""
+    while True:
+        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if journal.exists() and os.path.samestat(os.fstat(descriptor), journal.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                "another conversion is writing this target",
+                where=str(folder),
+                fix="wait until it has ended, or choose another name",
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # of a journal that was removed between opening and locking
+
+
+def _read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines before the first that is cut off or damaged, and how many bytes they take."""
+    lines: list[dict[str, Any]] = []
+    num_bytes = 0
+    for text in journal.read_bytes().splitlines(keepends=True):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        expected = {"group", "files", "record"} if lines else {"fingerprint"}
+        if not text.endswith(b"\n") or not isinstance(line, dict) or line.keys() != expected:
+            break
+        lines.append(line)
+        num_bytes += len(text)
+    return lines, num_bytes

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,13 +59,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="pt"):
             pass  # the library checks the header, and that the bytes fill the file without gaps or overlaps
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
-            header = json.loads(opened.read(length))
+        header, length = _read_json(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the weight file, it may be cut short: {error}", where=str(file), fix="copy it again"
-        ) from error
+        name = _first_cut(file)
+        cut = (
+            "it may be cut short" if name is None else f"it is cut short: tensor {name} is the first that is not whole"
+        )
+        raise UserError(f"cannot read the weight file, {cut}: {error}", where=str(file), fix="copy it again") from error
     header.pop(METADATA, None)
     stored = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -80,6 +80,26 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             DTYPES[entry["dtype"]], tuple(entry["shape"]), LENGTH_BYTES + length + start, end - start
         )
     return stored
+
+
+def _read_json(file: Path) -> tuple[dict[str, Any], int]:
+    """The header and its length. OSError and ValueError where there is none."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+        if length > file.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        return json.loads(opened.read(length)), length
+
+
+def _first_cut(file: Path) -> str | None:
+    """The first tensor that the file does not hold to its end; None where there is none, or no header says so."""
+    try:
+        header, length = _read_json(file)
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != METADATA}
+        present = file.stat().st_size - LENGTH_BYTES - length
+        return min((name for name in ends if ends[name] > present), key=lambda name: ends[name], default=None)
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
 
 
 def read_tensor(file: BinaryIO, stored: StoredTensor) -> torch.Tensor:

@@ -96,18 +96,27 @@ class SafetensorsWriter:
         return f",{json.dumps(name)}:{json.dumps(content, separators=(',', ':'))}"
 
 
-def write_failure(error: OSError, what: str, path: Path) -> UserError:
+class WriteFailure(UserError):
+    """The target's disk, not the source or the options."""
+
+
+def write_failure(error: OSError, what: str, path: Path) -> WriteFailure:
     """What a person is told when the operating system cannot write ``what`` to ``path``."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "free some space there, or choose another folder" if full else "choose a folder that can be written"
-    return UserError(f"cannot write {what}: {error.strerror or error}", where=str(path), fix=fix)
+    return WriteFailure(f"cannot write {what}: {error.strerror or error}", where=str(path), fix=fix)
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the files of a folder, and their names, are on the disk."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Wait until the files of a folder and of its folders, and their names, are on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

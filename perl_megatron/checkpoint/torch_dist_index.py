@@ -7,6 +7,7 @@ torch.save wrote.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from collections import defaultdict
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from perl_megatron.errors import UserError
 
 INDEX = ".metadata"
 FORMAT_FILE = "metadata.json"
+BACKEND = "torch_dist"
+"""The format's name in ``FORMAT_FILE``."""
 COPY_AGAIN = "copy the checkpoint again, or take another"
 
 
@@ -44,8 +47,14 @@ class GlobalTensor:
 
 
 def is_torch_dist(path: Path) -> bool:
-    """Whether a folder looks like a torch_dist checkpoint."""
-    return (path / INDEX).is_file() or (path / FORMAT_FILE).is_file()
+    """Whether a folder looks like a torch_dist checkpoint, be it without its index."""
+    if (path / INDEX).is_file():
+        return True
+    try:
+        content = json.loads((path / FORMAT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no such file, or one of something else
+        return False
+    return isinstance(content, dict) and content.get("sharded_backend") == BACKEND
 
 
 def read_index(path: Path) -> dict[str, GlobalTensor]:

@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from perl_megatron.checkpoint.file_groups import FileGroup, PlannedTensor, ReadTensor, cut_into_groups
 from perl_megatron.checkpoint.qwen25_vl_table import Entry, table
-from perl_megatron.checkpoint.torch_dist_index import FORMAT_FILE
+from perl_megatron.checkpoint.safetensors_writer import write_failure
+from perl_megatron.checkpoint.torch_dist_index import BACKEND, FORMAT_FILE
 from perl_megatron.checkpoint.torch_dist_layout import chunks, extra_state_keys, parameter_shape, place
 from perl_megatron.checkpoint.weights import TensorInfo
 from perl_megatron.config.layout import check_split
@@ -39,7 +40,7 @@ from perl_megatron.model.architecture import Architecture
 
 COMMON_FILE = "common.pt"
 _FORMAT = {
-    "sharded_backend": "torch_dist",
+    "sharded_backend": BACKEND,
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
@@ -101,22 +102,25 @@ class TorchDistTarget:
         return rows
 
     def write(self, folder: Path, group: FileGroup, read: ReadTensor) -> list[Any]:
-        """Write the files of a group; gives [key, offsets, sizes, file, start, length] of every chunk."""
+        """Write the files of a group; gives [key, offsets, sizes, file, start, length] of every chunk.
+
+        UserError naming the tensor where the disk is full.
+        """
         records: list[Any] = []
         with ExitStack() as stack, _without_checksums():
             streams = [stack.enter_context(_Stream(folder / file)) for file in group.files]
             for published in group.published:
-                entry = self._entries[published]
+                entry, what = self._entries[published], f"tensor {', '.join(published)}"
                 parts = [read(name) for name in published]
                 where = place(entry.megatron, self._architecture)
                 for rank, stream in enumerate(streams):
                     for offsets, values in chunks(entry, parts, rank, self._tensor_size):
-                        start, length = stream.append(_alone(values).view(where.chunk_shape(values.shape)))
+                        start, length = stream.append(_alone(values).view(where.chunk_shape(values.shape)), what)
                         place_of_chunk = [where.offsets(offsets), where.chunk_shape(values.shape)]
                         records.append([where.key, *place_of_chunk, group.files[rank], start, length])
                 del parts
                 for key in extra_state_keys(entry, self._architecture):
-                    records.append([key, None, None, group.files[0], *streams[0].append([None])])
+                    records.append([key, None, None, group.files[0], *streams[0].append([None], what)])
         return records
 
     def finish(self, folder: Path, records: Sequence[Any]) -> None:
@@ -169,11 +173,16 @@ def _check_tensor_size(architecture: Architecture, tensor_size: int) -> None:
 
 
 class _Stream(io.FileIO):
-    """A file to which torch.save appends. torch.save hides why writing failed; this raises the system's error."""
+    """A file to which torch.save appends. torch.save hides why writing failed; this keeps the system's error."""
+
+    _failure: OSError | None
 
     def __init__(self, path: Path):
-        super().__init__(path, "wb")
-        self._failure: OSError | None = None
+        self._path, self._failure = path, None
+        try:
+            super().__init__(path, "wb")
+        except OSError as error:
+            raise write_failure(error, "the weight file", path) from error
 
     def write(self, data: Any) -> int:
         """All of ``data``; the system may take less than all at once."""
@@ -186,13 +195,15 @@ class _Stream(io.FileIO):
             raise
         return len(data)
 
-    def append(self, value: Any) -> tuple[int, int]:
-        """Where the value begins, and how many bytes it takes."""
+    def append(self, value: Any, what: str) -> tuple[int, int]:
+        """Where the value begins, and how many bytes it takes; an error calls it ``what``."""
         start = self.tell()
         try:
             torch.save(value, cast(BinaryIO, self))
-        except RuntimeError as error:
-            raise self._failure or error from error
+        except (OSError, RuntimeError) as error:
+            if self._failure is None:
+                raise
+            raise write_failure(self._failure, what, self._path) from error
         return start, self.tell() - start
 
 

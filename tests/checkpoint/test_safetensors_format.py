@@ -57,6 +57,16 @@ def test_a_file_without_a_header_is_named(tmp_path, content):
         read_header(file)
 
 
+@pytest.mark.parametrize(("missing", "name"), [(1, "third"), (4, "third"), (5, "second"), (16, "first")])
+def test_the_first_tensor_that_is_cut_is_named(tmp_path, missing, name):
+    spans = {"third": [12, 16], "first": [0, 4], "second": [4, 12]}  # in another order than their bytes
+    header = {key: {"dtype": "F32", "shape": [(b - a) // 4], "data_offsets": [a, b]} for key, (a, b) in spans.items()}
+    file = tmp_path / "cut.safetensors"
+    write(file, {"__metadata__": {"format": "pt"}, **header}, bytes(16 - missing))
+    with pytest.raises(UserError, match=rf"(?s)cut short: tensor {name} is the first .*cut\.safetensors"):
+        read_header(file)
+
+
 def test_a_dtype_that_torch_code_here_does_not_use_is_named(tmp_path):
     save_file({"a": torch.ones(3, dtype=torch.complex64)}, tmp_path / "c.safetensors")
     with pytest.raises(UserError, match=r"tensor a has dtype C64"):
