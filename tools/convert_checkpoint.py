@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from perl_megatron.checkpoint.convert import plan_conversion, render_plan
+from perl_megatron.checkpoint.partial_folder import partial_path
 from perl_megatron.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -40,6 +42,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print what would be written; reads no tensor")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
     return parser.parse_args(arguments)
+
+
+def what_is_left(target: Path) -> str:
+    """Of an interrupted conversion."""
+    partial = partial_path(target)
+    if not partial.exists():
+        return "nothing was finished, and nothing is left behind"
+    return f"{partial} has what is finished; the same command with --resume goes on"
 
 
 def main(arguments: list[str]) -> None:
@@ -69,3 +79,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"interrupted: {what_is_left(parse(sys.argv[1:]).target)}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

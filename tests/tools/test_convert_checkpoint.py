@@ -53,6 +53,37 @@ def test_a_mistake_is_one_message_without_a_traceback(source, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+INTERRUPTED = """
+import os, runpy, signal, sys
+from perl_megatron.checkpoint import convert
+from perl_megatron.checkpoint.conversion import Conversion
+run, tool, finished = Conversion.run, sys.argv[1], int(sys.argv[2])
+def interrupted(self, *, progress, **options):
+    journal = self.target_path.with_name(f".{self.target_path.name}.partial.jsonl")
+    def stop(nbytes):
+        progress(nbytes)
+        if finished == 0 or (nbytes and journal.read_text().count("\\n") > finished):
+            os.kill(os.getpid(), signal.SIGINT)
+    run(self, progress=stop, **options)
+Conversion.run = interrupted
+plan = convert.plan_conversion
+convert.plan_conversion = lambda *a, **k: plan(*a, max_file_bytes=100_000, **k)
+sys.argv = sys.argv[:1] + sys.argv[3:]
+runpy.run_path(tool, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("finished", "told"), [(0, "nothing is left behind"), (1, ".a.partial has what is finished")])
+def test_an_interruption_is_one_line_that_says_how_to_go_on(source, tmp_path, finished, told):
+    arguments = [TOOLS / "convert_checkpoint.py", str(finished), source, tmp_path / "a", "--to", "hf"]
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True)
+    assert result.returncode == 130, result.stderr
+    assert told in result.stderr.splitlines()[-1]
+    assert ("--resume" in result.stderr) == bool(finished)
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / ".a.partial").exists() == bool(finished)
+
+
 def test_random_weights_are_the_same_for_a_seed_and_finite(source, tmp_path):
     made = tool("make_random_weights").make_random_weights(tmp_path / "again", "small")
     again, other = open_weights(tmp_path / "again"), open_weights(source)
