@@ -60,6 +60,14 @@ FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
         "parallel": {"tensor": 2, "sequence": True},
         "optimizer": {"vision_multiplier": 0.0, "merger_multiplier": 0.0},
     },
+    "tensor_frozen_language": {
+        "parallel": {"tensor": 2},
+        "optimizer": {"language_multiplier": 0.0, "merger_multiplier": 0.5},
+    },
+    "tensor_sequence_frozen_language_tied": {
+        "parallel": {"tensor": 2, "sequence": True},
+        "optimizer": {"language_multiplier": 0.0},
+    },
     "pipeline_frozen_language": {
         "parallel": {"pipeline": 2},
         "optimizer": {"language_multiplier": 0.0, "merger_multiplier": 0.5},
@@ -93,10 +101,16 @@ ODD_LAYOUTS: dict[str, dict[str, Any]] = {
 FILLER = ("data_filler",)
 """Trained on a single sequence, which leaves nothing for the second data rank."""
 TABLES = {"layouts": LAYOUTS, "frozen": FROZEN_LAYOUTS, "odd": ODD_LAYOUTS}
-TIED = ("pipeline_tied", "interleaved_tied", "pipeline_frozen_language_tied")
+TIED = (
+    "pipeline_tied",
+    "interleaved_tied",
+    "pipeline_frozen_language_tied",
+    "tensor_sequence_frozen_language_tied",
+)
 """Layouts of the case whose output layer is the embedding, as in the published 3B model."""
 RESUMED = ("tensor", "data", "interleaved", "context")
 RESUMED_FROZEN = (
+    "tensor_frozen_language",
     "pipeline_frozen_language",
     "pipeline_frozen_language_replicated_optimizer",
     "interleaved_frozen_language",
