@@ -224,12 +224,14 @@ def run_verify_weights(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.checkpoint.open_weights import open_weights
 
     first, second, model = options.first, options.second, options.model
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError("the folder does not exist", where=f"--json {options.json}", fix="create it first")
     with_config = [folder for folder in (model, first, second) if folder and (folder / "config.json").is_file()]
     described_by = with_config[0] if with_config else None
     comparison = compare_checkpoints(*(open_weights(folder, config=described_by) for folder in (first, second)))
+    print(render(comparison))  # first, as writing may fail
     if options.json is not None:
         options.json.write_text(comparison.as_json() + "\n", encoding="utf-8")
-    print(render(comparison))
     return 0 if comparison.equal else 1
 
 

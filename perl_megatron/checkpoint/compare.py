@@ -42,6 +42,8 @@ class Comparison:
     tensors: tuple[TensorComparison, ...]
     only_in_first: tuple[str, ...]
     only_in_second: tuple[str, ...]
+    digests: tuple[str, str]
+    """Of each side as a whole: BLAKE2b of its names and their digests. The same exactly where ``equal``."""
 
     @property
     def differing(self) -> list[TensorComparison]:
@@ -63,6 +65,7 @@ class Comparison:
             rows.append({**asdict(each), "max_difference": difference, "equal": each.equal})
         content = {
             "equal": self.equal,
+            "digests": self.digests,
             "only_in_first": self.only_in_first,
             "only_in_second": self.only_in_second,
             "tensors": rows,
@@ -76,19 +79,21 @@ def compare_checkpoints(first: Mapping[str, torch.Tensor], second: Mapping[str, 
     An output layer that one side alone holds is no orphan where it is a copy of that side's embedding: checkpoints with
     tied embeddings come with and without it.
     """
-    shared = [name for name in first if name in second]
-    return Comparison(
-        tensors=tuple(_compare(name, first[name], second[name]) for name in shared),
-        only_in_first=_orphans(first, second),
-        only_in_second=_orphans(second, first),
-    )
+    tensors = tuple(_compare(name, first[name], second[name]) for name in first if name in second)
+    alone = (_orphans(first, second), _orphans(second, first))
+    sides = [{each.name: each.digests[side] for each in tensors} | alone[side] for side in (0, 1)]
+    return Comparison(tensors, tuple(alone[0]), tuple(alone[1]), (_whole(sides[0]), _whole(sides[1])))
 
 
 def render(comparison: Comparison, *, most: int = 20) -> str:
-    """What differs, worst first and ``most`` of each kind at most, and one line that sums up."""
+    """What differs, worst first and ``most`` of each kind at most, each side's digest, and one line that sums up.
+
+    Digests are cut to their first 12 digits; ``as_json`` has all of them.
+    """
     differing = comparison.differing
     lines = [
-        f"differs   {each.name}: {_sides(each)}, largest difference {each.max_difference:.3g}"
+        f"differs   {each.name}: {_sides(each)}, largest difference {each.max_difference:.3g}, "
+        f"digests {_short(each.digests)}"
         for each in differing[:most]
     ]
     if len(differing) > most:
@@ -100,16 +105,28 @@ def render(comparison: Comparison, *, most: int = 20) -> str:
     num_equal = len(comparison.tensors) - len(differing)
     verdict = "equal" if comparison.equal else "NOT equal"
     alone = len(comparison.only_in_first) + len(comparison.only_in_second)
+    lines.append(f"digests of all tensors: {_short(comparison.digests)}")
     lines.append(f"{verdict}: {num_equal} tensors are the same bits, {len(differing)} differ, {alone} have no partner")
     return "\n".join(lines)
 
 
-def _orphans(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-    alone = sorted(name for name in weights if name not in others)
+def _orphans(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Name → digest."""
+    alone = {name: _digest(weights[name]) for name in sorted(weights) if name not in others}
     may_be_copy = OUTPUT_LAYER in alone and EMBEDDING in weights and EMBEDDING in others
-    if may_be_copy and _digest(weights[OUTPUT_LAYER]) == _digest(weights[EMBEDDING]):
-        alone.remove(OUTPUT_LAYER)
-    return tuple(alone)
+    if may_be_copy and alone[OUTPUT_LAYER] == _digest(weights[EMBEDDING]):
+        del alone[OUTPUT_LAYER]
+    return alone
+
+
+def _whole(digests: Mapping[str, str]) -> str:
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.blake2b(lines.encode(), digest_size=32).hexdigest()
+
+
+def _short(digests: tuple[str, str]) -> str:
+    first, second = (digest[:12] for digest in digests)
+    return first if digests[0] == digests[1] else f"{first} and {second}"
 
 
 def _sides(each: TensorComparison) -> str:

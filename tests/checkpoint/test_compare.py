@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -47,6 +48,21 @@ def test_differences_are_measured_and_come_worst_first():
     assert result.differing[0].max_difference == 3.0
     assert result.differing[1].max_difference == pytest.approx(0.25, rel=1e-6)
     assert not result.equal
+
+
+def test_digests_are_printed_for_what_differs_and_for_each_side():
+    changed = weights(**{"model.norm.weight": torch.zeros(5)})
+    equal, other = compare_checkpoints(weights(), weights()), compare_checkpoints(weights(), changed)
+    alone = compare_checkpoints(weights(), weights() | {"more": torch.zeros(1)})
+    assert equal.digests[0] == equal.digests[1] == other.digests[0] == alone.digests[0]
+    assert len({equal.digests[1], other.digests[1], alone.digests[1]}) == 3
+    first, second = (digest[:12] for digest in other.differing[0].digests)
+    assert f"model.norm.weight: float32 [5], largest difference 1.5, digests {first} and {second}" in re.sub(
+        r"difference \S+,", "difference 1.5,", render(other)
+    )
+    assert f"digests of all tensors: {other.digests[0][:12]} and {other.digests[1][:12]}" in render(other)
+    assert f"digests of all tensors: {equal.digests[0][:12]}\n" in render(equal)
+    assert json.loads(other.as_json())["digests"] == list(other.digests)
 
 
 def test_another_dtype_or_shape_or_sign_of_zero_is_a_difference():
@@ -98,6 +114,10 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(report.read_text())["equal"] is True
     assert main(["verify-weights", original, changed]) == 1
     assert "model.norm.weight" in capsys.readouterr().out
+    assert main(["verify-weights", original, changed, "--json", str(tmp_path / "missing" / "report.json")]) == 2
+    output = capsys.readouterr()
+    assert "--json" in output.err  # before anything is read
+    assert output.out == ""
 
 
 def test_the_command_refuses_what_it_cannot_read(tmp_path, capsys):
@@ -134,7 +154,9 @@ def test_a_copy_of_the_tied_embedding_is_no_orphan():
     embedding = {"model.embed_tokens.weight": torch.arange(12.0).view(4, 3)}
     with_copy = embedding | {"lm_head.weight": embedding["model.embed_tokens.weight"].clone()}
     assert compare_checkpoints(embedding, with_copy).equal
-    assert compare_checkpoints(with_copy, embedding).equal
+    result = compare_checkpoints(with_copy, embedding)
+    assert result.equal
+    assert result.digests[0] == result.digests[1]
     other = embedding | {"lm_head.weight": torch.zeros(4, 3)}
     assert compare_checkpoints(embedding, other).only_in_second == ("lm_head.weight",)
     # The copy stands for nothing where the other side has no embedding either.
