@@ -69,7 +69,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             where=str(path),
             fix=f"python tools/convert_checkpoint.py {path} FOLDER --to hf",
         )
-    promised = _read_index(path / INDEX) if (path / INDEX).is_file() else None
+    # transformers reads the single file where there is an index as well.
+    sharded = (path / INDEX).is_file() and not (path / SINGLE).is_file()
+    promised = _read_index(path / INDEX) if sharded else None
     files = sorted({path / file for file in promised.values()}) if promised is not None else [path / SINGLE]
     tensors: dict[str, tuple[Path, StoredTensor]] = {}
     for file in files:

@@ -133,6 +133,18 @@ def test_names_in_memory_and_published_names_are_one(tmp_path):
     assert torch.equal(checkpoint["model.norm.weight"], torch.arange(3.0))
 
 
+def test_one_file_beside_an_index_is_what_is_read_as_transformers_does(source, tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    weights = open_checkpoint(source)
+    save_checkpoint(tmp_path / "both", weights.items(), source, max_shard_bytes=10**5)
+    changed = {name: tensor + 1 if name == "lm_head.weight" else tensor for name, tensor in weights.items()}
+    save_file(changed, tmp_path / "both" / "model.safetensors", metadata={"format": "pt"})
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "both").lm_head.weight
+    assert torch.equal(theirs, changed["lm_head.weight"])
+    assert torch.equal(open_checkpoint(tmp_path / "both")["lm_head.weight"], theirs)
+
+
 def test_missing_tensor_is_named(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no tensor b"):
