@@ -99,17 +99,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_verify(commands: argparse._SubParsersAction) -> None:
     """The options of `verify`: one for each size of a layout."""
-    from perl_megatron.verification.layout import OPTIONS
+    from perl_megatron.verification.layout import NUM_LAYERS, OPTIONS
 
     description = "a tiny policy in one layout against transformers; status 1 where they differ"
     verify = commands.add_parser("verify", help=description, description=description)
     verify.set_defaults(handler=run_verify)
     for field, option in OPTIONS.items():
-        name = f"{field.replace('_', ' ')} parallelism"
+        name = field.replace("_", " ")
         if field == "sequence":
-            verify.add_argument(option, dest=field, action="store_true", help=name)
+            verify.add_argument(option, dest=field, action="store_true", help=f"{name} parallelism")
+        elif field.endswith("_layers"):
+            verify.add_argument(option, dest=field, type=positive, metavar="N", help=f"{name} (default: as the others)")
         else:
-            verify.add_argument(option, dest=field, type=positive, default=1, metavar="N", help=f"size of {name}")
+            text = f"size of {name} parallelism"
+            verify.add_argument(option, dest=field, type=positive, default=1, metavar="N", help=text)
+    text = f"of the tiny policy's language model (default: {NUM_LAYERS})"
+    verify.add_argument("--layers", type=positive, default=NUM_LAYERS, metavar="N", help=text)
     output = verify.add_mutually_exclusive_group()
     output.add_argument("--tied", action="store_true", help="the output layer is the embedding, as in the 3B model")
     output.add_argument("--untied", dest="tied", action="store_false", help="it has its own matrix (default)")
@@ -185,7 +190,8 @@ def run_verify(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.verification.layout import OPTIONS, Layout
 
     sizes = {field: getattr(options, field) for field in OPTIONS}
-    layout = Layout.of(sizes, tied=options.tied, recompute=options.recompute, dtype=options.dtype)
+    how = {"tied": options.tied, "recompute": options.recompute, "dtype": options.dtype, "num_layers": options.layers}
+    layout = Layout.of(sizes, **how)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError("the folder does not exist", where=f"--json {options.json}", fix="create it first")
     config = layout.config(Path())  # for the number of processes; the policy is not made yet

@@ -42,9 +42,9 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> int:
             where="parallel.sequence = true",
             fix="set parallel.tensor above 1, or parallel.sequence=false",
         )
-    for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
+    for name, without in (("virtual_pipeline", 1), ("first_stage_layers", None), ("last_stage_layers", None)):
         value = getattr(parallel, name)
-        if parallel.pipeline == 1 and value not in (None, 1):
+        if parallel.pipeline == 1 and value != without:
             raise UserError(
                 f"`{name}` needs pipeline parallelism",
                 where=f"parallel.{name} = {value}",

@@ -20,19 +20,19 @@ from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.verification.judge import judge
 from perl_megatron.verification.layout import TIMEOUT_SECONDS, Layout
 from perl_megatron.verification.layout_run import run_layout
-from perl_megatron.verification.reference import Reference, compute_reference, reference_log_probs
+from perl_megatron.verification.reference import Reference, compute_reference
 from perl_megatron.verification.report import Report
 from perl_megatron.verification.tiny import TinyImages, tiny_sequences, write_policy
 
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny policy on disk, its batch, and (on rank 0, which judges) the reference."""
+    """A tiny policy on disk, its batch, and the reference."""
 
     policy: Path
     sequences: Sequence[TrainingSequence]
     images: TinyImages
-    reference: Reference | None
+    reference: Reference
 
 
 def run(layout: Layout, json_file: Path | None) -> bool:
@@ -75,27 +75,23 @@ def shared_folder() -> Iterator[Path]:
 
 
 def make_case(folder: Path, layout: Layout) -> Case:
-    """Rank 0 writes the policy and computes the reference; the others wait. Collective."""
-    sequences, images, reference = tiny_sequences(), TinyImages(), None
+    """Rank 0 writes the policy; then all share the work on its reference. Collective."""
+    sequences, images, dtype = tiny_sequences(), TinyImages(), getattr(torch, layout.dtype)
     if rank() == 0:
-        dtype = getattr(torch, layout.dtype)
-        write_policy(folder, tied=layout.tied, dtype=dtype)
-        optimizer = layout.config(folder).optimizer
-        reference = compute_reference(folder, sequences, images, dtype, optimizer)
+        write_policy(folder, tied=layout.tied, num_layers=layout.num_layers, dtype=dtype)
     barrier()
-    return Case(folder, sequences, images, reference)
+    max_norm = layout.config(folder).optimizer.clip_gradient
+    return Case(folder, sequences, images, compute_reference(folder, sequences, images, dtype, max_norm))
 
 
 def verify_layout(layout: Layout, other: Layout, case: Case, scratch: Path) -> Report | None:
     """Run ``layout``, then go on in ``other``; the report on rank 0, None elsewhere. Collective."""
     findings = run_layout(layout, other, case.policy, case.sequences, case.images, scratch)
-    if case.reference is None:
+    dtype, optimizer = getattr(torch, layout.dtype), layout.config(case.policy).optimizer
+    after = compute_reference(findings.export, case.sequences, case.images, dtype, optimizer.clip_gradient)
+    if rank() != 0:
         return None
-    dtype = getattr(torch, layout.dtype)
-    exact, rounded = (
-        reference_log_probs(findings.export, case.sequences, case.images, each) for each in (torch.float64, dtype)
-    )
     source = open_checkpoint(case.policy)
     name = str(other).split(",")[0]
-    rows = judge(findings, case.reference, source, (exact, rounded), dtype=dtype, other=name)
+    rows = judge(findings, (case.reference, after), source, optimizer, dtype=dtype, other=name)
     return Report(str(layout), layout.as_dict(), rows)

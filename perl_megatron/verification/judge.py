@@ -7,6 +7,9 @@
 orders of summation), so one tensor's error may well be a few times the other program's; a mistake in a layout (a sum
 too many or too few, a wrong slice, a stale copy) is off by the size of the value itself, orders of magnitude more.
 ``FLOOR``: where transformers happens to be exact, being a unit off in the last place is no mistake.
+
+A relative tolerance ends at ``CEILING``, so that in no precision half a gradient passes, or half a step. A step is
+judged by AdamW's own replay on the gradients that were found, which have rows of their own.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ import torch
 from torch import Tensor
 
 from perl_megatron.checkpoint.compare import compare_checkpoints
+from perl_megatron.config.schema import OptimizerSection
 from perl_megatron.verification.layout_run import Findings
 from perl_megatron.verification.reference import Named, Reference
+from perl_megatron.verification.replay import replay
 from perl_megatron.verification.report import Item, Row
 
 MULTIPLE = 4.0
 FLOOR = 1.0
+CEILING = 0.4
 
 PARTS = {
     "visual.patch_embed.": "vision patches",
@@ -39,9 +45,9 @@ PARTS = {
 
 def judge(
     findings: Findings,
-    reference: Reference,
+    references: tuple[Reference, Reference],
     source: Mapping[str, Tensor],
-    exported: tuple[Sequence[Tensor], Sequence[Tensor]],
+    optimizer: OptimizerSection,
     *,
     dtype: torch.dtype,
     other: str,
@@ -50,25 +56,38 @@ def judge(
 
     Args:
         findings: of the layout.
-        reference: of the same two steps.
+        references: transformers with the weights of ``source``, and with those that the layout exported after its step.
         source: the published weights that the layout imported.
-        exported: the log-probabilities that transformers computes in float64 and in ``dtype`` with the weights that the
-            layout exported after its first step.
+        optimizer: the configuration's `optimizer`.
         dtype: the working dtype.
         other: the name of the layout that was resharded to.
     """
-    exact, rounded = reference.exact, reference.rounded
+    before, after = references
+    gradients, next_gradients = findings.gradients
+    exact, rounded = (
+        replay(dict(source), findings.gradients, optimizer, main=main, weights=weights)
+        for main, weights in ((torch.float64, torch.float64), (torch.float32, dtype))
+    )
     stepped, continued = (_difference(weights, source) for weights in (findings.stepped, findings.continued))
     return (
-        Row("log-probabilities", _sequences(findings.log_probs, exact.log_probs, rounded.log_probs, dtype)),
-        Row("gradient norm", (_norm(findings.gradient_norm, reference, dtype),)),
-        *_by_part("gradients", _tensors(findings.gradients, exact.gradients, rounded.gradients, dtype)),
-        Row("optimizer step", _tensors(stepped, exact.updates[0], rounded.updates[0], dtype)),
+        Row("log-probabilities", _log_probs(findings.log_probs, before, dtype)),
+        Row("gradient norm", (_norm(findings.gradient_norm, before, dtype),)),
+        *_by_part("gradients", _gradients(gradients, before, dtype)),
+        Row("optimizer step", _tensors(stepped, exact[0], rounded[0], dtype)),
         Row("export", _same_bits(findings.imported, source)),
-        Row(f"reshard, export → {other}", _sequences(findings.reimported_log_probs, *exported, dtype)),
+        Row(f"reshard, export → {other}", _log_probs(findings.reimported_log_probs, after, dtype)),
         Row(f"reshard, checkpoint → {other}", _same_bits(findings.restored, findings.stepped)),
-        Row("optimizer step after reshard", _tensors(continued, exact.updates[1], rounded.updates[1], dtype)),
+        Row("gradients after reshard", _gradients(next_gradients, after, dtype)),
+        Row("optimizer step after reshard", _tensors(continued, exact[1], rounded[1], dtype)),
     )
+
+
+def _log_probs(ours: Sequence[Tensor], reference: Reference, dtype: torch.dtype) -> tuple[Item, ...]:
+    return _sequences(ours, reference.exact.log_probs, reference.rounded.log_probs, dtype)
+
+
+def _gradients(ours: Named, reference: Reference, dtype: torch.dtype) -> tuple[Item, ...]:
+    return _tensors(ours, reference.exact.gradients, reference.rounded.gradients, dtype)
 
 
 def _sequences(
@@ -88,22 +107,29 @@ def _sequences(
 
 def _norm(ours: float, reference: Reference, dtype: torch.dtype) -> Item:
     right = reference.exact.gradient_norm
-    limit = _tolerance(abs(reference.rounded.gradient_norm - right) / right, 1.0, dtype)
+    limit = _relative_tolerance(abs(reference.rounded.gradient_norm - right) / right, dtype)
     return Item("all parameters", abs(ours - right) / right, limit)
 
 
 def _tensors(ours: Named, exact: Named, rounded: Named, dtype: torch.dtype) -> tuple[Item, ...]:
-    """Relative errors ‖ours - exact‖ / ‖exact‖ of every tensor; one that is missing or too many is infinitely off."""
+    """Relative errors ‖ours - exact‖ / ‖exact‖ of every tensor.
+
+    One that is missing or too many is infinitely off, and so is one with which nothing can be compared.
+    """
     items = []
     for name, right in exact.items():
-        assert right.norm() > 0, f"the reference of {name} is zero, which would prove nothing"
-        limit = _tolerance(_relative_error(rounded[name], right), 1.0, dtype)
+        limit = _relative_tolerance(_relative_error(rounded[name], right), dtype)
         items.append(Item(name, _relative_error(ours[name], right) if name in ours else math.inf, limit))
     return (*items, *(Item(name, math.inf, 0.0) for name in ours.keys() - exact.keys()))
 
 
 def _relative_error(found: Tensor, right: Tensor) -> float:
-    return ((found.double() - right).norm() / right.norm()).item() if found.shape == right.shape else math.inf
+    comparable = found.shape == right.shape and right.norm() > 0
+    return ((found.double() - right).norm() / right.norm()).item() if comparable else math.inf
+
+
+def _relative_tolerance(yardstick: float, dtype: torch.dtype) -> float:
+    return min(_tolerance(yardstick, 1.0, dtype), CEILING)
 
 
 def _tolerance(yardstick: float, largest: float, dtype: torch.dtype) -> float:

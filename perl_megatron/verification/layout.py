@@ -19,7 +19,6 @@ TEXT = {
     "vocab_size": 331,  # odd: tensor parallelism has to fill it up
     "hidden_size": 192,
     "intermediate_size": 208,
-    "num_hidden_layers": 4,
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-6,
@@ -38,8 +37,10 @@ VISION = {
     "out_hidden_size": 192,
     "fullatt_block_indexes": [1],
 }
-"""Widths and head counts differ pairwise, so that a mix-up cannot pass; tensor-parallel sizes 2 and 4 divide them, and
-two pipeline stages of two virtual stages each divide the layers."""
+"""Widths and head counts differ pairwise, so that a mix-up cannot pass; tensor-parallel sizes 2 and 4 divide them."""
+
+NUM_LAYERS = 4
+"""Two pipeline stages of two virtual stages each divide it; stages of unequal length may need more (`--layers`)."""
 
 MICRO_BATCH_SEQUENCES = 2
 """Small, so that a step has several micro-batches, one of them without images."""
@@ -54,6 +55,8 @@ OPTIONS = {
     "context": "--cp",
     "data": "--dp",
     "sequence": "--sp",
+    "first_stage_layers": "--first-stage-layers",
+    "last_stage_layers": "--last-stage-layers",
 }
 """Field of `parallel` → option of the command."""
 
@@ -68,6 +71,8 @@ class Layout:
     """Whether the output layer is the embedding (as in the published 3B model)."""
     recompute: str = "none"
     dtype: str = "float32"
+    num_layers: int = NUM_LAYERS
+    """Of the language model."""
 
     @classmethod
     def of(cls, parallel: Mapping[str, int | bool], **others: Any) -> Layout:
@@ -79,17 +84,20 @@ class Layout:
         sizes = [name if value is True else f"{name} {value}" for name, value in self.parallel.items()]
         how = [self.dtype, "tied" if self.tied else "untied"]
         how += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        how += [f"{self.num_layers} layers"] if self.num_layers != NUM_LAYERS else []
         return f"{' × '.join(sizes) or 'one process'}, {', '.join(how)}".replace("_", " ")
 
     def elsewhere(self, parallel: Mapping[str, int | bool]) -> Layout:
         """The same policy over other sizes."""
-        return Layout.of(parallel, tied=self.tied, recompute=self.recompute, dtype=self.dtype)
+        others = {"tied": self.tied, "recompute": self.recompute, "dtype": self.dtype, "num_layers": self.num_layers}
+        return Layout.of(parallel, **others)
 
     def config(self, policy: Path) -> Config:
         """The configuration of a run on the folder ``policy``.
 
-        The optimizer's numbers make one step visible: it moves weights by up to a twentieth, depends smoothly on small
-        gradients (Adam's ε is of their size), and the gradient is always clipped.
+        The optimizer's numbers make one step visible: it moves weights by up to a twentieth, and the gradient is always
+        clipped. In float32 it depends smoothly on small gradients (Adam's ε is of their size); in lower precision it
+        moves every weight by more than the rounding.
         """
         return Config.model_validate(
             {
@@ -99,7 +107,7 @@ class Layout:
                 "algorithm": {"kl_coefficient": 0.0},
                 "optimizer": {
                     "learning_rate": 0.05,
-                    "epsilon": 1e-3,
+                    "epsilon": 1e-3 if self.dtype == "float32" else 1e-8,
                     "weight_decay": 0.1,
                     "clip_gradient": 0.5,
                     "micro_batch_sequences": MICRO_BATCH_SEQUENCES,
@@ -111,7 +119,8 @@ class Layout:
     def check(self, world_size: int) -> None:
         """Raise UserError where the layout cannot run on so many processes."""
         with tempfile.TemporaryDirectory(prefix="perl-megatron-verify-") as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(policy_config(tied=self.tied)), encoding="utf-8")
+            config = json.dumps(policy_config(self.tied, self.num_layers))
+            (Path(folder) / "config.json").write_text(config, encoding="utf-8")
             numbers = read_architecture_numbers(folder)
             derive(self.config(Path(folder)), world_size=world_size, architecture=numbers, command="sft")
 
@@ -132,12 +141,12 @@ class Layout:
         return asdict(self)
 
 
-def policy_config(*, tied: bool) -> dict[str, Any]:
+def policy_config(tied: bool, num_layers: int) -> dict[str, Any]:
     """The `config.json` of the tiny policy."""
     return {
         "model_type": "qwen2_5_vl",
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "text_config": TEXT,
+        "text_config": {**TEXT, "num_hidden_layers": num_layers},
         "vision_config": VISION,
         "image_token_id": IMAGE_TOKEN,
         "video_token_id": VIDEO_TOKEN,

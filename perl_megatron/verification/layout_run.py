@@ -36,10 +36,10 @@ class Findings:
     """Exported as soon as they were imported."""
     log_probs: list[Tensor]
     """float32 [R] for each sequence."""
-    gradients: Named
-    """Of the first step, clipped."""
+    gradients: tuple[Named, Named]
+    """Of the first step and of the second, clipped."""
     gradient_norm: float
-    """Before clipping."""
+    """Of the first step, before clipping."""
     stepped: Named
     """After the first step."""
     export: Path
@@ -73,10 +73,11 @@ def run_layout(
     barrier()
     topology.forget_layout()
 
-    other_actor, _ = _start(other, policy, images)
+    other_actor, other_place = _start(other, policy, images)
     other_actor.restore(checkpoint)
     restored = _collect(other_actor.weights())
     _update(other_actor, sequences, other_actor.log_probs(sequences))
+    other_gradients = _gradients(other_actor, other_place)
     continued = _collect(other_actor.weights())
     topology.forget_layout()
 
@@ -86,7 +87,7 @@ def run_layout(
     return Findings(
         imported=imported,
         log_probs=_tensors(log_probs),
-        gradients=gradients,
+        gradients=(gradients, other_gradients),
         gradient_norm=metrics["gradient_norm"],
         stepped=stepped,
         export=export,

@@ -1,4 +1,4 @@
-"""The reference: transformers and torch's AdamW, one unpadded sequence at a time, in one process on the CPU.
+"""The reference: transformers, one unpadded sequence at a time, whole in one process, on the CPU.
 
 In float64 it says what is right; in the working dtype it says how much of that a correct program loses by rounding,
 which is what tolerances are made of.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
-from perl_megatron.config.schema import OptimizerSection
+from perl_megatron.runtime.collective import shared_map
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.verification.layout import IMAGE_TOKEN
 from perl_megatron.verification.tiny import TinyImages
@@ -26,93 +26,57 @@ Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Trajectory:
-    """What one program computes in one dtype; all tensors float64."""
+class Evaluation:
+    """What one program computes with one set of weights in one dtype; all tensors float64."""
 
     log_probs: list[Tensor]
     """[R] for each sequence."""
     gradients: Named
-    """Of the first step, as AdamW gets them: clipped."""
+    """Of GRPO's loss at ratio 1, clipped."""
     gradient_norm: float
     """Before clipping."""
-    updates: tuple[Named, Named]
-    """The weights after one and after two steps, minus the first ones."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """transformers in float64 and in the working dtype."""
 
-    exact: Trajectory
-    rounded: Trajectory
+    exact: Evaluation
+    rounded: Evaluation
 
 
 def compute_reference(
-    folder: Path,
-    sequences: Sequence[TrainingSequence],
-    images: TinyImages,
-    dtype: torch.dtype,
-    optimizer: OptimizerSection,
+    folder: Path, sequences: Sequence[TrainingSequence], images: TinyImages, dtype: torch.dtype, max_norm: float
 ) -> Reference:
-    """Two steps of GRPO at ratio 1 on the policy in ``folder``."""
-    return Reference(
-        _trajectory(folder, sequences, images, torch.float64, optimizer),
-        _trajectory(folder, sequences, images, dtype, optimizer),
-    )
+    """One step of GRPO at ratio 1, up to the gradient that is clipped at ``max_norm``, on the policy in ``folder``.
+
+    Collective: two ranks share the work, and all get the result.
+    """
+
+    def evaluate(dtype: torch.dtype) -> Evaluation:
+        return _evaluate(folder, sequences, images, dtype, max_norm)
+
+    return Reference(*shared_map(evaluate, (torch.float64, dtype)))
 
 
-def reference_log_probs(
-    folder: Path, sequences: Sequence[TrainingSequence], images: TinyImages, dtype: torch.dtype
-) -> list[Tensor]:
-    """float64 [R] for each sequence, by transformers in ``dtype``."""
-    model = _load(folder, dtype)
-    with torch.no_grad():
-        return [_log_prob(model, sequence, images).double() for sequence in sequences]
-
-
-def _trajectory(
-    folder: Path,
-    sequences: Sequence[TrainingSequence],
-    images: TinyImages,
-    dtype: torch.dtype,
-    optimizer: OptimizerSection,
-) -> Trajectory:
+def _evaluate(
+    folder: Path, sequences: Sequence[TrainingSequence], images: TinyImages, dtype: torch.dtype, max_norm: float
+) -> Evaluation:
     model = _load(folder, dtype)
     parameters = {published_name(name): parameter for name, parameter in model.named_parameters()}
     # Low precision trains with main weights and gradients in float32, here as in megatron-core.
     main_dtype = torch.promote_types(dtype, torch.float32)
-    main = {name: parameter.detach().to(main_dtype, copy=True) for name, parameter in parameters.items()}
-    first = {name: weight.to(torch.float64, copy=True) for name, weight in main.items()}
-    adam = _adam(list(main.values()), optimizer)
-    log_probs, gradients, norm, updates = [], {}, 0.0, []
-    for step in range(2):
-        found = _accumulate(model, parameters, main, sequences, images)
-        step_norm = torch.nn.utils.clip_grad_norm_(main.values(), optimizer.clip_gradient).item()
-        if step == 0:
-            log_probs, norm = found, step_norm
-            gradients = {name: _gradient(weight).double() for name, weight in main.items()}
-        adam.step()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(main[name])
-        updates.append({name: parameter.detach().double() - first[name] for name, parameter in parameters.items()})
-    return Trajectory(log_probs, gradients, norm, (updates[0], updates[1]))
+    main = {name: parameter.detach().to(main_dtype) for name, parameter in parameters.items()}
+    log_probs = _accumulate(model, parameters, main, sequences, images)
+    norm = torch.nn.utils.clip_grad_norm_(main.values(), max_norm).item()
+    gradients = {name: _gradient(weight).double() for name, weight in main.items()}
+    return Evaluation(log_probs, gradients, norm)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-
-
-def _adam(weights: Sequence[Tensor], section: OptimizerSection) -> torch.optim.AdamW:
-    """Weight decay on all but biases and norms, as `optimizer.weight_decay` says."""
-    groups = [
-        {"params": [weight for weight in weights if weight.dim() > 1], "weight_decay": section.weight_decay},
-        {"params": [weight for weight in weights if weight.dim() == 1], "weight_decay": 0.0},
-    ]
-    betas = (section.beta1, section.beta2)
-    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=betas, eps=section.epsilon)
 
 
 def _accumulate(

@@ -10,7 +10,7 @@ import torch
 
 from perl_megatron.train.batch import MERGED_CELLS, TrainingSequence
 from perl_megatron.types import EncodedPrompt
-from perl_megatron.verification.layout import IMAGE_TOKEN, VISION_END, VISION_START, policy_config
+from perl_megatron.verification.layout import IMAGE_TOKEN, NUM_LAYERS, VISION_END, VISION_START, policy_config
 
 PATCH_VALUES = 1176
 FIRST_WORD, LAST_WORD = 3, 290
@@ -40,21 +40,21 @@ class TinyImages:
         return self._patches[key]
 
 
-def tiny_config(*, tied: bool) -> Any:
+def tiny_config(*, tied: bool, num_layers: int = NUM_LAYERS) -> Any:
     """transformers' configuration of the tiny policy."""
     from transformers import Qwen2_5_VLConfig
 
-    return Qwen2_5_VLConfig.from_dict(policy_config(tied=tied))
+    return Qwen2_5_VLConfig.from_dict(policy_config(tied, num_layers))
 
 
-def tiny_model(*, tied: bool, seed: int = 0) -> Any:
+def tiny_model(*, tied: bool, num_layers: int = NUM_LAYERS, seed: int = 0) -> Any:
     """transformers' model in float32.
 
     Every parameter is random, norms and biases too, and large enough that logits differ by several nats.
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied=tied))
+    model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied=tied, num_layers=num_layers))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,12 +66,12 @@ def tiny_model(*, tied: bool, seed: int = 0) -> Any:
     return model
 
 
-def write_policy(folder: Path, *, tied: bool, dtype: torch.dtype) -> None:
+def write_policy(folder: Path, *, tied: bool, num_layers: int, dtype: torch.dtype) -> None:
     """A Hugging Face folder of the tiny policy, its weights rounded to ``dtype``."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    tiny_model(tied=tied).to(dtype).save_pretrained(folder)
+    tiny_model(tied=tied, num_layers=num_layers).to(dtype).save_pretrained(folder)
 
 
 def tiny_sequences(seed: int = 0) -> list[TrainingSequence]:

@@ -31,7 +31,7 @@ NUMBERS = ArchitectureNumbers(
         ({"context": 2, "data": 2}, 2, "size 1, not 2", "parallel.data", "start 4 processes"),
         ({"sequence": True}, 1, "needs tensor", "parallel.sequence", "parallel.tensor"),
         ({"virtual_pipeline": 2}, 1, "needs pipeline", "parallel.virtual_pipeline = 2", "parallel.pipeline above 1"),
-        ({"first_stage_layers": 3}, 1, "needs pipeline", "parallel.first_stage_layers = 3", "leave"),
+        ({"first_stage_layers": 1}, 1, "needs pipeline", "parallel.first_stage_layers = 1", "leave"),
         ({"last_stage_layers": 3}, 1, "needs pipeline", "parallel.last_stage_layers = 3", "leave"),
         ({"tensor": 4}, 4, "key-value heads (2)", "parallel.tensor = 4", "1, 2"),
         ({"tensor": 3}, 3, "vision heads (4)", "parallel.tensor = 3", "1, 2"),

@@ -23,7 +23,7 @@ from perl_megatron.kernels.logprob import vocabulary_parallel_log_prob  # noqa: 
 from perl_megatron.runtime import topology  # noqa: E402
 from perl_megatron.runtime.collective import gather_objects, rank, world_size  # noqa: E402
 from perl_megatron.verification.command import make_case, quiet_libraries, shared_folder, verify_layout  # noqa: E402
-from perl_megatron.verification.layout import Layout  # noqa: E402
+from perl_megatron.verification.layout import NUM_LAYERS, Layout  # noqa: E402
 
 KERNEL = "log-probability kernel"
 
@@ -56,6 +56,12 @@ EXTRAS = {
         Layout.of({"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, tied=True),
         Layout.of({"pipeline": 2, "context": 2}, tied=True),
         Layout.of({"data": 4}),  # a rank has no images
+        # Stages of unequal length, in chunks: the shipped 32B layout in miniature.
+        Layout.of(
+            {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 2},
+            recompute="full",
+            num_layers=6,
+        ),
         Layout.of({"tensor": 2, "context": 2, "sequence": True}, dtype="bfloat16"),
     ],
 }
@@ -67,10 +73,11 @@ def verify_all(folder: Path) -> dict[str, dict]:
     """The reports on rank 0; each layout's weights and optimizer go on in the next layout's."""
     layouts, cases, reports = LAYOUTS[world_size()], {}, {}
     for index, layout in enumerate(layouts):
-        key = f"{layout.dtype}-{layout.tied}"
+        key = f"{layout.dtype}-{layout.tied}-{layout.num_layers}"
         if key not in cases:
             cases[key] = make_case(folder / key, layout)
-        other = layout.elsewhere(layouts[(index + 1) % len(layouts)].parallel)
+        following = layouts[(index + 1) % len(layouts)].parallel
+        other = layout.elsewhere(following) if layout.num_layers == NUM_LAYERS else layout.other(world_size())
         report = verify_layout(layout, other, cases[key], folder / f"scratch-{index}")
         if report is not None:
             reports[str(layout)] = report.as_dict()

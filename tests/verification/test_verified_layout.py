@@ -59,6 +59,9 @@ def test_the_layout_to_reshard_to(sizes, processes, expected):
         (["--tp", "3"], "parallel.tensor"),
         (["--pp", "3"], "parallel.pipeline"),
         (["--vpp", "2"], "parallel.virtual_pipeline"),
+        (["--pp", "2", "--vpp", "2", "--first-stage-layers", "1"], "parallel.virtual_pipeline"),
+        (["--first-stage-layers", "1"], "parallel.first_stage_layers"),
+        (["--layers", "5", "--pp", "2"], "parallel.pipeline"),
         (["--json", "nowhere/rows.json"], "nowhere"),
     ],
 )
