@@ -20,12 +20,12 @@ from typing import Literal
 import torch
 
 from perl_megatron.checkpoint.companions import companions, copy_companions
+from perl_megatron.checkpoint.disk import WriteFailure, write_failure
 from perl_megatron.checkpoint.file_groups import Target
 from perl_megatron.checkpoint.manifest import MANIFEST, file_entry, manifest_text, quick_entry, verify_checkpoint
 from perl_megatron.checkpoint.partial_folder import PartialFolder
 from perl_megatron.checkpoint.qwen25_vl_table import EMBEDDING, OUTPUT_LAYER
 from perl_megatron.checkpoint.read_ahead import ReadAhead
-from perl_megatron.checkpoint.safetensors_writer import WriteFailure, write_failure
 from perl_megatron.checkpoint.torch_dist_index import COPY_AGAIN, is_torch_dist
 from perl_megatron.checkpoint.weights import TensorInfo, Weights
 from perl_megatron.errors import UserError

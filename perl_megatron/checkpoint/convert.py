@@ -13,10 +13,10 @@ import torch
 
 from perl_megatron.checkpoint.companions import companions
 from perl_megatron.checkpoint.conversion import Conversion, Format
+from perl_megatron.checkpoint.disk import refuse_existing
 from perl_megatron.checkpoint.file_groups import Target
 from perl_megatron.checkpoint.hf_target import HuggingFaceTarget
 from perl_megatron.checkpoint.open_weights import open_weights
-from perl_megatron.checkpoint.partial_folder import refuse_existing
 from perl_megatron.checkpoint.published_shapes import published_shapes
 from perl_megatron.checkpoint.qwen25_vl_table import EMBEDDING, OUTPUT_LAYER
 from perl_megatron.checkpoint.read_ahead import BUFFER_BYTES

@@ -11,9 +11,10 @@ from typing import BinaryIO
 import torch
 
 from perl_megatron.checkpoint.companions import copy_companions
+from perl_megatron.checkpoint.disk import publish_folder, refuse_existing, write_failure
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
 from perl_megatron.checkpoint.safetensors_format import StoredTensor, read_header, read_tensor
-from perl_megatron.checkpoint.safetensors_writer import SafetensorsWriter, sync_folder, write_failure
+from perl_megatron.checkpoint.safetensors_writer import SafetensorsWriter
 from perl_megatron.checkpoint.torch_dist_index import is_torch_dist
 from perl_megatron.checkpoint.weights import TensorInfo, Weights
 from perl_megatron.errors import UserError
@@ -118,9 +119,8 @@ def save_checkpoint(
             pass
         return
     target = Path(target)
-    if target.exists():
-        raise UserError("the target folder exists", where=str(target), fix="choose another or remove it")
-    temporary = target.with_name(f".{target.name}.partial")
+    refuse_existing(target)
+    temporary = target.with_name(f".{target.name}.export")  # a conversion that can go on has another name
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -164,21 +164,30 @@ def _publish(
     try:
         _name_shards(folder, shards)
         copy_companions(source, folder, dtypes)
-        sync_folder(folder)
-        folder.rename(target)
+        publish_folder(folder, target)
     except OSError as error:
         raise write_failure(error, "the checkpoint", folder) from error
 
 
 def _name_shards(folder: Path, shards: Sequence[SafetensorsWriter]) -> None:
-    """One file has a fixed name; several are numbered and listed in an index."""
-    if len(shards) == 1:
-        shards[0].path.rename(folder / SINGLE)
+    names = [weight_file_name(number, len(shards)) for number in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        shard.path.rename(folder / name)
+    contents = {name: shard.names for shard, name in zip(shards, names, strict=True)}
+    write_index(folder, contents, sum(shard.num_bytes for shard in shards))
+
+
+def weight_file_name(number: int, count: int) -> str:
+    """Of one of ``count`` files, as published."""
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, contents: Mapping[str, Sequence[str]], total_bytes: int) -> None:
+    """List the files (file → the names in it) and the bytes of all tensors, unless there is only one file."""
+    if len(contents) == 1:
         return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        shard.path.rename(folder / file)
-        weight_map |= dict.fromkeys(shard.names, file)
-    index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {name: file for file, names in contents.items() for name in names},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from perl_megatron.checkpoint.file_groups import FileGroup, PlannedTensor, ReadTensor, cut_into_groups
-from perl_megatron.checkpoint.hf_files import INDEX, SINGLE
+from perl_megatron.checkpoint.hf_files import weight_file_name, write_index
 from perl_megatron.checkpoint.qwen25_vl_table import table
 from perl_megatron.checkpoint.safetensors_writer import SafetensorsWriter
 from perl_megatron.checkpoint.weights import TensorInfo
@@ -29,7 +28,7 @@ class HuggingFaceTarget:
         sizes = [sum(infos[name].nbytes for name in names) for names in published]
         cut = cut_into_groups(zip(published, sizes, strict=True), max_file_bytes)
         self.groups = [
-            FileGroup((_file_name(number, len(cut)),), tuple(members), nbytes)
+            FileGroup((weight_file_name(number, len(cut)),), tuple(members), nbytes)
             for number, (members, nbytes) in enumerate(cut)
         ]
 
@@ -54,15 +53,5 @@ class HuggingFaceTarget:
 
     def finish(self, folder: Path, records: Sequence[Any]) -> None:
         """Write the index, unless there is only one file."""
-        if len(self.groups) == 1:
-            return
         files = [group.files[0] for group in self.groups]
-        index = {
-            "metadata": {"total_size": sum(group.nbytes for group in self.groups)},
-            "weight_map": {name: file for file, names in zip(files, records, strict=True) for name in names},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _file_name(number: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        write_index(folder, dict(zip(files, records, strict=True)), sum(group.nbytes for group in self.groups))

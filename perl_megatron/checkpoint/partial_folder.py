@@ -10,7 +10,6 @@ writes holds a lock on it.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from perl_megatron.checkpoint.safetensors_writer import sync_folder, sync_path, write_failure
+from perl_megatron.checkpoint.disk import publish_folder, refuse_existing, sync_path, write_failure
 from perl_megatron.errors import UserError
 
 Describe = Callable[[Path], dict[str, Any]]
@@ -94,11 +93,7 @@ class PartialFolder:
                     where=str(file),
                     fix="let nothing else write there, and go on with --resume",
                 )
-        sync_folder(self.path)
-        if os.path.lexists(self.target):
-            raise FileExistsError(errno.EEXIST, "the target has appeared meanwhile", str(self.target))
-        self.path.rename(self.target)
-        sync_path(self.target.parent)
+        publish_folder(self.path, self.target)
         self._journal.unlink()
 
     def __enter__(self) -> PartialFolder:
@@ -164,12 +159,6 @@ class PartialFolder:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
-
-
-def refuse_existing(target: Path) -> None:
-    """UserError where ``target`` exists, be it a link to nothing."""
-    if os.path.lexists(target):
-        raise UserError("the target exists", where=str(target), fix="choose another name, or remove it")
 
 
 def _lock(journal: Path, folder: Path) -> int:

@@ -6,13 +6,13 @@ as the format allows. A file whose room is used up takes no more tensors; the ca
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
 
 import torch
 
+from perl_megatron.checkpoint.disk import write_failure
 from perl_megatron.checkpoint.safetensors_format import DTYPES, LENGTH_BYTES, METADATA
 from perl_megatron.errors import UserError
 
@@ -94,29 +94,3 @@ class SafetensorsWriter:
             "data_offsets": [self.num_bytes, self.num_bytes + tensor.nbytes],
         }
         return f",{json.dumps(name)}:{json.dumps(content, separators=(',', ':'))}"
-
-
-class WriteFailure(UserError):
-    """The target's disk, not the source or the options."""
-
-
-def write_failure(error: OSError, what: str, path: Path) -> WriteFailure:
-    """What a person is told when the operating system cannot write ``what`` to ``path``."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    fix = "free some space there, or choose another folder" if full else "choose a folder that can be written"
-    return WriteFailure(f"cannot write {what}: {error.strerror or error}", where=str(path), fix=fix)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the files of a folder and of its folders, and their names, are on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from perl_megatron.checkpoint.disk import write_failure
 from perl_megatron.checkpoint.file_groups import FileGroup, PlannedTensor, ReadTensor, cut_into_groups
 from perl_megatron.checkpoint.qwen25_vl_table import Entry, table
-from perl_megatron.checkpoint.safetensors_writer import write_failure
 from perl_megatron.checkpoint.torch_dist_index import BACKEND, FORMAT_FILE
 from perl_megatron.checkpoint.torch_dist_layout import chunks, extra_state_keys, parameter_shape, place
 from perl_megatron.checkpoint.weights import TensorInfo

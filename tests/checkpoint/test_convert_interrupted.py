@@ -168,7 +168,7 @@ def test_a_late_failure_loses_nothing(source, tmp_path, monkeypatch, point):
         elif point == "rename":
             failing("pathlib.Path.rename", patch, failure)
         else:
-            failing("perl_megatron.checkpoint.partial_folder.sync_folder", patch, failure)
+            failing("perl_megatron.checkpoint.disk.sync_folder", patch, failure)
         with pytest.raises(UserError, match=r"(?s)cannot write the target: bad disk.*--resume"):
             conversion(source, tmp_path / "a").run()
     assert not (tmp_path / "a").exists()

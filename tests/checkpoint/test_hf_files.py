@@ -68,9 +68,15 @@ def test_an_interruption_leaves_only_the_partial_folder(source, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path / "saved", interrupted(), source)
-    assert [path.name for path in tmp_path.iterdir()] == [".saved.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == [".saved.export"]
     with pytest.raises(UserError, match="does not exist"):
-        open_checkpoint(tmp_path / ".saved.partial")
+        open_checkpoint(tmp_path / ".saved.export")
+
+
+def test_an_export_leaves_an_interrupted_conversion_alone(source, tmp_path):
+    (tmp_path / ".saved.partial").mkdir()
+    save_checkpoint(tmp_path / "saved", [("a", torch.zeros(1))], source)
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", ".saved.partial"}
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(source, tmp_path, small_files):
