@@ -16,6 +16,7 @@ from perl_megatron.checkpoint.convert import plan_conversion
 from perl_megatron.checkpoint.open_weights import open_weights
 
 TOOLS = Path(__file__).parents[1] / "tools"
+SMALL = Path(__file__).parents[1] / "benchmarks" / "small_model"
 MAX_FILE_BYTES = 400_000
 
 
@@ -45,7 +46,7 @@ def conversion(source: Path, target: Path, to: Format = "torch_dist", **options:
 
 def make_random_checkpoint(folder: Path) -> Path:
     """A Hugging Face folder with a tokenizer's and a generation config's file beside the weights."""
-    tool("make_random_weights").make_random_weights(folder, "small")
+    tool("make_random_weights").make_random_weights(folder, SMALL)
     (folder / "tokenizer.json").write_text('{"words": []}')
     (folder / "tokenizer.model").write_bytes(b"sentencepiece")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))

@@ -79,7 +79,7 @@ def test_the_actor_benchmark_compares_equal_work(tmp_path):
 def test_the_conversion_benchmark_goes_there_and_back(tmp_path):
     """It ends with an error where a bit is lost, or where mbridge maps a tensor to other numbers."""
     script, rows_file = str(BENCHMARKS / "convert.py"), tmp_path / "rows.json"
-    command = [sys.executable, script, "--shapes", "small", "--rounds", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, script, "--quick", "--folder", str(tmp_path)]
     run = subprocess.run([*command, "--json", str(rows_file)], capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr
     assert "equal: " in run.stdout

@@ -2,7 +2,8 @@ import subprocess
 import sys
 
 import pytest
-from random_checkpoint import TOOLS, make_random_checkpoint, tool
+import torch
+from random_checkpoint import SMALL, TOOLS, make_random_checkpoint, tool
 
 from perl_megatron.checkpoint.compare import compare_checkpoints
 from perl_megatron.checkpoint.open_weights import open_weights
@@ -85,10 +86,12 @@ def test_an_interruption_is_one_line_that_says_how_to_go_on(source, tmp_path, fi
 
 
 def test_random_weights_are_the_same_for_a_seed_and_finite(source, tmp_path):
-    made = tool("make_random_weights").make_random_weights(tmp_path / "again", "small")
+    made = tool("make_random_weights").make_random_weights(tmp_path / "again", SMALL / "config.json")
     again, other = open_weights(tmp_path / "again"), open_weights(source)
     assert made == sum(again.info(name).nbytes for name in again)
     assert compare_checkpoints(again, other).equal
     assert all(again[name].isfinite().all() for name in again)
     assert len({again[name].view(-1)[0].item() for name in again}) > len(again) // 2
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
+    bits = again["model.embed_tokens.weight"].view(torch.int16)
+    assert all(0.49 < (bits >> bit & 1).float().mean() < 0.51 for bit in range(16))
