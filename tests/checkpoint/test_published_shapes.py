@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import pytest
 import torch
 from tiny_policy import hf_config
 
+from perl_megatron.checkpoint.hf_target import HuggingFaceTarget
 from perl_megatron.checkpoint.published_shapes import megatron_shapes, published_shapes
-from perl_megatron.checkpoint.qwen25_vl_table import published_name, table
+from perl_megatron.checkpoint.qwen25_vl_table import fused_megatron_name, published_name, table
+from perl_megatron.checkpoint.torch_dist_layout import chunks, parameter_shape, place
+from perl_megatron.checkpoint.torch_dist_writer import TorchDistTarget
+from perl_megatron.checkpoint.weights import TensorInfo
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
 
@@ -88,6 +93,78 @@ def test_shards_hold_every_number_once(size, ranks):
         num_published = sum(math.prod(published[name]) for name in entry.published)
         assert math.prod(whole[entry.megatron]) == num_published
         assert math.prod(shard[entry.megatron]) * (ranks if entry.op.sharded else 1) == num_published
+
+
+STACKED = re.compile(r"(.*\.decoder\.layers)\.(\d+)\.(.*)")
+MAX_FILE_BYTES = 1 << 30
+
+
+def check_files(target, infos):
+    """Every tensor is in the plan once, and files end before the limit unless they hold a single parameter."""
+    rows = target.plan()
+    assert sorted(row.name for row in rows) == sorted(infos)
+    assert {row.name: (row.shape, row.dtype, row.nbytes) for row in rows} == {
+        name: (info.shape, info.dtype, info.nbytes) for name, info in infos.items()
+    }
+    assert [name for group in target.groups for names in group.published for name in names] == [
+        row.name for row in rows
+    ]
+    assert all(group.nbytes <= MAX_FILE_BYTES or len(group.published) == 1 for group in target.groups)
+    for group in target.groups:
+        assert group.nbytes == sum(infos[name].nbytes for names in group.published for name in names)
+    files = [file for group in target.groups for file in group.files]
+    assert len(files) == len(set(files))
+    assert {file for row in rows for file in row.file.split()} == set(files)
+    return rows
+
+
+def infos_of(size):
+    return {name: TensorInfo(shape, torch.bfloat16) for name, shape in expected(size).items()}
+
+
+@each_size
+def test_the_plan_of_a_hugging_face_folder_holds_the_published_tensors(size):
+    infos = infos_of(size)
+    target = HuggingFaceTarget(read_architecture(CONFIGS / size), infos, max_file_bytes=MAX_FILE_BYTES)
+    rows = check_files(target, infos)
+    assert sum(row.nbytes for row in rows) == LAYOUTS[size]["total_size"]
+    count = len(target.groups)
+    assert [group.files for group in target.groups] == [
+        (f"model-{number:05d}-of-{count:05d}.safetensors",) for number in range(1, count + 1)
+    ]
+
+
+@each_size
+def test_the_plan_of_a_torch_dist_folder_places_every_number_once(size):
+    tensor_size, pipeline_size = PARALLEL[size]
+    architecture, infos = read_architecture(CONFIGS / size), infos_of(size)
+    options = {"tensor_size": tensor_size, "pipeline_size": pipeline_size, "max_file_bytes": MAX_FILE_BYTES}
+    rows = check_files(TorchDistTarget(architecture, infos, **options), infos)
+    assert sum(row.nbytes for row in rows) == LAYOUTS[size]["total_size"]
+    stages = {int(file.split("_")[2]) // tensor_size for row in rows for file in row.file.split()}
+    assert stages == set(range(pipeline_size))
+    numbers: dict[str, int] = defaultdict(int)
+    keys = {}
+    for entry in table(architecture):
+        where, stacked = place(entry.megatron, architecture), STACKED.fullmatch(fused_megatron_name(entry.megatron))
+        assert (
+            (where.key, where.layer) == (f"{stacked[1]}.{stacked[3]}", int(stacked[2]))
+            if stacked
+            else (
+                entry.megatron,
+                None,
+            )
+        )
+        parts = [infos[name].meta() for name in entry.published]
+        shape = parameter_shape(entry, parts, tensor_size)
+        keys[where.key] = where.global_shape(shape)
+        for rank in range(tensor_size):
+            for _, values in chunks(entry, parts, rank, tensor_size):
+                numbers[where.key] += values.numel()
+        layer = "" if where.layer is None else f"[{where.layer}]"
+        assert {row.stored.split()[0] for row in rows if row.name in entry.published} == {f"{where.key}{layer}"}
+    assert numbers == {key: math.prod(shape) for key, shape in keys.items()}
+    assert sum(numbers.values()) == sum(math.prod(shape) for shape in expected(size).values())
 
 
 PARALLEL = {"3b": (2, 1), "7b": (4, 1), "32b": (8, 2), "72b": (8, 4)}
