@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from perl_megatron.checkpoint.convert import plan_conversion, render_plan
 from perl_megatron.checkpoint.manifest import verify_checkpoint
 from perl_megatron.checkpoint.open_weights import open_weights
+from perl_megatron.checkpoint.qwen25_vl_table import published_name
 from perl_megatron.errors import UserError
 
 UP, Q, EMBEDDING = (
@@ -68,6 +69,23 @@ def test_a_small_model_is_one_file_as_published(source, tmp_path):
     plan_conversion(tmp_path / "a", tmp_path / "b", to="hf").run()
     assert {file.name for file in (tmp_path / "b").iterdir()} == {file.name for file in source.iterdir()}
     assert_same_bits(tmp_path / "b", source)
+
+
+def test_transformers_loads_what_comes_back_in_shards(source, tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    conversion(source, tmp_path / "a", tensor_size=2).run()
+    conversion(tmp_path / "a", tmp_path / "b", "hf").run()
+    assert (tmp_path / "b" / "model.safetensors.index.json").is_file()
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "b", output_loading_info=True, dtype="auto"
+    )
+    assert not any(report.values()), report
+    weights = open_weights(source)
+    loaded = {published_name(name): parameter for name, parameter in model.named_parameters()}
+    assert set(loaded) == set(weights)
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter.view(torch.int16), weights[name].view(torch.int16)), name
 
 
 def test_dtype_converts_and_the_config_says_so(source, tmp_path):

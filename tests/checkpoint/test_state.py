@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from actor_case import make_case, make_config, make_encoder, make_sequences, weights_of, with_log_probs
 
+from perl_megatron.checkpoint.convert import plan_conversion
+from perl_megatron.checkpoint.open_weights import open_weights
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import topology as layout
@@ -63,6 +65,28 @@ def test_continuing_is_bit_for_bit_the_uninterrupted_run(start, sequences, tmp_p
     assert [continued.update(batch) for _ in range(2)] == expected
     weights = weights_of(actor)
     assert all(np.array_equal(value, weights[name]) for name, value in weights_of(continued).items())
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"distributed": True}, {"distributed": False}, {"distributed": True, "vision_multiplier": 0.0}],
+    ids=["distributed optimizer", "optimizer", "frozen vision tower"],
+)
+def test_a_training_checkpoint_converts_without_its_optimizer(start, sequences, cases, tmp_path, optimizer):
+    actor = start(optimizer=optimizer)
+    actor.supervised_update(sequences)
+    checkpoint, policy = actor.save(tmp_path / "run", 1, {}), cases[0] / "policy"
+    plan_conversion(checkpoint, tmp_path / "hf", to="hf", companions_from=policy).run()
+    plan_conversion(checkpoint, tmp_path / "cut", to="torch_dist", tensor_size=2, companions_from=policy).run()
+    trained, before = weights_of(actor), open_weights(policy)
+    for folder in ("hf", "cut"):
+        weights = open_weights(tmp_path / folder)
+        assert set(weights) == set(trained)
+        assert all(np.array_equal(weights[name].numpy(), value) for name, value in trained.items())
+    moved = {name for name in trained if not np.array_equal(before[name].float().numpy(), trained[name])}
+    frozen = {name for name in trained if name.startswith("visual.") and not name.startswith("visual.merger.")}
+    assert moved & frozen == (set() if optimizer.get("vision_multiplier") == 0.0 else frozen)
+    assert "lm_head.weight" in moved or "model.embed_tokens.weight" in moved
 
 
 def test_a_checkpoint_is_taken_up_with_the_configured_rates(start, sequences, tmp_path):
