@@ -1,7 +1,8 @@
 """What a tokenizer has to do here, whatever its kind: write answers without loss, and read as it was trained.
 
 transformers takes a SentencePiece ``tokenizer.model`` for whatever class ``tokenizer_config.json`` names, and a wrong
-class (or none) does not fail: words fall apart, or spaces are lost. So it is compared with SentencePiece itself.
+class (or none) does not fail: words fall apart, or spaces are lost. So it is compared with SentencePiece itself. Every
+class of transformers 5 that makes a unigram model (T5's, XLNet's, …) splits at white space first and drops line ends.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def _fix(folder: Path, otherwise: str) -> str:
         return otherwise
     return (
         "for a SentencePiece model of type bpe (with byte_fallback) set tokenizer_class to LlamaTokenizer in "
-        "tokenizer_config.json, and add_prefix_space to the model's add_dummy_prefix; for one of another type "
-        "put a tokenizer.json beside it"
+        "tokenizer_config.json, and add_prefix_space to the model's add_dummy_prefix; no class of transformers reads "
+        "one of type unigram without losing spaces and line ends: put a tokenizer.json beside it (a Unigram of its "
+        "pieces and scores), and set tokenizer_class to PreTrainedTokenizerFast"
     )

@@ -6,6 +6,8 @@ import json
 import pytest
 import sentencepiece
 from tiny_checkpoint import make_images, make_policy, make_view, tool
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
 
 from perl_megatron.data.processor import VISION_TOKENS, PromptEncoder
 from perl_megatron.errors import UserError
@@ -142,8 +144,30 @@ def test_a_class_that_loses_spaces_is_refused(write_policy, model, name):
     ids=["unigram", "prefix space"],
 )
 def test_a_model_that_would_be_read_otherwise_is_refused(write_policy, options, settings):
-    with pytest.raises(UserError, match=r"(?s)does not read.*tokenizer\.model.*for one of another type"):
+    with pytest.raises(UserError, match=r"(?s)does not read.*tokenizer\.model.*one of type unigram"):
         PromptEncoder(write_policy(train(**options), **settings), system_prompt="")
+
+
+def unigram_tokenizer(model: bytes) -> Tokenizer:
+    """A tokenizer.json for a SentencePiece model of type unigram that changes no space (identity, no dummy prefix)."""
+    original = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [(original.id_to_piece(index), original.get_score(index)) for index in range(len(original))]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=original.unk_id(), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def test_a_unigram_model_is_read_through_a_tokenizer_json(write_policy):
+    model = train(model_type="unigram", vocab_size=380)
+    folder = write_policy(model, tokenizer_class="PreTrainedTokenizerFast")
+    unigram_tokenizer(model).save(str(folder / "tokenizer.json"))
+    encoder = PromptEncoder(folder, system_prompt="")
+    original = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in ("Which digit is in image 2?", "3, 1,  2\n\né 漢 <think>375</think> \\boxed{7}", " a", ""):
+        assert encoder.tokenizer(text, add_special_tokens=False).input_ids == original.encode(text)
+        assert encoder.decode(encoder.encode_response(text)) == text
+    assert encoder.image_token_id == 380 + tool().SPECIAL_TOKENS.index("<|image_pad|>")
 
 
 def test_a_model_without_line_ends_is_refused(write_policy):
