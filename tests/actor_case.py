@@ -37,10 +37,10 @@ GRADIENT_STEP = {"learning_rate": 1e13, "epsilon": 1e9, "weight_decay": 0.0, "cl
 GRADIENT_SCALE = -1e4
 
 
-def make_case(folder: Path, *, layers: int = 2, tie: bool = False) -> None:
-    """A policy and images under ``folder``."""
+def make_case(folder: Path, *, layers: int = 2, vision_depth: int = 2, tie: bool = False) -> None:
+    """A policy and images under ``folder``; from a ``vision_depth`` of 4 on some blocks attend over windows."""
     tool = _tiny_policy_tool()
-    tool.make_tiny_policy(folder / "policy", tool.TinyShape(layers=layers, vision_depth=2, tie=tie), seed=3)
+    tool.make_tiny_policy(folder / "policy", tool.TinyShape(layers=layers, vision_depth=vision_depth, tie=tie), seed=3)
     _widen(folder / "policy" / "model.safetensors")
     random = np.random.default_rng(5)
     (folder / "images").mkdir()

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from perl_megatron.checkpoint.manifest import PendingCheckpoint, latest_checkpoint, verify_checkpoint
 from perl_megatron.checkpoint.state_buckets import keep_bucket_padding
+from perl_megatron.checkpoint.state_optimizer import fit_to_optimizer
 from perl_megatron.errors import UserError
 from perl_megatron.model.policy import Policy
 
@@ -107,6 +108,7 @@ def load_training_state(
         ) from error
     for index, module in enumerate(modules):
         module.load_state_dict(loaded[_model_key(index, modules)])
+    fit_to_optimizer(loaded["optimizer"], optimizer)
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.num_steps = 0  # load_state_dict adds the checkpoint's count to it
     scheduler.load_state_dict(state["scheduler"])

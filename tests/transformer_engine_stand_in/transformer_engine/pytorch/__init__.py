@@ -1,4 +1,4 @@
-"""`transformer_engine.pytorch`: modules with parameters and no forward pass."""
+"""`transformer_engine.pytorch`: its modules in plain torch, forward only, as far as the vision tower needs them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 
 class _Module(torch.nn.Module):
@@ -30,12 +32,16 @@ class Linear(_Module):
         tp_size: int,
         bias: bool,
         parallel_mode: str | None,
+        return_bias: bool,
+        sequence_parallel: bool,
         params_dtype: torch.dtype,
         device: Any,
+        tp_group: Any = None,
         **unused: Any,
     ):
         super().__init__()
         self.params_dtype, self.device = params_dtype, device
+        self.return_bias, self.sequence_parallel, self.tp_group = return_bias, sequence_parallel, tp_group
         self.in_features = in_features // tp_size if parallel_mode == "row" else in_features
         self.out_features = out_features // tp_size if parallel_mode == "column" else out_features
         self.parallel_mode, self.use_bias, self.tp_size = parallel_mode, bias, tp_size
@@ -43,26 +49,59 @@ class Linear(_Module):
         # Without a bias the attribute is an empty tensor and no parameter.
         self.bias = self._empty(self.out_features) if bias else torch.Tensor()
 
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
+        """The output, and the bias apart from it where it is to be returned; without a gradient across ranks."""
+        assert not self.sequence_parallel
+        output = linear(x, self.weight)
+        if self.parallel_mode == "row" and self.tp_size > 1:
+            dist.all_reduce(output, group=self.tp_group)
+        if self.return_bias:
+            return output, self.bias
+        return output + self.bias if self.use_bias else output
+
 
 class LayerNormLinear(Linear):
-    def __init__(self, in_features: int, out_features: int, *, normalization: str, **options: Any):
+    def __init__(self, in_features: int, out_features: int, *, normalization: str, eps: float, **options: Any):
         assert normalization == "RMSNorm", "a layer norm would have a bias, too"
         super().__init__(in_features, out_features, **options)
+        self.eps = eps
         self.layer_norm_weight = self._empty(in_features)
         self.layer_norm_bias = None
 
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
+        """The norm, then as ``Linear``."""
+        return super().forward(rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps), is_first_microbatch)
+
 
 class RMSNorm(_Module):
-    def __init__(self, hidden_size: int, *, params_dtype: torch.dtype, device: Any, **unused: Any):
+    def __init__(self, hidden_size: int, *, eps: float, params_dtype: torch.dtype, device: Any, **unused: Any):
         super().__init__()
-        self.params_dtype, self.device = params_dtype, device
+        self.params_dtype, self.device, self.eps = params_dtype, device, eps
         self.weight = self._empty(hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class DotProductAttention(_Module):
-    def __init__(self, **unused: Any):
+    """Attention within packed segments. Keeps the arguments of each call in ``calls``."""
+
+    def __init__(self, *, kv_channels: int, softmax_scale: float | None, **unused: Any):
         super().__init__()
+        self.scale = softmax_scale or kv_channels**-0.5
+        self.calls: list[dict[str, Any]] = []
         self.register_load_state_dict_post_hook(_may_lack_own_state)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+    ) -> torch.Tensor:
+        """[N, heads, D] each → [N, heads · D]."""
+        self.calls.append({"query": query, "key": key, "value": value, "attention_mask": attention_mask, **options})
+        assert options["qkv_format"] == "thd", "the language model's attention is not here"
+        lengths = options["cu_seqlens_q"].diff().tolist()
+        segments = zip(*(tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value)), strict=True)
+        outputs = [scaled_dot_product_attention(*segment, scale=self.scale) for segment in segments]
+        return torch.cat(outputs, 1).transpose(0, 1).flatten(1)
 
 
 def _may_lack_own_state(module: torch.nn.Module, incompatible_keys: Any) -> None:
