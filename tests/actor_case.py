@@ -145,30 +145,30 @@ def with_log_probs(
 
 
 class Reference:
-    """The same policy in transformers, in float64, one unpadded sequence at a time, and losses written out plainly."""
+    """The same policy in transformers, one unpadded sequence at a time, and losses written out plainly."""
 
-    def __init__(self, folder: Path, encoder: PromptEncoder):
+    def __init__(self, folder: Path, encoder: PromptEncoder, dtype: torch.dtype = torch.float64):
         import transformers
 
-        self.encoder = encoder
+        self.encoder, self.dtype = encoder, dtype
         self.model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder / "policy", attn_implementation="eager", dtype=torch.float64
+            folder / "policy", attn_implementation="eager", dtype=dtype
         )
 
     def log_prob(self, sequence: TrainingSequence) -> torch.Tensor:
-        """float64 [R], differentiable."""
+        """[R], differentiable."""
         prompt = sequence.prompt
         ids = torch.from_numpy(np.concatenate([prompt.token_ids, sequence.response]))[None]
         images: dict[str, Any] = {}
         if len(prompt.image_keys):
             patches = np.concatenate([self.encoder.patches(key) for key in prompt.image_keys])
             images = {
-                "pixel_values": torch.from_numpy(patches).double(),
+                "pixel_values": torch.from_numpy(patches).to(self.dtype),
                 "image_grid_thw": torch.from_numpy(prompt.grids),
                 "mm_token_type_ids": (ids == self.encoder.image_token_id).int(),
             }
         logits = self.model(input_ids=ids, use_cache=False, **images).logits[0, len(prompt.token_ids) - 1 : -1]
-        bias = torch.zeros(logits.shape[-1], dtype=torch.float64)
+        bias = torch.zeros(logits.shape[-1], dtype=self.dtype)
         bias[list(self.encoder.banned_token_ids)] = -100.0
         log_probs = ((logits + bias) / TEMPERATURE).log_softmax(-1)
         return log_probs.gather(-1, torch.from_numpy(sequence.response)[:, None])[:, 0]
@@ -181,13 +181,13 @@ class Reference:
             log_prob = self.log_prob(sequence)
             assert sequence.logprob_old is not None
             assert sequence.logprob_ref is not None
-            ratio = (log_prob - torch.from_numpy(sequence.logprob_old).double()).exp()
+            ratio = (log_prob - torch.from_numpy(sequence.logprob_old).to(self.dtype)).exp()
             advantage = sequence.advantage
             clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
             objective = torch.minimum(ratio * advantage, clipped * advantage)
             if advantage < 0 and algorithm.dual_clip is not None:
                 objective = objective.clamp(min=algorithm.dual_clip * advantage)
-            log_r = torch.from_numpy(sequence.logprob_ref).double() - log_prob
+            log_r = torch.from_numpy(sequence.logprob_ref).to(self.dtype) - log_prob
             per_sequence.append(-objective + algorithm.kl_coefficient * (log_r.exp() - 1 - log_r))
         if algorithm.aggregation == "token":
             return torch.cat(per_sequence).mean()

@@ -2,11 +2,10 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
-from actor_case import norm, worst_relative_error
-from actor_results import expect, run_worker
+from actor_results import run_worker
 from actor_worker import FILLER, ODD_LAYOUTS, folder_of, sequences_of
+from actor_yardstick import expect
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +23,7 @@ def expected(cases, results):
 def test_log_probabilities_loss_and_gradient(results, expected, name):
     """Among them a data rank whose whole share has no images, or no sequences at all."""
     found, want = results[name], expected[name in FILLER]
-    np.testing.assert_allclose(found.arrays["log_probs"], want.log_probs, rtol=0, atol=1e-5)
-    assert found.report["metrics"]["loss"] == pytest.approx(want.loss, rel=1e-4)
-    assert found.report["metrics"]["gradient_norm"] == pytest.approx(norm(want.gradients), rel=1e-5)
-    assert worst_relative_error(found.steps, want.gradients) < 2e-5
+    want.check_log_probs(found.arrays["log_probs"])
+    want.check_loss(found.report["metrics"]["loss"])
+    want.check_step(found.steps, found.report["metrics"]["gradient_norm"])
     assert found.report["ranks_agree"]

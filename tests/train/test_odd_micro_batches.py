@@ -5,7 +5,6 @@ import pytest
 from actor_case import (
     GRADIENT_STEP,
     ODD_VIEWS,
-    Reference,
     gradient,
     make_case,
     make_config,
@@ -13,8 +12,8 @@ from actor_case import (
     make_odd_sequences,
     weights_of,
     with_log_probs,
-    worst_relative_error,
 )
+from actor_yardstick import expect_of
 
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.runtime import topology as layout
@@ -35,42 +34,42 @@ def topology():
     layout.shutdown()
 
 
+@pytest.fixture(scope="module")
+def encoder(case):
+    return make_encoder(case)
+
+
 @pytest.fixture
-def start(case, topology):
+def start(case, topology, encoder):
     """An actor and the sequences of a kind, with disturbed log-probabilities."""
 
     def start(kind, **sections):
-        encoder = make_encoder(case)
         actor = Actor(make_config(case, **sections), topology, encoder, total_steps=10)
         sequences = make_odd_sequences(case, encoder, kind)
         log_probs = actor.log_probs(sequences)
-        return actor, with_log_probs(sequences, log_probs, log_probs, noise=0.5), Reference(case, encoder)
+        return actor, with_log_probs(sequences, log_probs, log_probs, noise=0.5)
 
     return start
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("kind", ODD_VIEWS)
-def test_log_probabilities_and_gradient(start, kind, recompute):
+def test_log_probabilities_and_gradient(case, encoder, start, kind, recompute):
     optimizer_section = {**GRADIENT_STEP, "micro_batch_sequences": 2}
-    actor, batch, reference = start(kind, optimizer=optimizer_section, model={"recompute": recompute})
-    found = actor.log_probs(batch)
-    for sequence, values in zip(batch, found, strict=True):
-        np.testing.assert_allclose(values, reference.log_prob(sequence).detach().numpy(), rtol=0, atol=1e-5)
+    actor, batch = start(kind, optimizer=optimizer_section, model={"recompute": recompute})
+    expected = expect_of(case, encoder, batch, actor.config)
+    expected.check_log_probs(np.concatenate(actor.log_probs(batch)))
     before = weights_of(actor)
-    actor.update(batch)
-    reference.policy_loss(batch, actor.config).backward()
-    expected = {name: parameter.grad for name, parameter in reference.named()}
+    metrics = actor.update(batch)
     steps = gradient(before, weights_of(actor))
-    moving = {name: value.numpy() for name, value in expected.items() if value is not None}
-    assert worst_relative_error({name: steps[name] for name in moving}, moving) < 1e-5
-    assert not any(steps[name].any() for name in steps.keys() - moving.keys())
-    assert moving.keys() == {name for name in steps if kind != "none" or not name.startswith("visual.")}
+    expected.check_step(steps, metrics["gradient_norm"])
+    moved = {name for name, step in steps.items() if step.any()}
+    assert moved == {name for name in steps if kind != "none" or not name.startswith("visual.")}
 
 
 def test_images_may_stay_away_after_the_first_update(start):
     """Would fail if the gradient reduction overlapped the backward pass, as the next test shows."""
-    actor, batch, _ = start("mixed")
+    actor, batch = start("mixed")
     actor.update(batch)
     assert actor.update(without_images(batch))["gradient_norm"] > 0
 
@@ -86,7 +85,7 @@ def test_overlapped_gradient_reduction_does_not_survive_a_share_without_images(s
         return config(**{**options, "overlap_grad_reduce": True})
 
     monkeypatch.setattr(optimizer, "DistributedDataParallelConfig", overlapping)
-    actor, batch, _ = start("mixed")
+    actor, batch = start("mixed")
     actor.update(batch)
     with pytest.raises(AssertionError, match="Communication call has not been issued"):
         actor.update(without_images(batch))
