@@ -214,11 +214,6 @@ def test_learning_rates(start, sequences, schedule, expected):
     assert found == pytest.approx([1e-3 * factor for factor in expected])
 
 
-def test_a_minimum_rate_above_the_peak_is_refused(start):
-    with pytest.raises(UserError, match="min_learning_rate"):
-        start(optimizer={"learning_rate": 1e-4, "min_learning_rate": 1e-3})
-
-
 def test_bfloat16_is_close(start, sequences, reference):
     actor = start(model={"dtype": "bfloat16"})
     found = np.concatenate(actor.log_probs(sequences))
