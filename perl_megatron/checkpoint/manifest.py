@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perl_megatron.checkpoint.disk import sync_path
 from perl_megatron.errors import UserError
 from perl_megatron.runtime.collective import barrier, gather_objects, rank, shared_map
 
@@ -164,12 +165,12 @@ def _make_empty(temporary: Path) -> None:
 
 
 def _publish(temporary: Path, target: Path, keep: int) -> None:
-    _sync(temporary)
+    sync_path(temporary)
     replaced = target.with_name(f"{_TEMPORARY}replaced-{target.name}")
     if target.exists():
         target.rename(replaced)
     temporary.rename(target)
-    _sync(target.parent)
+    sync_path(target.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
     for old in list_checkpoints(target.parent)[:-keep]:
@@ -181,15 +182,6 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make new names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def manifest_text(entries: dict[str, dict[str, Any]], *, step: int | None = None) -> str:

@@ -29,11 +29,9 @@ class ReadAhead:
 
     def __call__(self, name: str) -> torch.Tensor:
         """The next tensor, which must have this name. Raises what reading it raised."""
-        self._fill()
         expected, _, future = self._pending.popleft()
         assert name == expected, (name, expected)
         tensor = future.result()
-        del future
         self._fill()
         return tensor
 
@@ -46,6 +44,7 @@ class ReadAhead:
             self._pending.append((name, nbytes, self._thread.submit(self._read, name)))
 
     def __enter__(self) -> ReadAhead:
+        self._fill()
         return self
 
     def __exit__(

@@ -82,22 +82,17 @@ def judge(
     )
 
 
-def _log_probs(ours: Sequence[Tensor], reference: Reference, dtype: torch.dtype) -> tuple[Item, ...]:
-    return _sequences(ours, reference.exact.log_probs, reference.rounded.log_probs, dtype)
-
-
 def _gradients(ours: Named, reference: Reference, dtype: torch.dtype) -> tuple[Item, ...]:
     return _tensors(ours, reference.exact.gradients, reference.rounded.gradients, dtype)
 
 
-def _sequences(
-    ours: Sequence[Tensor], exact: Sequence[Tensor], rounded: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Item, ...]:
+def _log_probs(ours: Sequence[Tensor], reference: Reference, dtype: torch.dtype) -> tuple[Item, ...]:
     """Largest absolute errors; the yardstick is the largest over all sequences, as each has but a few tokens."""
 
     def error(found: Tensor, right: Tensor) -> float:
         return (found.double() - right).abs().max().item() if found.shape == right.shape else math.inf
 
+    exact, rounded = reference.exact.log_probs, reference.rounded.log_probs
     largest = max(right.abs().max().item() for right in exact)
     yardstick = max(error(found, right) for found, right in zip(rounded, exact, strict=True))
     limit = _tolerance(yardstick, largest, dtype)
