@@ -1,4 +1,4 @@
-"""The one place that chooses the modules of a transformer layer: TransformerEngine's on CUDA, else plain torch.
+"""The one place that chooses the modules of a transformer layer: TransformerEngine's on CUDA in bfloat16, else torch's.
 
 Both go through megatron-core's own ``TransformerLayer``, so a model has the same structure either way; the fused
 modules of TransformerEngine hold the norms' weights under other names, which ``checkpoint`` maps back.
@@ -55,11 +55,18 @@ class TorchSpecProvider(LocalSpecProvider):
         return TorchCoreAttention
 
 
-def choose_provider() -> BackendSpecProvider:
-    """TransformerEngine's modules where there are CUDA and TransformerEngine, else torch's."""
-    if platform.is_cuda() and importlib.util.find_spec("transformer_engine") is not None:
-        return _transformer_engine_provider()
-    return TorchSpecProvider()
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether a policy with parameters of ``dtype`` gets TransformerEngine's layers here.
+
+    Not in float32: fused attention, which packed sequences of images need, exists for 16-bit and 8-bit numbers only
+    (support matrix of cuDNN's scaled dot product attention; flash-attention is the same).
+    """
+    return dtype is torch.bfloat16 and platform.is_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def choose_provider(dtype: torch.dtype) -> BackendSpecProvider:
+    """TransformerEngine's modules where ``uses_transformer_engine``, else torch's."""
+    return _transformer_engine_provider() if uses_transformer_engine(dtype) else TorchSpecProvider()
 
 
 def _transformer_engine_provider() -> BackendSpecProvider:

@@ -60,7 +60,7 @@ class Policy(MegatronModule):
         self.share_embeddings_and_output_weights = architecture.tied_embeddings
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = chunk if parallel.virtual_pipeline > 1 else None
-        provider = choose_provider()
+        provider = choose_provider(config.params_dtype)
         self.vision_model = None
         if self.pre_process:
             self.vision_model = VisionModel(

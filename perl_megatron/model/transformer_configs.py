@@ -12,6 +12,7 @@ from torch.nn.functional import gelu, silu
 from perl_megatron.config.schema import ModelConfig, ParallelConfig
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import Architecture
+from perl_megatron.model.layer_specs import uses_transformer_engine
 from perl_megatron.runtime import platform
 
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -30,11 +31,11 @@ def fuses_weight_gradients(*, cuda: bool, apex: bool, transformer_engine: bool, 
     return cuda and (apex or (transformer_engine and not has_megatron_linear))
 
 
-def _fused_weight_gradients(*, has_megatron_linear: bool) -> bool:
+def _fused_weight_gradients(dtype: torch.dtype, *, has_megatron_linear: bool) -> bool:
     return fuses_weight_gradients(
         cuda=platform.is_cuda(),
         apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        transformer_engine=uses_transformer_engine(dtype),
         has_megatron_linear=has_megatron_linear,
     )
 
@@ -76,7 +77,7 @@ def _shared(model: ModelConfig, parallel: ParallelConfig, *, has_megatron_linear
         "bf16": dtype is torch.bfloat16,
         "perform_initialization": False,  # every weight is imported; stream.import_weights proves it
         "use_cpu_initialization": not platform.is_cuda(),
-        "gradient_accumulation_fusion": _fused_weight_gradients(has_megatron_linear=has_megatron_linear),
+        "gradient_accumulation_fusion": _fused_weight_gradients(dtype, has_megatron_linear=has_megatron_linear),
         # The other fusions are torch.compile or CUDA kernels; TransformerEngine brings its own.
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,

@@ -1,5 +1,6 @@
-"""Five shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
+"""Six shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
 
+S6 is ``megatron_adam``'s.
 Each names the files of megatron-core that need it; ``tests/runtime/test_platform.py`` fails for a shim that
 megatron-core no longer needs. S4 and S5 change only calls made by ``megatron.*`` modules.
 """
@@ -20,7 +21,7 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Install all five. Call once, before any model is built."""
+    """Install all six. Call once, before any model is built."""
     # megatron-core says on import, four times, that the fused CUDA kernels are missing; here that is no news.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     import torch._dynamo  # noqa: F401 - asserts on import that names in torch.cuda are distinct objects, so it goes first
@@ -29,6 +30,7 @@ def install() -> None:
     _random_state()
     _tensor_creation()
     _type_names()
+    _collectives_of_one_rank()
 
 
 def _current_device_and_synchronize() -> None:
@@ -142,6 +144,26 @@ def _type_names() -> None:
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     torch.Tensor.type = _for_megatron(original, cuda_name)  # type: ignore[method-assign, assignment]
+
+
+def _collectives_of_one_rank() -> None:
+    """S7: a rank that is alone in its group reduces gradients and gathers parameters in place, as NCCL has it."""
+    # distributed/param_and_grad_buffer.py; gloo copies the whole buffer to a new one and back.
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _in_place_alone(getattr(buffers, name)))
+
+
+def _in_place_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        alone = kwargs["group"].size() == 1 and not kwargs["async_op"]
+        if alone and output.data_ptr() == source.data_ptr() and output.shape == source.shape:
+            return None
+        return collective(output, source, *args, **kwargs)
+
+    return call
 
 
 def _for_megatron(original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 from perl_megatron.checkpoint.hf_files import open_checkpoint
 from perl_megatron.config.schema import ParallelConfig
+from perl_megatron.model.layer_specs import uses_transformer_engine
 from perl_megatron.runtime import topology
 from perl_megatron.runtime.collective import barrier, gather_objects, rank, world_size
 from perl_megatron.train.batch import TrainingSequence
@@ -94,4 +95,5 @@ def verify_layout(layout: Layout, other: Layout, case: Case, scratch: Path) -> R
     source = open_checkpoint(case.policy)
     name = str(other).split(",")[0]
     rows = judge(findings, (case.reference, after), source, optimizer, dtype=dtype, other=name)
-    return Report(str(layout), layout.as_dict(), rows)
+    layers = "TransformerEngine" if uses_transformer_engine(dtype) else "torch"
+    return Report(f"{layout}, layers of {layers}", layout.as_dict() | {"layers": layers}, rows)

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.attention import Attention  # noqa: E402
 
 from perl_megatron.checkpoint.qwen25_vl_table import canonical_megatron_name  # noqa: E402
-from perl_megatron.model import layer_specs  # noqa: E402
+from perl_megatron.model import layer_specs, transformer_configs  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
 from perl_megatron.runtime.collective import rank  # noqa: E402
 from perl_megatron.train.actor import Actor  # noqa: E402
@@ -120,9 +120,13 @@ def keep(case: Case, name: str, actor: Actor) -> None:
 
 @contextmanager
 def cuda_machine() -> Iterator[None]:
-    """What is built inside is built as where there is CUDA, on the CPU's memory."""
-    cpu = torch.device("cpu")
-    with mock.patch.multiple(platform, is_cuda=mock.Mock(return_value=True), device=mock.Mock(return_value=cpu)):
+    """What is built inside is built as where there is CUDA, on the CPU's memory, and in float32 for its precision."""
+    cuda, cpu = mock.Mock(return_value=True), mock.Mock(return_value=torch.device("cpu"))
+    with (
+        mock.patch.multiple(platform, is_cuda=cuda, device=cpu),
+        mock.patch.multiple(layer_specs, uses_transformer_engine=cuda),
+        mock.patch.multiple(transformer_configs, uses_transformer_engine=cuda),
+    ):
         yield
 
 
@@ -190,7 +194,7 @@ def main(case: Path, out: Path, phase: str) -> None:
         found = run(Case(case, out, name))
         (out / f"{name}-{phase}-{rank()}.json").write_text(json.dumps(found))
         parallel_state.destroy_model_parallel()
-    assert type(layer_specs.choose_provider()) is layer_specs.TorchSpecProvider
+    assert type(layer_specs.choose_provider(torch.bfloat16)) is layer_specs.TorchSpecProvider
 
 
 if __name__ == "__main__":

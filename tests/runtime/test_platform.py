@@ -1,4 +1,4 @@
-"""The six shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
+"""The seven shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
 
 import inspect
 import re
@@ -16,7 +16,8 @@ from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 
-from perl_megatron.runtime import platform
+from perl_megatron.config.schema import ParallelConfig
+from perl_megatron.runtime import platform, topology
 from perl_megatron.runtime.megatron_cpu import MODULES_THAT_NAME_CUDA
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are for machines without CUDA")
@@ -114,13 +115,36 @@ WITH_CUDA = """
 import torch
 torch.cuda.is_available = lambda: True
 before = torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type
-from perl_megatron.runtime import platform
+from perl_megatron.config.schema import ParallelConfig
+from perl_megatron.runtime import platform, topology
 platform.install()
 assert before == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type)
 from megatron.core.optimizer import distrib_optimizer
 assert not distrib_optimizer.HAVE_APEX_OR_TE
 print(distrib_optimizer.DistributedOptimizer.load_state_dict.__module__)
 """
+
+
+@pytest.mark.parametrize("name", ["dist_reduce_scatter_func", "dist_all_gather_func"])
+def test_a_rank_alone_moves_nothing(name):
+    """gloo itself copies what it is given; once it no longer does, the shim can go."""
+    topology.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
+    try:
+        data = torch.arange(5.0)
+        collective = getattr(param_and_grad_buffer, name)
+
+        def copies(call):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+                call(data, data, group=torch.distributed.group.WORLD, async_op=False)
+            return sum(event.count for event in trace.key_averages() if event.key == "aten::copy_")
+
+        assert copies(collective) == 0
+        assert copies(collective.__wrapped__) > 0
+        other = torch.zeros(5)
+        collective(other, data, group=torch.distributed.group.WORLD, async_op=False)
+        assert other.tolist() == data.tolist() == [0, 1, 2, 3, 4]
+    finally:
+        topology.shutdown()
 
 
 def test_without_a_fused_adam_the_optimizer_is_mended_on_cuda_too():
