@@ -23,12 +23,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def fuses_weight_gradients(*, cuda: bool, apex: bool, transformer_engine: bool, has_megatron_linear: bool) -> bool:
     """Whether weight gradients are added to their float32 buffers within the matrix product.
 
-    TransformerEngine's layers bring the kernel; megatron-core's own use apex's, and refuse the setting without it.
+    TransformerEngine's layers bring the kernel; megatron-core's own use apex's, and refuse the setting without it. On
+    the CPU ``runtime.megatron_cpu`` has one for them.
     ``has_megatron_linear``: the part has such a layer even among TransformerEngine's (the language model's output).
     (Fused Adam needs no setting: megatron-core's optimizer/__init__.py imports TransformerEngine's, else apex's, else
     takes torch's.)
     """
-    return cuda and (apex or (transformer_engine and not has_megatron_linear))
+    return not cuda or apex or (transformer_engine and not has_megatron_linear)
 
 
 def _fused_weight_gradients(dtype: torch.dtype, *, has_megatron_linear: bool) -> bool:

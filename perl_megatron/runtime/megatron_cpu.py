@@ -1,4 +1,4 @@
-"""Six shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
+"""Seven shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
 
 S6 is ``megatron_adam``'s.
 Each names the files of megatron-core that need it; ``tests/runtime/test_platform.py`` fails for a shim that
@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Install all six. Call once, before any model is built."""
+    """Install all seven. Call once, before any model is built."""
     # megatron-core says on import, four times, that the fused CUDA kernels are missing; here that is no news.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     import torch._dynamo  # noqa: F401 - asserts on import that names in torch.cuda are distinct objects, so it goes first
@@ -31,6 +32,7 @@ def install() -> None:
     _tensor_creation()
     _type_names()
     _collectives_of_one_rank()
+    _weight_gradients()
 
 
 def _current_device_and_synchronize() -> None:
@@ -164,6 +166,18 @@ def _in_place_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
         return collective(output, source, *args, **kwargs)
 
     return call
+
+
+def _weight_gradients() -> None:
+    """S8: weight gradients are added to their float32 buffers within the matrix product, as by apex's kernel."""
+    # tensor_parallel/layers.py; without, each is made in the weight's dtype first, in memory of its own.
+    import megatron.core.tensor_parallel.layers as layers
+
+    def accumulate(inputs: torch.Tensor, output_gradients: torch.Tensor, buffer: torch.Tensor) -> None:
+        buffer.addmm_(output_gradients.t().to(buffer.dtype), inputs.to(buffer.dtype))
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+    layers._grad_accum_fusion_available = True
 
 
 def _for_megatron(original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:

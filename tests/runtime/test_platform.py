@@ -1,4 +1,4 @@
-"""The seven shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
+"""The eight shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.optimizer import distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import p2p_communication, schedules
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as megatron_random
 
 from perl_megatron.config.schema import ParallelConfig
@@ -33,6 +33,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are
         (p2p_communication, "torch.cuda.synchronize()"),
         (megatron_random, "torch.cuda.get_rng_state()"),
         (megatron_random, "torch.cuda.manual_seed("),
+        (layers, "fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(\n"),
         (optimizer, "'torch.cuda.FloatTensor'"),
         (distrib_optimizer, "'torch.cuda.FloatTensor'"),
         (distrib_optimizer, 's["step"] = step\n'),
@@ -145,6 +146,16 @@ def test_a_rank_alone_moves_nothing(name):
         assert other.tolist() == data.tolist() == [0, 1, 2, 3, 4]
     finally:
         topology.shutdown()
+
+
+def test_weight_gradients_are_added_up_in_float32():
+    """Each is a quarter of bfloat16's last place of the sum, which would swallow them one by one."""
+    inputs, gradients = torch.ones(1, 3, dtype=torch.bfloat16), torch.full((1, 2), 2.0**-10, dtype=torch.bfloat16)
+    buffer = torch.ones(2, 3)
+    for _ in range(8):
+        layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, gradients, buffer)
+    assert (buffer == 1 + 8 * 2.0**-10).all()
+    assert layers._grad_accum_fusion_available
 
 
 def test_without_a_fused_adam_the_optimizer_is_mended_on_cuda_too():
