@@ -34,7 +34,6 @@ from perl_megatron.checkpoint.hf_files import open_checkpoint  # noqa: E402
 from perl_megatron.checkpoint.qwen25_vl_table import published_name  # noqa: E402
 from perl_megatron.checkpoint.stream import export_tensors, import_weights  # noqa: E402
 from perl_megatron.config.schema import ModelConfig, OptimizerSection, ParallelConfig  # noqa: E402
-from perl_megatron.kernels.logprob import vocabulary_parallel_log_prob  # noqa: E402
 from perl_megatron.model.architecture import read_architecture  # noqa: E402
 from perl_megatron.model.policy import build_policy  # noqa: E402
 from perl_megatron.runtime import topology  # noqa: E402
@@ -42,6 +41,7 @@ from perl_megatron.train.batch import MicroBatch  # noqa: E402
 from perl_megatron.train.losses import Sums, SupervisedLoss  # noqa: E402
 from perl_megatron.train.optimizer import Optimizer  # noqa: E402
 from perl_megatron.train.schedule import Schedule  # noqa: E402
+from perl_megatron.train.scorer import Scorer  # noqa: E402
 
 PEER = "transformers"
 PARTS = ("visual.merger.", "visual.", "model.layers.", "")
@@ -77,6 +77,7 @@ class OurStep(Step):
         )
         import_weights(self._chunks, self._architecture, self._layout, open_checkpoint(folder))
         self._optimizer = Optimizer(OptimizerSection(), self._chunks, total_steps=1)
+        self._scorer = Scorer(self._chunks[-1], self._layout)
         inputs = make_inputs(case)
         self._sequences, self._loss = inputs.sequences, SupervisedLoss(inputs.sequences)
         size = case.rows // MICRO_BATCHES
@@ -90,9 +91,9 @@ class OurStep(Step):
         passes = self._schedule.run(self._sequences, self._micro_batch_loss, forward_only=False)
         return sum(float(sums["loss"]) for _, sums in passes)
 
-    def _micro_batch_loss(self, batch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
-        log_prob, entropy = vocabulary_parallel_log_prob(logits, batch.targets)
-        return self._loss(batch, log_prob, entropy)
+    def _micro_batch_loss(self, batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        scores = self._scorer(batch, hidden, entropy=True)
+        return self._loss(batch, scores.log_prob, scores.entropy)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         def main_gradient(parameter: Any) -> torch.Tensor:

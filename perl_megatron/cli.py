@@ -6,6 +6,7 @@ A command that needs several processes starts them itself through torchrun; unde
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import sys
@@ -241,11 +242,20 @@ def run_verify_weights(options: argparse.Namespace, argv: list[str]) -> int:
     return 0 if comparison.equal else 1
 
 
+def _live_loss_kernel() -> str | None:
+    """None without torch, which doctor reports."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from perl_megatron.kernels.dispatch import choose_backend
+
+    return choose_backend()
+
+
 def run_doctor(options: argparse.Namespace, argv: list[str]) -> int:
     """Print the state of this installation."""
     from perl_megatron.runtime.doctor import examine, render
 
-    report = examine()
+    report = examine(loss_kernel=_live_loss_kernel())
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0
 

@@ -48,6 +48,9 @@ class ModelConfig(Section):
     """Type of parameters and activations (main parameters and gradients are always float32)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation of megatron-core."""
+    loss_kernel: Literal["auto", "reference", "tiled"] = "auto"
+    """How log-probabilities and their gradients are computed from hidden states: 'reference' with the logits of all
+    tokens in memory, 'tiled' with one tile of them; 'auto' the fastest that runs here."""
     fp8: Literal["none", "e4m3", "hybrid"] = "none"
     """Matrix products of the language model's layers in 8 bits ('hybrid': e4m3 forward, e5m2 backward); needs CUDA,
     Transformer Engine and bfloat16."""

@@ -19,9 +19,6 @@ from perl_megatron.model.vision import VisionModel
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.topology import Topology
 
-_MASKED_LOGIT = -1e9
-"""Logit of the rows that only fill up the vocabulary: far below any real one, and finite, so that 0 · logit is 0."""
-
 
 @dataclass
 class VisionInput:
@@ -38,7 +35,9 @@ class VisionInput:
 
 
 class Policy(MegatronModule):
-    """One pipeline stage: the first holds the vision tower and the embedding, the last the output layer.
+    """One pipeline stage: the first holds the vision tower and the embedding, the last the output weight.
+
+    The product of the two belongs to the loss (``kernels``): logits of all tokens at once are never made.
 
     With ``parallel.virtual_pipeline`` above 1 it is the 0-based ``chunk`` of the stage's chunks.
     """
@@ -86,15 +85,6 @@ class Policy(MegatronModule):
         )
         # The positions that come in are those of this context rank; megatron-core would take its part of them again.
         self.language_model.rotary_pos_emb.cp_group = None
-        if self.post_process:
-            # Its input is gathered and cut to the wanted positions here, so it takes whole rows and reduces their
-            # gradient itself, with or without sequence parallelism.
-            self.language_model.output_layer.sequence_parallel = False
-            self.language_model.output_layer.allreduce_dgrad = parallel.tensor > 1
-        real = architecture.vocabulary_size - topology.tensor_rank * (
-            architecture.padded_vocabulary(parallel.tensor) // parallel.tensor
-        )
-        self._num_real_logits = max(real, 0)
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Take the previous stage's hidden states (called by megatron-core's schedules)."""
@@ -104,6 +94,16 @@ class Policy(MegatronModule):
         """The tied matrix of this stage (called by megatron-core's gradient reduction)."""
         return self.language_model.shared_embedding_or_output_weight()
 
+    def output_weight(self) -> torch.nn.Parameter:
+        """[rows, H] of the last stage: this rank's rows of the output layer, or of the embedding where they are tied.
+
+        Rows behind the vocabulary fill it up to a multiple of the tensor-parallel size, and mean nothing.
+        """
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.language_model.output_layer.weight
+        assert isinstance(weight, torch.nn.Parameter), "only the last pipeline stage has an output weight"
+        return weight
+
     def forward(
         self,
         token_ids: torch.Tensor,
@@ -111,21 +111,21 @@ class Policy(MegatronModule):
         vision: VisionInput | None = None,
         output_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of the wanted positions, or the hidden states for the next stage.
+        """Final hidden states of the wanted positions, or the hidden states for the next stage.
 
         ``token_ids`` int64 [B, S], padded on the right; ``position_ids`` int64 [3, B, S]; ``vision`` for the first
         stage, None without images; ``output_mask`` bool [B, S], None for all. Attention is causal; with sequence
         parallelism S must be a multiple of the tensor-parallel size. With context parallelism all of them are this
         rank's part of the sequences, as ``context_parallel.context_part`` cuts it, and S is the part's length.
-        Returns on the last stage logits [selected, V / tp] in row-major [B, S] order, this rank's part of the
-        vocabulary, in the parameters' dtype; else hidden states [S, B, H] ([S / tp, B, H] if sequence-parallel).
+        Returns on the last stage hidden states [selected, H] in row-major [B, S] order, normed, the same on all
+        tensor-parallel ranks, whose gradients must be too; else [S, B, H] ([S / tp, B, H] if sequence-parallel).
         """
         embedded = self._embed(token_ids, vision) if self.pre_process else None
         language = self.language_model
         angles = language.rotary_pos_emb(position_ids, language.mrope_section)
         assert len(angles) == position_ids.shape[2], "megatron-core has cut the rotary angles a second time"
         hidden = language.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles)
-        return self._logits(hidden, output_mask) if self.post_process else hidden
+        return self._select(hidden, output_mask) if self.post_process else hidden
 
     def _embed(self, token_ids: torch.Tensor, vision: VisionInput | None) -> torch.Tensor:
         """[S, B, H], image features in place; this rank's part of S if sequence-parallel."""
@@ -140,19 +140,12 @@ class Policy(MegatronModule):
             embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded)
         return embedded
 
-    def _logits(self, hidden: torch.Tensor, output_mask: torch.Tensor | None) -> torch.Tensor:
+    def _select(self, hidden: torch.Tensor, output_mask: torch.Tensor | None) -> torch.Tensor:
         if self.config.sequence_parallel:
-            # The output layer sums the gradient over the ranks, so going back each rank takes only its part of it.
+            # The gradient that comes back is whole on every rank, so each takes only its part of it.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         tokens = hidden.transpose(0, 1).flatten(0, 1)
-        if output_mask is not None:
-            tokens = tokens[output_mask.flatten()]
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits = self.language_model.output_layer(tokens.unsqueeze(1), weight=tied)[0].squeeze(1)
-        if self._num_real_logits < logits.shape[1]:
-            filling = torch.arange(logits.shape[1], device=logits.device) >= self._num_real_logits
-            logits = logits.masked_fill(filling, _MASKED_LOGIT)
-        return logits
+        return tokens if output_mask is None else tokens[output_mask.flatten()]
 
 
 def build_policy(
@@ -162,7 +155,7 @@ def build_policy(
 
     Norm weights are 1; all other weights are uninitialised until ``checkpoint.stream.import_weights``. With
     ``model.dtype`` bfloat16 parameters and activations are bfloat16 throughout: no Float16Module stands between, the
-    policy casts its own inputs, and ``kernels.logprob`` reads the logits as float32.
+    policy casts its own inputs, and ``kernels`` makes float32 of the logits.
     Raises UserError where the model does not split evenly.
     """
     check_split(parallel, architecture.numbers)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from perl_megatron.kernels.logprob import BANNED_BIAS
+from perl_megatron.kernels.scores import BANNED_BIAS
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
 BANNED_LOGIT_BIAS = BANNED_BIAS

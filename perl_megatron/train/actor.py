@@ -20,7 +20,6 @@ from perl_megatron.checkpoint.state import load_training_state, save_training_st
 from perl_megatron.config.derive_model import fp8_alignment
 from perl_megatron.config.schema import Config
 from perl_megatron.data.processor import PromptEncoder
-from perl_megatron.kernels.logprob import vocabulary_parallel_log_prob
 from perl_megatron.model.architecture import read_architecture
 from perl_megatron.model.policy import build_policy
 from perl_megatron.runtime import platform
@@ -30,6 +29,7 @@ from perl_megatron.train.losses import Loss, PolicyLoss, Sums, SupervisedLoss
 from perl_megatron.train.optimizer import Optimizer
 from perl_megatron.train.reference import ReferenceWeights
 from perl_megatron.train.schedule import Schedule, add_up, contributes
+from perl_megatron.train.scorer import Scorer
 
 TOKEN_MEANS = ("entropy", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio_mean")
 """Statistics that are means over all response tokens (the others carry their weights already)."""
@@ -51,13 +51,19 @@ class Actor:
     def __init__(self, config: Config, topology: Topology, encoder: PromptEncoder, *, total_steps: int):
         self.config = config
         self._topology = topology
-        self._banned = tuple(encoder.banned_token_ids)
         self.architecture = read_architecture(config.model.path)
         self.modules = build_policy(self.architecture, config.model, config.parallel, topology)
         for module in self.modules:
             module.to(platform.device())
         stream.import_weights(self.modules, self.architecture, topology, open_checkpoint(config.model.path))
         self.optimizer = Optimizer(config.optimizer, self.modules, total_steps=total_steps)
+        self._scorer = Scorer(
+            self.modules[-1],
+            topology,
+            temperature=config.rollout.temperature,
+            banned=encoder.banned_token_ids,
+            kernel=config.model.loss_kernel,
+        )
         self._reference = ReferenceWeights(self.modules) if config.algorithm.kl_coefficient > 0 else None
         self._schedule = Schedule(
             self.optimizer.chunks,
@@ -142,8 +148,9 @@ class Actor:
         num_tokens = sum(len(sequence.response) for sequence in sequences)
         assert num_tokens > 0, "an update needs response tokens"
 
-        def micro_batch_loss(batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
-            return loss(batch, *self._score(batch, logits))
+        def micro_batch_loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Sums]:
+            scores, real = self._scorer(batch, hidden, entropy=True), batch.num_tokens
+            return loss(batch, scores.log_prob[:real], scores.entropy[:real])
 
         self.optimizer.zero_gradients()
         results = self._schedule.run(sequences, micro_batch_loss, forward_only=False)
@@ -158,17 +165,6 @@ class Actor:
             "num_sequences": float(len(sequences)),
         }
 
-    def _keep_log_prob(self, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
-        log_prob, _ = self._score(batch, logits)
+    def _keep_log_prob(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Sums]:
+        log_prob = self._scorer(batch, hidden, entropy=False).log_prob[: batch.num_tokens]
         return log_prob.sum(), {"log_prob": log_prob}
-
-    def _score(self, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-probability, entropy) of each response token, float32 [T], without the filler's."""
-        log_prob, entropy = vocabulary_parallel_log_prob(
-            logits,
-            batch.targets,
-            group=self._topology.tensor_group() if self._topology.tensor_size > 1 else None,
-            temperature=self.config.rollout.temperature,
-            banned_token_ids=self._banned,
-        )
-        return log_prob[: batch.num_tokens], entropy[: batch.num_tokens]

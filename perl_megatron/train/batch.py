@@ -2,7 +2,7 @@
 
 Legend: B rows (sequences) of a micro-batch, S padded tokens of a row, T response tokens of the micro-batch, U distinct
 images, M image-pad tokens. Rows are in the order of ``indices``; flat per-token values run row by row, so they line up
-with the logits that the model gives for ``output_mask``.
+with the hidden states that the model gives for ``output_mask``.
 
 With context parallelism a rank holds its part of each row, and S and T count that part.
 

@@ -118,7 +118,7 @@ def _required(values: Sequence[np.ndarray | None], sequences: Sequence[TrainingS
 
 
 def _row(values: Sequence[np.ndarray], batch: MicroBatch, device: torch.device) -> Tensor:
-    """The values of this rank's tokens of the micro-batch, float32 [T], in the order of its logits."""
+    """The values of this rank's tokens of the micro-batch, float32 [T], in the order of its targets."""
     if not batch.indices:
         return torch.zeros(0, device=device)
     row = np.concatenate([values[index] for index in batch.indices])[batch.own_tokens]

@@ -1,8 +1,8 @@
 """One pass of a global list of sequences through megatron-core's schedules, and the agreement of all ranks on results.
 
 Every rank is given the same sequences; a data-parallel rank takes its share, its pipeline stages work on it together,
-each context rank on its part of every sequence, and only the last stage sees logits. What it finds reaches all ranks by
-a sum in which each value has exactly one contributor (so values arrive bit for bit).
+each context rank on its part of every sequence, and only the last stage sees the final hidden states. What it finds
+reaches all ranks by a sum in which each value has exactly one contributor (so values arrive bit for bit).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from perl_megatron.train.batch import MicroBatch, TrainingSequence, collate, spl
 from perl_megatron.train.losses import Sums
 
 MicroBatchLoss = Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]
-"""(micro-batch, logits [T, V / tensor size]) to (scalar loss, what to keep of it)."""
+"""(micro-batch, final hidden states [T, H]) to (scalar loss, what to keep of it)."""
 
 
 class Schedule:
@@ -106,8 +106,8 @@ def _forward_step(
     batch = next(batches)
     output = model(batch.token_ids, batch.position_ids, batch.vision, batch.output_mask)
 
-    def finish(logits: Tensor) -> tuple[Tensor, Tensor, tuple[MicroBatch, Sums]]:
-        value, kept = loss(batch, logits)
+    def finish(hidden: Tensor) -> tuple[Tensor, Tensor, tuple[MicroBatch, Sums]]:
+        value, kept = loss(batch, hidden)
         # The count would divide the gradient; the losses are normalised already (see ``train/optimizer.py``).
         # The pixels are left out of what is kept: megatron-core holds it until the pass over all micro-batches ends.
         return value, torch.ones((), dtype=torch.int, device=value.device), (replace(batch, vision=None), kept)

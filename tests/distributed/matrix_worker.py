@@ -18,14 +18,10 @@ platform.install()
 
 import torch  # noqa: E402
 
-from perl_megatron.config.schema import ParallelConfig  # noqa: E402
-from perl_megatron.kernels.logprob import vocabulary_parallel_log_prob  # noqa: E402
 from perl_megatron.runtime import topology  # noqa: E402
-from perl_megatron.runtime.collective import gather_objects, rank, world_size  # noqa: E402
+from perl_megatron.runtime.collective import rank, world_size  # noqa: E402
 from perl_megatron.verification.command import make_case, quiet_libraries, shared_folder, verify_layout  # noqa: E402
 from perl_megatron.verification.layout import NUM_LAYERS, Layout  # noqa: E402
-
-KERNEL = "log-probability kernel"
 
 
 def matrix(processes: int) -> list[Layout]:
@@ -84,31 +80,10 @@ def verify_all(folder: Path) -> dict[str, dict]:
     return reports
 
 
-def check_log_prob_kernel() -> dict[str, float]:
-    """The ranks with a part of the vocabulary each against the whole vocabulary in one process, float64."""
-    place = topology.initialize(ParallelConfig(tensor=world_size()), seed=0, timeout_seconds=120)
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(11, 52, generator=generator, dtype=torch.float64).mul(4).requires_grad_()
-    targets = torch.randint(0, 52, (11,), generator=generator)
-    weights = torch.randn(2, 11, generator=generator, dtype=torch.float64)
-    options = {"temperature": 0.7, "banned_token_ids": (0, 27)}
-    part = whole.detach().chunk(world_size(), 1)[place.tensor_rank].clone().requires_grad_()
-    expected = torch.stack(vocabulary_parallel_log_prob(whole, targets, **options))
-    ours = torch.stack(vocabulary_parallel_log_prob(part, targets, group=place.tensor_group(), **options))
-    (expected * weights).sum().backward()
-    (ours * weights).sum().backward()
-    own_gradient = whole.grad.chunk(world_size(), 1)[place.tensor_rank]
-    topology.forget_layout()
-    errors = [(ours - expected).abs().max().item(), (part.grad - own_gradient).abs().max().item()]
-    value, gradient = (max(each) for each in zip(*gather_objects(errors), strict=True))
-    return {"value": value, "gradient": gradient}
-
-
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     with quiet_libraries(), shared_folder() as folder:
         reports = verify_all(folder)
-        reports[KERNEL] = check_log_prob_kernel()
     if rank() == 0:
         (out / "reports.json").write_text(json.dumps(reports, allow_nan=False))
     topology.shutdown()

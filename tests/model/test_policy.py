@@ -35,7 +35,15 @@ def policy(build):
 
 def logits(policy, inputs, *, select=True):
     mask = inputs.output_mask if select else None
-    return policy(inputs.token_ids, inputs.position_ids, inputs.vision, mask)
+    hidden = policy(inputs.token_ids, inputs.position_ids, inputs.vision, mask)
+    return hidden @ policy.output_weight()[: policy.architecture.vocabulary_size].t()
+
+
+def zero_gradients(policy):
+    """megatron-core's linear layers add theirs to a buffer, which its DistributedDataParallel makes otherwise."""
+    policy.zero_grad()
+    for parameter in policy.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
 
 
 def test_selected_rows_are_those_of_all_positions(policy):
@@ -73,7 +81,7 @@ def test_gradients_of_an_image_used_twice_are_summed(policy):
     weight = policy.vision_model.patch_embed.weight
 
     def gradient(members):
-        policy.zero_grad()
+        zero_gradients(policy)
         logits(policy, micro_batch(members)).square().sum().backward()
         return weight.grad.clone()
 
@@ -83,7 +91,7 @@ def test_gradients_of_an_image_used_twice_are_summed(policy):
 def test_no_selected_position_gives_no_logits_and_zero_gradients(policy):
     inputs = micro_batch([6])
     inputs.output_mask[:] = False
-    policy.zero_grad()
+    zero_gradients(policy)
     output = logits(policy, inputs)
     assert output.shape[0] == 0
     output.sum().backward()
@@ -96,9 +104,14 @@ def test_recomputation_changes_nothing(build, policy, recompute):
     gradients = []
     for model in (policy, build(dtype="float32", recompute=recompute)):
         model.train()
-        model.zero_grad()
+        zero_gradients(model)
         logits(model, inputs).square().mean().backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        gradients.append(
+            {
+                name: parameter.main_grad if parameter.grad is None else parameter.grad
+                for name, parameter in model.named_parameters()
+            }
+        )
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
@@ -119,6 +132,7 @@ def test_recomputation_takes_place(build, recompute, of_attention, of_mlp):
     for block in blocks:
         block.self_attention.core_attention.register_forward_hook(count("core_attention"))
         block.mlp.register_forward_hook(count("mlp"))
+    zero_gradients(model)
     logits(model, micro_batch([0, 3])).square().mean().backward()
     assert counts == {"core_attention": of_attention * len(blocks), "mlp": of_mlp * len(blocks)}
 

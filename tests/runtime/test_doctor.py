@@ -6,10 +6,11 @@ from perl_megatron.runtime import doctor
 
 
 def test_this_installation():
-    report = doctor.examine()
+    report = doctor.examine(loss_kernel="tiled")
     assert json.loads(json.dumps(report)) == report
     assert report["missing"] == []
     text = doctor.render(report)
+    assert "Loss kernels: tiled" in text
     for name in (*doctor.REQUIRED, *(part.name for part in doctor.OPTIONAL)):
         assert name in text
     assert report["packages"]["torch"] in text
@@ -18,7 +19,7 @@ def test_this_installation():
 
 def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda names: None)
-    report = doctor.examine()
+    report = doctor.examine(loss_kernel=None)
     assert report["missing"] == list(doctor.REQUIRED)
     text = doctor.render(report)
     assert "pip install torch megatron-core" in text

@@ -1,0 +1,341 @@
+"""``scores`` in tiles of tokens × vocabulary, in plain torch: the logits of one tile are all that is ever in memory.
+
+The tiles of the output weight are the outer loop, so that each is converted once; those of the tokens the inner. A
+forward pass keeps running sums per token (online softmax; Milakov & Gimelshein 2018, arXiv 1805.02867); the backward
+pass computes each tile's logits again and adds up both gradients in float32. With T tokens, hidden size H and V
+vocabulary rows on this rank: 2·T·H·V floating-point operations forward and 6·T·H·V backward.
+
+Batch invariance: the tokens' last tile is filled up with zeros, so each product and each sum over a tile has the same
+shapes whatever T is, and a token meets the vocabulary's tiles in the same order whatever else is in the batch.
+Vocabulary-parallel: two collectives forward (a maximum [T] and one packed sum [3, T]; one more for the most probable
+tokens, where asked), one backward (the sum of the hidden states' gradient).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from perl_megatron.kernels.scores import (
+    BANNED_BIAS,
+    IGNORED,
+    ScoreOptions,
+    TokenScores,
+    VocabularyShard,
+    dtype_of_computation,
+)
+
+TOKENS = 256
+"""Tokens of a tile."""
+ROWS = 2048
+"""Vocabulary rows of a tile."""
+_LOWEST = -1e30
+"""A running maximum's start: below any logit, and finite, so that 0 times a difference to it is 0."""
+
+
+def score_tokens(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, options: ScoreOptions
+) -> TokenScores:
+    """See ``dispatch.score_tokens``."""
+    return TokenScores(*_TiledScores.apply(hidden, weight, targets, shard, options))
+
+
+@dataclass
+class _Sums:
+    """Of each token over the tiles so far; all [T'], where T' is T filled up to whole tiles."""
+
+    maximum: Tensor
+    total: Tensor
+    """Σ exp(z - maximum)."""
+    weighted: Tensor
+    """Σ exp(z - maximum) · (z - maximum)."""
+    target: Tensor
+    """z of the target, where it is on this rank; else 0."""
+
+
+class _Tiles:
+    """The logits of one batch on this rank, a tile at a time."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, options: ScoreOptions):
+        self.dtype = dtype_of_computation(hidden)
+        # A GPU multiplies 16-bit numbers into float32 sums; the CPU has no such product, so tiles are converted.
+        self.operand_dtype = hidden.dtype if hidden.is_cuda else self.dtype
+        self.shard = shard
+        self.num_tokens = len(hidden)
+        self._hidden, self._weight = hidden, weight
+        self.counts = targets != IGNORED
+        self.known = (targets >= 0) & (targets < shard.total)
+        self._has_ignored = not bool(self.counts.all())
+        self.column = self._padded(torch.where(self.known, targets, -1) - shard.first, -1)
+        """int64 [T']: the target's row on this rank; outside of 0 … size where it is not here."""
+        self.scale: Tensor | None = None
+        """[T]: 1 / τ; None where it is 1."""
+        if torch.is_tensor(options.temperature) or options.temperature != 1:
+            temperature = torch.as_tensor(options.temperature, dtype=self.dtype, device=hidden.device)
+            self.scale = temperature.reciprocal().expand(self.num_tokens)
+        self._row_scale = None if self.scale is None else self._padded(self.scale, 1)
+        self._banned = sorted(shard.own(options.banned_token_ids))
+        self._tile = hidden.new_empty(TOKENS, hidden.shape[1], dtype=self.operand_dtype)
+        self._logits = hidden.new_empty(TOKENS * ROWS, dtype=self.dtype)
+        self._scratch = torch.empty_like(self._logits)
+
+    def _padded(self, values: Tensor, filler: float) -> Tensor:
+        """[T'] from [T]."""
+        missing = -len(values) % TOKENS
+        return torch.cat([values, values.new_full((missing,), filler)]) if missing else values.contiguous()
+
+    def new_sums(self) -> _Sums:
+        """Before the first tile."""
+        zeros = torch.zeros(len(self.column), dtype=self.dtype, device=self._hidden.device)
+        return _Sums(torch.full_like(zeros, _LOWEST), zeros, zeros.clone(), zeros.clone())
+
+    def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive rows, and the weight's [rows, H] as an operand."""
+        for first in range(0, self.shard.size, ROWS):
+            rows = slice(first, min(first + ROWS, self.shard.size))
+            yield rows, self._weight[rows].to(self.operand_dtype)
+
+    def token_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive tokens of T', and their hidden states [TOKENS, H] as an operand; valid until the next one."""
+        for first in range(0, self.num_tokens, TOKENS):
+            real = min(TOKENS, self.num_tokens - first)
+            self._tile[:real] = self._hidden[first : first + real]
+            if self._has_ignored:
+                self._tile[:real].masked_fill_(~self.counts[first : first + real, None], 0)
+            self._tile[real:] = 0
+            yield slice(first, first + TOKENS), self._tile
+
+    def logits(self, tokens: slice, tile: Tensor, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(z [TOKENS, rows], scratch of its shape), both overwritten by the next call."""
+        count = rows.stop - rows.start
+        z, scratch = (buffer[: TOKENS * count].view(TOKENS, count) for buffer in (self._logits, self._scratch))
+        _multiply(tile, weight.t(), out=z)
+        banned = [token - rows.start for token in self._banned if rows.start <= token < rows.stop]
+        if banned:
+            z[:, banned] += BANNED_BIAS
+        if self._row_scale is not None:
+            z *= self._row_scale[tokens, None]
+        return z, scratch
+
+    def targets_in(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        """(bool [TOKENS] whether the target is among the rows, int64 [TOKENS, 1] its column, any where it is not)."""
+        column = self.column[tokens] - rows.start
+        here = (column >= 0) & (column < rows.stop - rows.start)
+        return here, column.clamp(0, rows.stop - rows.start - 1)[:, None]
+
+
+def _multiply(first: Tensor, second: Tensor, out: Tensor) -> None:
+    if first.dtype == out.dtype:
+        torch.mm(first, second, out=out)
+    else:
+        out.copy_(torch.mm(first, second, out_dtype=out.dtype))
+
+
+def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    if first.dtype == total.dtype:
+        total.addmm_(first, second)
+    else:
+        total += torch.mm(first, second, out_dtype=torch.float32)
+
+
+def _fold(sums: _Sums, tokens: slice, z: Tensor, scratch: Tensor, *, entropy: bool) -> None:
+    """Add the tile's logits to the sums; destroys them."""
+    maximum, total, weighted = sums.maximum[tokens], sums.total[tokens], sums.weighted[tokens]
+    new = torch.maximum(maximum, z.amax(1))
+    change = maximum - new
+    decay = change.exp()
+    z -= new[:, None]
+    torch.exp(z, out=scratch)
+    if entropy:
+        weighted.addcmul_(total, change).mul_(decay)
+        weighted += torch.linalg.vecdot(scratch, z)
+    total.mul_(decay).add_(scratch.sum(1))
+    maximum.copy_(new)
+
+
+class _TiledScores(torch.autograd.Function):
+    @staticmethod
+    @torch.no_grad()
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        shard: VocabularyShard,
+        options: ScoreOptions,
+    ) -> tuple[Tensor, ...]:
+        tiles = _Tiles(hidden, weight, targets, shard, options)
+        sums, top = tiles.new_sums(), _Top(tiles, options.top_k)
+        for rows, weight_tile in tiles.row_tiles():
+            for tokens, tile in tiles.token_tiles():
+                z, scratch = tiles.logits(tokens, tile, rows, weight_tile)
+                here, column = tiles.targets_in(tokens, rows)
+                sums.target[tokens] += torch.where(here, z.gather(1, column)[:, 0], 0)
+                top.fold(tokens, z, rows)
+                _fold(sums, tokens, z, scratch, entropy=options.entropy)
+        _reduce(sums, shard.group)
+        top.reduce(shard)
+        log_total = sums.total.log()
+        count = tiles.num_tokens
+        log_prob = torch.where(tiles.known, (sums.target - sums.maximum - log_total)[:count], torch.nan)
+        log_sum_exp = (sums.maximum + log_total)[:count]
+        entropy = (log_total - sums.weighted / sums.total)[:count] if options.entropy else torch.zeros_like(log_prob)
+        ctx.save_for_backward(hidden, weight, targets, log_sum_exp, entropy)
+        ctx.shard, ctx.options = shard, options
+        ctx.set_materialize_grads(False)
+        values, ids = (torch.where(tiles.counts[:, None], each, 0) for each in top.result(log_sum_exp))
+        is_top = (sums.target == sums.maximum)[:count] & tiles.known & tiles.counts
+        log_prob, entropy, log_sum_exp = (torch.where(tiles.counts, x, 0) for x in (log_prob, entropy, log_sum_exp))
+        ctx.mark_non_differentiable(log_sum_exp, is_top, values, ids)
+        return log_prob, entropy, log_sum_exp, is_top, values, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, log_sum_exp, entropy = ctx.saved_tensors
+        if grad_log_prob is None and grad_entropy is None:
+            return None, None, None, None, None
+        tiles = _Tiles(hidden, weight, targets, ctx.shard, ctx.options)
+        pull = _Pull(tiles, log_sum_exp, entropy, grad_log_prob, grad_entropy if ctx.options.entropy else None)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.zeros_like(hidden, dtype=tiles.dtype) if need_hidden else None
+        weight_gradient = _WeightGradient(weight, tiles.dtype, ctx.options.gradient_buffer) if need_weight else None
+        for rows, weight_tile in tiles.row_tiles():
+            part = weight_gradient.part(rows) if weight_gradient else None
+            for tokens, tile in tiles.token_tiles():
+                gradient = pull.logits_gradient(tokens, rows, *tiles.logits(tokens, tile, rows, weight_tile))
+                gradient = gradient.to(tiles.operand_dtype)
+                if hidden_gradient is not None:
+                    own = hidden_gradient[tokens]
+                    _add_product(own, gradient[: len(own)], weight_tile)
+                if part is not None:
+                    _add_product(part, gradient.t(), tile)
+            if weight_gradient is not None:
+                weight_gradient.finish(rows)
+        if hidden_gradient is not None:
+            if ctx.shard.group is not None:
+                dist.all_reduce(hidden_gradient, group=ctx.shard.group)
+            hidden_gradient = hidden_gradient.to(hidden.dtype)
+        return hidden_gradient, weight_gradient.result if weight_gradient else None, None, None, None
+
+
+def _reduce(sums: _Sums, group: dist.ProcessGroup | None) -> None:
+    """From this rank's rows to the whole vocabulary."""
+    if group is None:
+        return
+    own = sums.maximum
+    sums.maximum = own.clone()
+    dist.all_reduce(sums.maximum, dist.ReduceOp.MAX, group=group)
+    change = own - sums.maximum
+    decay = change.exp()
+    packed = torch.stack([sums.total * decay, (sums.weighted + sums.total * change) * decay, sums.target])
+    dist.all_reduce(packed, group=group)
+    sums.total, sums.weighted, sums.target = packed
+
+
+class _Pull:
+    """The gradient of the logits of a tile: upstream gradients pulled back through log-probability and entropy."""
+
+    def __init__(
+        self,
+        tiles: _Tiles,
+        log_sum_exp: Tensor,
+        entropy: Tensor,
+        grad_log_prob: Tensor | None,
+        grad_entropy: Tensor | None,
+    ):
+        self._tiles = tiles
+        self._log_sum_exp = tiles._padded(log_sum_exp, 0)
+        by_log_prob = self._per_token(torch.zeros_like(log_sum_exp) if grad_log_prob is None else grad_log_prob)
+        self._by_log_prob = by_log_prob
+        self._by_entropy = None if grad_entropy is None else self._per_token(grad_entropy)
+        self._constant = by_log_prob
+        if self._by_entropy is not None:
+            self._constant = by_log_prob + self._by_entropy * tiles._padded(entropy, 0)
+
+    def _per_token(self, gradient: Tensor) -> Tensor:
+        """[T'], zero for tokens that do not count, and with respect to logits before the temperature."""
+        gradient = torch.where(self._tiles.counts, gradient.to(self._tiles.dtype), 0)
+        return self._tiles._padded(gradient if self._tiles.scale is None else gradient * self._tiles.scale, 0)
+
+    def logits_gradient(self, tokens: slice, rows: slice, z: Tensor, scratch: Tensor) -> Tensor:
+        """[TOKENS, rows], in the place of z or the scratch."""
+        z -= self._log_sum_exp[tokens, None]
+        if self._by_entropy is None:
+            gradient = z.exp_().mul_(-self._constant[tokens, None])
+        else:
+            torch.exp(z, out=scratch)
+            z.mul_(self._by_entropy[tokens, None]).add_(self._constant[tokens, None])
+            gradient = scratch.mul_(z).neg_()
+        here, column = self._tiles.targets_in(tokens, rows)
+        gradient.scatter_add_(1, column, torch.where(here, self._by_log_prob[tokens], 0)[:, None])
+        return gradient
+
+
+class _WeightGradient:
+    """Where the gradient of a tile of the weight is added up, in float32, and where it goes from there."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, buffer: Tensor | None):
+        self._target = torch.zeros_like(weight) if buffer is None else buffer
+        self._adds, self._dtype = buffer is not None, dtype
+        self._tile: Tensor | None = None
+        self.result = None if self._adds else self._target
+
+    def part(self, rows: slice) -> Tensor:
+        """Float32 [rows, H] to add to: the target itself where it is of that type."""
+        target = self._target[rows]
+        if target.dtype == self._dtype:
+            return target
+        self._tile = torch.zeros_like(target, dtype=self._dtype)
+        return self._tile
+
+    def finish(self, rows: slice) -> None:
+        """After the last token."""
+        if self._tile is not None and self._adds:
+            self._target[rows] += self._tile
+        elif self._tile is not None:
+            self._target[rows] = self._tile.to(self._target.dtype)
+
+
+class _Top:
+    """The k most probable tokens so far: z and id, by descending z."""
+
+    def __init__(self, tiles: _Tiles, k: int):
+        self._tiles, self._k = tiles, k
+        shape = (len(tiles.column), k)
+        self._values = tiles.counts.new_full(shape, _LOWEST, dtype=tiles.dtype)
+        self._ids = tiles.counts.new_zeros(shape, dtype=torch.int64)
+
+    def fold(self, tokens: slice, z: Tensor, rows: slice) -> None:
+        """Add a tile's logits."""
+        if self._k:
+            tile = z.topk(min(self._k, z.shape[1]), dim=1)
+            ids = tile.indices + (self._tiles.shard.first + rows.start)
+            self._merge(tokens, [self._values[tokens], tile.values], [self._ids[tokens], ids])
+
+    def reduce(self, shard: VocabularyShard) -> None:
+        """From this rank's rows to the whole vocabulary."""
+        if self._k and shard.group is not None:
+            values = [torch.empty_like(self._values) for _ in range(shard.group.size())]
+            ids = [torch.empty_like(self._ids) for _ in range(shard.group.size())]
+            dist.all_gather(values, self._values, group=shard.group)
+            dist.all_gather(ids, self._ids, group=shard.group)
+            self._merge(slice(None), values, ids)
+
+    def _merge(self, tokens: slice, values: list[Tensor], ids: list[Tensor]) -> None:
+        best = torch.cat(values, dim=1).topk(self._k, dim=1)
+        self._values[tokens] = best.values
+        self._ids[tokens] = torch.cat(ids, dim=1).gather(1, best.indices)
+
+    def result(self, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-probabilities [T, k], ids [T, k])."""
+        count = self._tiles.num_tokens
+        return self._values[:count] - log_sum_exp[:, None], self._ids[:count]
