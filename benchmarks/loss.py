@@ -5,19 +5,23 @@ row for each peer: naive torch, Liger, cut-cross-entropy, TRL's chunked log-prob
 the four products of 2·T·H·V floating-point operations that a pass with recomputed logits cannot do without, by
 themselves. Each side runs in fresh processes, in turn, on the same numbers. Seconds are processor seconds over the
 number of threads (of the clock with ``--device cuda``), which another job on the machine disturbs less. Memory is what
-a pass needs at its peak over inputs and their gradients. The peers are `pip install 'perl-megatron[kernels]'`'s.
+a pass needs at its peak over inputs and their gradients. Peers that are not installed are left out, and named;
+cut-cross-entropy needs triton: `pip install --no-deps -r requirements/kernels.lock`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
+import importlib.util
 import json
 import resource
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +118,10 @@ class Pass:
     def trl(self) -> Tensor:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
+        # The backward pass asks this module for DeepSpeed's sharded weights, of which there are none; its import would
+        # need most of what a TRL trainer does.
+        no_shards = types.SimpleNamespace(maybe_gather_lm_head_ctx=lambda *_: contextlib.nullcontext())
+        sys.modules.setdefault("trl.trainer.utils", no_shards)  # type: ignore[arg-type]
         log_prob = ChunkedLogProbFunction.apply(self.hidden, self.weight, None, self.targets, 1.0, 4096, None, 1.0, ())
         return self.loss(log_prob[0])
 
@@ -141,6 +149,7 @@ class Pass:
         return loss.item()
 
 
+PEER_MODULES = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "TRL": "trl"}
 SIDES: dict[str, Callable[[Pass], Tensor]] = {
     "ours": Pass.ours,
     FLOOR: Pass.products,
@@ -149,6 +158,13 @@ SIDES: dict[str, Callable[[Pass], Tensor]] = {
     "cut-cross-entropy": Pass.cut_cross_entropy,
     "TRL": Pass.trl,
 }
+
+
+def is_installed(side: str) -> bool:
+    """Also with what it imports at once: cut-cross-entropy needs triton."""
+    needed = [PEER_MODULES[side]] if side in PEER_MODULES else []
+    needed += ["triton"] if side == "cut-cross-entropy" else []
+    return all(importlib.util.find_spec(name) is not None for name in needed)
 
 
 def peak_memory(run: Pass, name: str, device: torch.device) -> float:
@@ -205,7 +221,7 @@ def work(name: str, case: Case, device: torch.device, repeats: int) -> dict[str,
 
 def compare(label: str, case: Case, options: argparse.Namespace) -> list[Row]:
     """The rows of one case; ends the program where the sides did not do the same work."""
-    sides = [name for name in SIDES if name not in options.without]
+    sides = [name for name in SIDES if is_installed(name)]
     arguments = ["--case", label, "--device", options.device, "--repeats", str(1 if options.quick else options.repeats)]
     results = run_in_turn(
         Path(__file__), sides, arguments, rounds=1 if options.quick else options.rounds, threads=options.threads
@@ -239,7 +255,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each side")
     parser.add_argument("--repeats", type=int, default=3, help="passes of each process after one that warms up")
     parser.add_argument("--threads", type=int, default=2, help="of each process")
-    parser.add_argument("--without", nargs="*", default=[], choices=list(SIDES)[2:], help="peers to leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -248,6 +263,8 @@ def main() -> None:
         case = (CASES | QUICK)[options.case]
         print(json.dumps(work(options.worker, case, torch.device(options.device), options.repeats)))
         return
+    if missing := [name for name in SIDES if not is_installed(name)]:
+        print(f"not installed, left out: {', '.join(missing)}")
     rows: list[Row] = []
     for label, case in (QUICK if options.quick else CASES).items():
         rows += compare(label, case, options)

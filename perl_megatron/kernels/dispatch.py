@@ -12,11 +12,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from perl_megatron.kernels import reference, tiled
-from perl_megatron.kernels.scores import ScoreOptions, TokenScores, VocabularyShard
+from perl_megatron.kernels.scores import ScoreOptions, TokenScores, VocabularyShard, check_inputs
 
 Backend = Literal["reference", "tiled"]
 BACKENDS: dict[Backend, ModuleType] = {"reference": reference, "tiled": tiled}
@@ -51,51 +50,9 @@ def score_tokens(
     """
     options = options or ScoreOptions()
     shard = shard or VocabularyShard.whole(weight)
-    _check(hidden, weight, targets, shard, options)
+    check_inputs(hidden, weight, targets, shard, options)
     score: Callable[..., TokenScores] = BACKENDS[choose_backend(backend)].score_tokens
     return score(hidden, weight, targets, shard, options)
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, options: ScoreOptions) -> None:
-    temperature, buffer = options.temperature, options.gradient_buffer
-    wrong = [
-        message
-        for holds, message in (
-            (hidden.dim() == 2, f"hidden states must be [T, H], not {list(hidden.shape)}"),
-            (
-                weight.dim() == 2 and weight.shape[1:] == hidden.shape[1:],
-                f"the output weight {list(weight.shape)} does not fit hidden states {list(hidden.shape)}",
-            ),
-            (
-                hidden.is_floating_point() and weight.dtype == hidden.dtype,
-                f"hidden states are {hidden.dtype} and the output weight is {weight.dtype}",
-            ),
-            (
-                targets.shape == hidden.shape[:1] and targets.dtype == torch.int64,
-                f"targets must be int64 [T], not {targets.dtype} {list(targets.shape)}",
-            ),
-            (
-                0 <= shard.size <= len(weight) and 0 <= shard.first <= max(shard.total - shard.size, shard.first),
-                f"a weight of {len(weight)} rows cannot hold the tokens from {shard.first} on, {shard.size} of them",
-            ),
-            (
-                (temperature.shape == hidden.shape[:1]) if torch.is_tensor(temperature) else temperature > 0,
-                "the temperature must be above 0, one number or float [T]",
-            ),
-            (0 <= options.top_k <= shard.total, f"top_k is {options.top_k} of {shard.total} tokens"),
-            (
-                all(0 <= token < shard.total for token in options.banned_token_ids),
-                f"a banned token is not one of the {shard.total} tokens",
-            ),
-            (
-                buffer is None or buffer.shape == weight.shape,
-                "the gradient buffer must have the output weight's shape",
-            ),
-        )
-        if not holds
-    ]
-    if wrong:
-        raise ValueError("; ".join(wrong))
 
 
 assert set(BACKENDS) == set(get_args(Backend))

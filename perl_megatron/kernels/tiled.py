@@ -1,19 +1,15 @@
 """``scores`` in tiles of tokens × vocabulary, in plain torch: the logits of one tile are all that is ever in memory.
 
-The tiles of the output weight are the outer loop, so that each is converted once; those of the tokens the inner. A
-forward pass keeps running sums per token (online softmax; Milakov & Gimelshein 2018, arXiv 1805.02867); the backward
+A forward pass keeps running sums per token (online softmax; Milakov & Gimelshein 2018, arXiv 1805.02867); the backward
 pass computes each tile's logits again and adds up both gradients in float32. With T tokens, hidden size H and V
 vocabulary rows on this rank: 2·T·H·V floating-point operations forward and 6·T·H·V backward.
 
-Batch invariance: the tokens' last tile is filled up with zeros, so each product and each sum over a tile has the same
-shapes whatever T is, and a token meets the vocabulary's tiles in the same order whatever else is in the batch.
-Vocabulary-parallel: two collectives forward (a maximum [T] and one packed sum [3, T]; one more for the most probable
+Vocabulary-parallel: two collectives forward (a maximum [T] and one packed sum [3, T]; two more for the most probable
 tokens, where asked), one backward (the sum of the hidden states' gradient).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perl_megatron.kernels.scores import (
-    BANNED_BIAS,
-    IGNORED,
-    ScoreOptions,
-    TokenScores,
-    VocabularyShard,
-    dtype_of_computation,
-)
-
-TOKENS = 256
-"""Tokens of a tile."""
-ROWS = 2048
-"""Vocabulary rows of a tile."""
-_LOWEST = -1e30
-"""A running maximum's start: below any logit, and finite, so that 0 times a difference to it is 0."""
+from perl_megatron.kernels.scores import ScoreOptions, TokenScores, VocabularyShard
+from perl_megatron.kernels.tiles import LOWEST, Tiles, add_product
 
 
 def score_tokens(
@@ -58,90 +41,10 @@ class _Sums:
     target: Tensor
     """z of the target, where it is on this rank; else 0."""
 
-
-class _Tiles:
-    """The logits of one batch on this rank, a tile at a time."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, options: ScoreOptions):
-        self.dtype = dtype_of_computation(hidden)
-        # A GPU multiplies 16-bit numbers into float32 sums; the CPU has no such product, so tiles are converted.
-        self.operand_dtype = hidden.dtype if hidden.is_cuda else self.dtype
-        self.shard = shard
-        self.num_tokens = len(hidden)
-        self._hidden, self._weight = hidden, weight
-        self.counts = targets != IGNORED
-        self.known = (targets >= 0) & (targets < shard.total)
-        self._has_ignored = not bool(self.counts.all())
-        self.column = self._padded(torch.where(self.known, targets, -1) - shard.first, -1)
-        """int64 [T']: the target's row on this rank; outside of 0 … size where it is not here."""
-        self.scale: Tensor | None = None
-        """[T]: 1 / τ; None where it is 1."""
-        if torch.is_tensor(options.temperature) or options.temperature != 1:
-            temperature = torch.as_tensor(options.temperature, dtype=self.dtype, device=hidden.device)
-            self.scale = temperature.reciprocal().expand(self.num_tokens)
-        self._row_scale = None if self.scale is None else self._padded(self.scale, 1)
-        self._banned = sorted(shard.own(options.banned_token_ids))
-        self._tile = hidden.new_empty(TOKENS, hidden.shape[1], dtype=self.operand_dtype)
-        self._logits = hidden.new_empty(TOKENS * ROWS, dtype=self.dtype)
-        self._scratch = torch.empty_like(self._logits)
-
-    def _padded(self, values: Tensor, filler: float) -> Tensor:
-        """[T'] from [T]."""
-        missing = -len(values) % TOKENS
-        return torch.cat([values, values.new_full((missing,), filler)]) if missing else values.contiguous()
-
-    def new_sums(self) -> _Sums:
+    @classmethod
+    def none(cls, tiles: Tiles) -> _Sums:
         """Before the first tile."""
-        zeros = torch.zeros(len(self.column), dtype=self.dtype, device=self._hidden.device)
-        return _Sums(torch.full_like(zeros, _LOWEST), zeros, zeros.clone(), zeros.clone())
-
-    def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive rows, and the weight's [rows, H] as an operand."""
-        for first in range(0, self.shard.size, ROWS):
-            rows = slice(first, min(first + ROWS, self.shard.size))
-            yield rows, self._weight[rows].to(self.operand_dtype)
-
-    def token_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive tokens of T', and their hidden states [TOKENS, H] as an operand; valid until the next one."""
-        for first in range(0, self.num_tokens, TOKENS):
-            real = min(TOKENS, self.num_tokens - first)
-            self._tile[:real] = self._hidden[first : first + real]
-            if self._has_ignored:
-                self._tile[:real].masked_fill_(~self.counts[first : first + real, None], 0)
-            self._tile[real:] = 0
-            yield slice(first, first + TOKENS), self._tile
-
-    def logits(self, tokens: slice, tile: Tensor, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(z [TOKENS, rows], scratch of its shape), both overwritten by the next call."""
-        count = rows.stop - rows.start
-        z, scratch = (buffer[: TOKENS * count].view(TOKENS, count) for buffer in (self._logits, self._scratch))
-        _multiply(tile, weight.t(), out=z)
-        banned = [token - rows.start for token in self._banned if rows.start <= token < rows.stop]
-        if banned:
-            z[:, banned] += BANNED_BIAS
-        if self._row_scale is not None:
-            z *= self._row_scale[tokens, None]
-        return z, scratch
-
-    def targets_in(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor]:
-        """(bool [TOKENS] whether the target is among the rows, int64 [TOKENS, 1] its column, any where it is not)."""
-        column = self.column[tokens] - rows.start
-        here = (column >= 0) & (column < rows.stop - rows.start)
-        return here, column.clamp(0, rows.stop - rows.start - 1)[:, None]
-
-
-def _multiply(first: Tensor, second: Tensor, out: Tensor) -> None:
-    if first.dtype == out.dtype:
-        torch.mm(first, second, out=out)
-    else:
-        out.copy_(torch.mm(first, second, out_dtype=out.dtype))
-
-
-def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    if first.dtype == total.dtype:
-        total.addmm_(first, second)
-    else:
-        total += torch.mm(first, second, out_dtype=torch.float32)
+        return cls(tiles.new_values(LOWEST), *(tiles.new_values(0) for _ in range(3)))
 
 
 def _fold(sums: _Sums, tokens: slice, z: Tensor, scratch: Tensor, *, entropy: bool) -> None:
@@ -170,8 +73,8 @@ class _TiledScores(torch.autograd.Function):
         shard: VocabularyShard,
         options: ScoreOptions,
     ) -> tuple[Tensor, ...]:
-        tiles = _Tiles(hidden, weight, targets, shard, options)
-        sums, top = tiles.new_sums(), _Top(tiles, options.top_k)
+        tiles = Tiles(hidden, weight, targets, shard, options)
+        sums, top = _Sums.none(tiles), _Top(tiles, options.top_k)
         for rows, weight_tile in tiles.row_tiles():
             for tokens, tile in tiles.token_tiles():
                 z, scratch = tiles.logits(tokens, tile, rows, weight_tile)
@@ -203,7 +106,7 @@ class _TiledScores(torch.autograd.Function):
         hidden, weight, targets, log_sum_exp, entropy = ctx.saved_tensors
         if grad_log_prob is None and grad_entropy is None:
             return None, None, None, None, None
-        tiles = _Tiles(hidden, weight, targets, ctx.shard, ctx.options)
+        tiles = Tiles(hidden, weight, targets, ctx.shard, ctx.options)
         pull = _Pull(tiles, log_sum_exp, entropy, grad_log_prob, grad_entropy if ctx.options.entropy else None)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden, dtype=tiles.dtype) if need_hidden else None
@@ -215,9 +118,9 @@ class _TiledScores(torch.autograd.Function):
                 gradient = gradient.to(tiles.operand_dtype)
                 if hidden_gradient is not None:
                     own = hidden_gradient[tokens]
-                    _add_product(own, gradient[: len(own)], weight_tile)
+                    add_product(own, gradient[: len(own)], weight_tile)
                 if part is not None:
-                    _add_product(part, gradient.t(), tile)
+                    add_product(part, gradient.t(), tile)
             if weight_gradient is not None:
                 weight_gradient.finish(rows)
         if hidden_gradient is not None:
@@ -246,25 +149,25 @@ class _Pull:
 
     def __init__(
         self,
-        tiles: _Tiles,
+        tiles: Tiles,
         log_sum_exp: Tensor,
         entropy: Tensor,
         grad_log_prob: Tensor | None,
         grad_entropy: Tensor | None,
     ):
         self._tiles = tiles
-        self._log_sum_exp = tiles._padded(log_sum_exp, 0)
+        self._log_sum_exp = tiles.padded(log_sum_exp, 0)
         by_log_prob = self._per_token(torch.zeros_like(log_sum_exp) if grad_log_prob is None else grad_log_prob)
         self._by_log_prob = by_log_prob
         self._by_entropy = None if grad_entropy is None else self._per_token(grad_entropy)
         self._constant = by_log_prob
         if self._by_entropy is not None:
-            self._constant = by_log_prob + self._by_entropy * tiles._padded(entropy, 0)
+            self._constant = by_log_prob + self._by_entropy * tiles.padded(entropy, 0)
 
     def _per_token(self, gradient: Tensor) -> Tensor:
         """[T'], zero for tokens that do not count, and with respect to logits before the temperature."""
         gradient = torch.where(self._tiles.counts, gradient.to(self._tiles.dtype), 0)
-        return self._tiles._padded(gradient if self._tiles.scale is None else gradient * self._tiles.scale, 0)
+        return self._tiles.padded(gradient if self._tiles.scale is None else gradient * self._tiles.scale, 0)
 
     def logits_gradient(self, tokens: slice, rows: slice, z: Tensor, scratch: Tensor) -> Tensor:
         """[TOKENS, rows], in the place of z or the scratch."""
@@ -308,10 +211,10 @@ class _WeightGradient:
 class _Top:
     """The k most probable tokens so far: z and id, by descending z."""
 
-    def __init__(self, tiles: _Tiles, k: int):
+    def __init__(self, tiles: Tiles, k: int):
         self._tiles, self._k = tiles, k
         shape = (len(tiles.column), k)
-        self._values = tiles.counts.new_full(shape, _LOWEST, dtype=tiles.dtype)
+        self._values = tiles.counts.new_full(shape, LOWEST, dtype=tiles.dtype)
         self._ids = tiles.counts.new_zeros(shape, dtype=torch.int64)
 
     def fold(self, tokens: slice, z: Tensor, rows: slice) -> None:

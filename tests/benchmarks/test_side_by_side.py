@@ -90,3 +90,17 @@ def test_the_conversion_benchmark_goes_there_and_back(tmp_path):
     assert {peer for _, peer in cases} == {"cp", "cp + sync", "3 GB", "mbridge"}
     assert len(cases) == 7
     assert all(value > 0 for value in cases.values())
+
+
+@pytest.mark.slow
+def test_the_loss_benchmark_compares_with_each_peer_that_is_installed(tmp_path):
+    """It ends with an error where a peer computes another loss or another gradient."""
+    script, rows_file = str(BENCHMARKS / "loss.py"), tmp_path / "rows.json"
+    command = [sys.executable, script, "--quick", "--json", str(rows_file)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(rows_file.read_text())
+    times = {row["peer"] for row in rows if row["unit"] == "s"}
+    assert times >= {"matrix products", "naive", "Liger", "TRL"}  # cut-cross-entropy needs triton
+    assert {row["peer"] for row in rows if row["unit"] == "GiB"} == times - {"matrix products"} | {"100 MB"}
+    assert all(row["ours"] > 0 and row["peer_value"] > 0 for row in rows if row["unit"] == "s")

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from loss_case import Case, make_case
 
-from perl_megatron.kernels import tiled
+from perl_megatron.kernels import tiles
 from perl_megatron.kernels.dispatch import score_tokens
 from perl_megatron.kernels.scores import ScoreOptions, VocabularyShard
 
-VOCABULARY = 2 * tiled.ROWS + 501
+VOCABULARY = 2 * tiles.ROWS + 501
 SPLITS = {
     2: {"even": [2299, 2298], "uneven": [4096, 501], "one is empty": [4597, 0]},
     4: {"even": [1150, 1150, 1150, 1147], "uneven": [1, 2048, 0, 2548]},
@@ -30,7 +30,7 @@ PADDING = 3
 
 
 def case() -> Case:
-    return make_case(tokens=tiled.TOKENS + 44, hidden=64, vocabulary=VOCABULARY, dtype=torch.float32)
+    return make_case(tokens=tiles.TOKENS + 44, hidden=64, vocabulary=VOCABULARY, dtype=torch.float32)
 
 
 def shard_of(split: list[int], rank: int) -> VocabularyShard:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_case import make_case, ours, plain
 
-from perl_megatron.kernels import dispatch, tiled
+from perl_megatron.kernels import dispatch, tiles
 from perl_megatron.kernels.dispatch import BACKENDS, score_tokens
 from perl_megatron.kernels.scores import IGNORED, ScoreOptions, VocabularyShard
 
@@ -17,8 +17,8 @@ LARGE = {"tokens": 300, "hidden": 64, "vocabulary": 5003}
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TOKENS", 4)
-    monkeypatch.setattr(tiled, "ROWS", 8)
+    monkeypatch.setattr(tiles, "TOKENS", 4)
+    monkeypatch.setattr(tiles, "ROWS", 8)
 
 
 def definition(case, temperature=1.0, banned=()):

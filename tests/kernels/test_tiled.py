@@ -5,7 +5,7 @@ import torch
 from loss_case import make_case, ours
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perl_megatron.kernels import tiled
+from perl_megatron.kernels import tiles
 from perl_megatron.kernels.dispatch import score_tokens
 from perl_megatron.kernels.scores import ScoreOptions
 
@@ -27,19 +27,19 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_larger_than_a_tile_of_logits(dtype):
-    case = make_case(tokens=3 * tiled.TOKENS, hidden=16, vocabulary=5 * tiled.ROWS, dtype=dtype)
+    case = make_case(tokens=3 * tiles.TOKENS, hidden=16, vocabulary=5 * tiles.ROWS, dtype=dtype)
     with LargestTensor() as reference:
         ours(case, "reference")
     with LargestTensor() as found:
         ours(case, "tiled", ScoreOptions(temperature=0.9, banned_token_ids=(3,), top_k=4))
-    assert reference.largest == 15 * tiled.TOKENS * tiled.ROWS
-    assert found.largest == tiled.TOKENS * tiled.ROWS
+    assert reference.largest == 15 * tiles.TOKENS * tiles.ROWS
+    assert found.largest == tiles.TOKENS * tiles.ROWS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden", [48, 1024])
 def test_a_tokens_scores_are_the_same_bits_whatever_else_is_in_the_batch(dtype, hidden):
-    case = make_case(tokens=2 * tiled.TOKENS + 77, hidden=hidden, vocabulary=tiled.ROWS + 501, dtype=dtype)
+    case = make_case(tokens=2 * tiles.TOKENS + 77, hidden=hidden, vocabulary=tiles.ROWS + 501, dtype=dtype)
 
     def score(tokens):
         options = ScoreOptions(temperature=0.9, top_k=3)

@@ -1,0 +1,116 @@
+"""A batch's logits on this rank, one tile of tokens × vocabulary at a time.
+
+The tiles of the output weight are the outer loop, so that each is converted once; those of the tokens the inner.
+
+Batch invariance: the tokens' last tile is filled up with zeros, so each product and each sum over a tile has the same
+shapes whatever T is, and a token meets the vocabulary's tiles in the same order whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from perl_megatron.kernels.scores import (
+    BANNED_BIAS,
+    IGNORED,
+    ScoreOptions,
+    VocabularyShard,
+    dtype_of_computation,
+)
+
+TOKENS = 256
+"""Tokens of a tile."""
+ROWS = 2048
+"""Vocabulary rows of a tile."""
+LOWEST = -1e30
+"""A running maximum's start: below any logit, and finite, so that 0 times a difference to it is 0."""
+
+
+class Tiles:
+    """The logits of one batch on this rank, a tile at a time."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, options: ScoreOptions):
+        self.dtype = dtype_of_computation(hidden)
+        # A GPU multiplies 16-bit numbers into float32 sums; the CPU has no such product, so tiles are converted.
+        self.operand_dtype = hidden.dtype if hidden.is_cuda else self.dtype
+        self.shard = shard
+        self.num_tokens = len(hidden)
+        self._hidden, self._weight = hidden, weight
+        self.counts = targets != IGNORED
+        self.known = (targets >= 0) & (targets < shard.total)
+        self._has_ignored = not bool(self.counts.all())
+        self.column = self.padded(torch.where(self.known, targets, -1) - shard.first, -1)
+        """int64 [T']: the target's row on this rank; outside of 0 … size where it is not here."""
+        self.scale: Tensor | None = None
+        """[T]: 1 / τ; None where it is 1."""
+        if torch.is_tensor(options.temperature) or options.temperature != 1:
+            temperature = torch.as_tensor(options.temperature, dtype=self.dtype, device=hidden.device)
+            self.scale = temperature.reciprocal().expand(self.num_tokens)
+        self._row_scale = None if self.scale is None else self.padded(self.scale, 1)
+        self._banned = sorted(shard.own(options.banned_token_ids))
+        self._tile = hidden.new_empty(TOKENS, hidden.shape[1], dtype=self.operand_dtype)
+        self._logits = hidden.new_empty(TOKENS * ROWS, dtype=self.dtype)
+        self._scratch = torch.empty_like(self._logits)
+
+    def padded(self, values: Tensor, filler: float) -> Tensor:
+        """[T'] from [T]."""
+        missing = -len(values) % TOKENS
+        return torch.cat([values, values.new_full((missing,), filler)]) if missing else values.contiguous()
+
+    def new_values(self, value: float) -> Tensor:
+        """[T'] of ``value``."""
+        shape = (len(self.column),)
+        return torch.full(shape, value, dtype=self.dtype, device=self._hidden.device)
+
+    def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive rows, and the weight's [rows, H] as an operand."""
+        for first in range(0, self.shard.size, ROWS):
+            rows = slice(first, min(first + ROWS, self.shard.size))
+            yield rows, self._weight[rows].to(self.operand_dtype)
+
+    def token_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive tokens of T', and their hidden states [TOKENS, H] as an operand; valid until the next one."""
+        for first in range(0, self.num_tokens, TOKENS):
+            real = min(TOKENS, self.num_tokens - first)
+            self._tile[:real] = self._hidden[first : first + real]
+            if self._has_ignored:
+                self._tile[:real].masked_fill_(~self.counts[first : first + real, None], 0)
+            self._tile[real:] = 0
+            yield slice(first, first + TOKENS), self._tile
+
+    def logits(self, tokens: slice, tile: Tensor, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(z [TOKENS, rows], scratch of its shape), both overwritten by the next call."""
+        count = rows.stop - rows.start
+        z, scratch = (buffer[: TOKENS * count].view(TOKENS, count) for buffer in (self._logits, self._scratch))
+        multiply(tile, weight.t(), out=z)
+        banned = [token - rows.start for token in self._banned if rows.start <= token < rows.stop]
+        if banned:
+            z[:, banned] += BANNED_BIAS
+        if self._row_scale is not None:
+            z *= self._row_scale[tokens, None]
+        return z, scratch
+
+    def targets_in(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        """(bool [TOKENS] whether the target is among the rows, int64 [TOKENS, 1] its column, any where it is not)."""
+        column = self.column[tokens] - rows.start
+        here = (column >= 0) & (column < rows.stop - rows.start)
+        return here, column.clamp(0, rows.stop - rows.start - 1)[:, None]
+
+
+def multiply(first: Tensor, second: Tensor, out: Tensor) -> None:
+    """``out`` = first · second, summed in out's dtype."""
+    if first.dtype == out.dtype:
+        torch.mm(first, second, out=out)
+    else:
+        out.copy_(torch.mm(first, second, out_dtype=out.dtype))
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """``total`` += first · second, summed in total's dtype."""
+    if first.dtype == total.dtype:
+        total.addmm_(first, second)
+    else:
+        total += torch.mm(first, second, out_dtype=torch.float32)
