@@ -209,13 +209,12 @@ def work(name: str, case: Case, device: torch.device, repeats: int) -> dict[str,
         begin = now()
         run.run(name)
         seconds.append(now() - begin)
-    assert run.hidden.grad is not None
-    norm = run.hidden.grad.double().norm().item()
+    norms = [each.grad.double().norm().item() for each in (run.hidden, run.weight) if each.grad is not None]
     return {
         "seconds": statistics.median(seconds),
         "memory": peak_memory(run, name, device),
         "loss": loss,
-        "gradient_norm": norm,
+        "gradient_norms": norms,
     }
 
 
@@ -231,10 +230,12 @@ def compare(label: str, case: Case, options: argparse.Namespace) -> list[Row]:
     rows = []
     for name in sides[1:]:
         theirs = results[name]
-        for key in () if name == FLOOR else ("loss", "gradient_norm"):
-            mine, other = ours[0][key], theirs[0][key]
-            if abs(mine - other) > rounding * abs(mine):
-                sys.exit(f"{label}: {key} is {mine} here and {other} by {name}")
+        for side in (ours[0], theirs[0]):
+            side["results"] = [side["loss"], *side["gradient_norms"]]
+        mine, other = ours[0]["results"], theirs[0]["results"]
+        agree = all(abs(a - b) <= rounding * abs(a) for a, b in zip(mine, other, strict=True))
+        if name != FLOOR and not agree:
+            sys.exit(f"{label}: loss and norms of both gradients are {mine} here and {other} by {name}")
         goal = (FLOOR_GOAL if case.dtype == "float32" else None) if name == FLOOR else None
         if name != FLOOR and case.dtype == "bfloat16":
             goal = 1.0

@@ -3,7 +3,7 @@
 | backend | where | memory over inputs and gradients |
 |---|---|---|
 | ``reference`` | everywhere; the definition | all logits [T, V] and more |
-| ``tiled`` | everywhere | two tiles of logits, one of the weight, a float32 gradient of the hidden states |
+| ``tiled`` | everywhere | two tiles, one of the weight and its gradient, a float32 gradient of the hidden states |
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def score_tokens(
         backend: which one; 'auto' for the fastest.
 
     Raises:
-        ValueError: shapes, dtypes or options do not go together. Collective: all ranks raise, or none.
+        ValueError: shapes, dtypes or options do not go together. Each rank looks at its own: with a group, one that
+            raises leaves the others waiting, as in any collective.
     """
     options = options or ScoreOptions()
     shard = shard or VocabularyShard.whole(weight)

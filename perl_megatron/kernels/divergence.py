@@ -3,7 +3,11 @@
     KL(p ‖ q) = Σ_v p_v (log p_v - log q_v)
 
 over the whole vocabulary, where p and q are as in ``scores``. The estimators of the algorithm (``k1`` to ``k3``) see
-only the sampled token; this is what they estimate. Not differentiable.
+only the sampled token; this is what they estimate. Not differentiable. In float32 its error is about 10⁻⁶ nats, however
+close the policies are.
+
+It is a pass of its own, as a reference policy's weights are at hand at another time than the policy's: both policies'
+logits are computed, in twice as many tiles as ``tiled`` needs.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from perl_megatron.kernels.scores import IGNORED, ScoreOptions, VocabularyShard, check_inputs
-from perl_megatron.kernels.tiles import LOWEST, Tiles
+from perl_megatron.kernels.tiles import Tiles
 
 Policy = tuple[Tensor, Tensor]
 """(hidden states [T, H], output weight [rows, H]); the two policies may differ in H and in dtype."""
@@ -51,31 +55,29 @@ class _DivergenceSums:
     """Over the tiles so far, all [T'], with m_p and m_q the largest z of each policy."""
 
     def __init__(self, tiles: Tiles):
-        self._maximum_p, self._maximum_q = tiles.new_values(LOWEST), tiles.new_values(LOWEST)
+        self._maximum_p, self._maximum_q = tiles.lowest(), tiles.lowest()
         self._total_p, self._total_q = tiles.new_values(0), tiles.new_values(0)
-        self._own = tiles.new_values(0)
-        """Σ exp(z_p - m_p) · (z_p - m_p)."""
-        self._cross = tiles.new_values(0)
-        """Σ exp(z_p - m_p) · (z_q - m_q)."""
+        self._difference = tiles.new_values(0)
+        """Σ exp(z_p - m_p) · ((z_p - m_p) - (z_q - m_q))."""
 
     def fold(self, tokens: slice, z_p: Tensor, z_q: Tensor, scratch: Tensor) -> None:
         """Add the tile's logits; destroys them."""
         self._shift(tokens, torch.maximum(self._maximum_p[tokens], z_p.amax(1)), z_q.amax(1))
         z_p -= self._maximum_p[tokens, None]
         z_q -= self._maximum_q[tokens, None]
+        torch.exp(z_q, out=scratch)
+        self._total_q[tokens] += scratch.sum(1)
         torch.exp(z_p, out=scratch)
         self._total_p[tokens] += scratch.sum(1)
-        self._own[tokens] += torch.linalg.vecdot(scratch, z_p)
-        self._cross[tokens] += torch.linalg.vecdot(scratch, z_q)
-        self._total_q[tokens] += z_q.exp_().sum(1)
+        # Term by term, as most of two policies that are close cancels.
+        self._difference[tokens] += z_p.sub_(z_q).mul_(scratch).sum(1)
 
     def _shift(self, tokens: slice, maximum_p: Tensor, maximum_q: Tensor) -> None:
         """To new maxima, which are at least the old ones."""
         maximum_q = torch.maximum(self._maximum_q[tokens], maximum_q)
         change_p, change_q = self._maximum_p[tokens] - maximum_p, self._maximum_q[tokens] - maximum_q
         total, decay = self._total_p[tokens], change_p.exp()
-        self._own[tokens] = (self._own[tokens] + total * change_p) * decay
-        self._cross[tokens] = (self._cross[tokens] + total * change_q) * decay
+        self._difference[tokens] = (self._difference[tokens] + total * (change_p - change_q)) * decay
         self._total_p[tokens] = total * decay
         self._total_q[tokens] *= change_q.exp()
         self._maximum_p[tokens], self._maximum_q[tokens] = maximum_p, maximum_q
@@ -87,11 +89,10 @@ class _DivergenceSums:
         maxima = torch.stack([self._maximum_p, self._maximum_q])
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
         self._shift(slice(None), *maxima)
-        packed = torch.stack([self._total_p, self._total_q, self._own, self._cross])
+        packed = torch.stack([self._total_p, self._total_q, self._difference])
         dist.all_reduce(packed, group=group)
-        self._total_p, self._total_q, self._own, self._cross = packed
+        self._total_p, self._total_q, self._difference = packed
 
     def result(self) -> Tensor:
         """[T']."""
-        own, cross = self._own / self._total_p, self._cross / self._total_p
-        return own - cross - self._total_p.log() + self._total_q.log()
+        return self._difference / self._total_p - (self._total_p / self._total_q).log()

@@ -18,6 +18,7 @@ from perl_megatron.kernels.scores import (
     TokenScores,
     VocabularyShard,
     dtype_of_computation,
+    temperatures,
 )
 
 
@@ -36,8 +37,8 @@ def score_tokens(
         logits = _Gathered.apply(logits, shard)
     bias = torch.zeros(shard.total, dtype=dtype, device=hidden.device)
     bias[list(options.banned_token_ids)] = BANNED_BIAS
-    temperature = torch.as_tensor(options.temperature, dtype=dtype, device=hidden.device).reshape(-1, 1)
-    z = (logits + bias) / temperature
+    temperature = temperatures(options, counts, dtype)
+    z = logits + bias if temperature is None else (logits + bias) / temperature[:, None]
     log_p = z.log_softmax(1)
     known = (targets >= 0) & (targets < shard.total)
     column = torch.where(known, targets, 0)[:, None]
@@ -45,7 +46,7 @@ def score_tokens(
     entropy = -(log_p.exp() * log_p).sum(1) if options.entropy else torch.zeros_like(log_prob)
     with torch.no_grad():
         top = log_p.topk(options.top_k, dim=1)
-        is_top = counts & known & (z.gather(1, column)[:, 0] == z.amax(1))
+        is_top = counts & ~log_prob.isnan() & (z.gather(1, column)[:, 0] == z.amax(1))
     return TokenScores(
         log_prob=torch.where(counts, log_prob, 0),
         entropy=torch.where(counts, entropy, 0),

@@ -8,8 +8,9 @@ the temperature τ of the predicted token, applied after the bias as vLLM does:
     entropy     = log Σ exp(z) - Σ p·z            ∂ entropy  / ∂z_v = -p_v (log p_v + entropy)
 
 Defined for every input: a token with the target ``IGNORED`` has zeros throughout and no gradient, whatever its hidden
-state; one whose target is not in the vocabulary has the log-probability NaN; hidden states or weights that are not
-finite make NaN of the tokens that they touch, and of no other. An empty batch gives empty results.
+state and temperature; one whose target is not in the vocabulary has the log-probability NaN, without gradient. A logit
+that is NaN or +∞, or a temperature that is not above 0, makes NaN of its token's results, and of no other's; a logit of
+-∞ has probability 0, and makes the entropy NaN. An empty batch gives empty results.
 """
 
 from __future__ import annotations
@@ -90,6 +91,14 @@ class TokenScores:
     """int64 [T, top_k]."""
 
 
+def temperatures(options: ScoreOptions, counts: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """[T]; NaN where it is not above 0, and 1 for tokens that do not count (``counts`` bool [T]). None if all are 1."""
+    if not torch.is_tensor(options.temperature) and options.temperature == 1:
+        return None
+    temperature = torch.as_tensor(options.temperature, dtype=dtype, device=counts.device)
+    return torch.where(counts, torch.where(temperature > 0, temperature, torch.nan), 1)
+
+
 def dtype_of_computation(hidden: Tensor) -> torch.dtype:
     """float32, and float64 for float64: of logits, sums and accumulated gradients, whatever the inputs are in."""
     return torch.promote_types(hidden.dtype, torch.float32)
@@ -117,11 +126,15 @@ def check_inputs(
                 f"targets must be int64 [T], not {targets.dtype} {list(targets.shape)}",
             ),
             (
-                0 <= shard.size <= len(weight) and 0 <= shard.first <= max(shard.total - shard.size, shard.first),
-                f"a weight of {len(weight)} rows cannot hold the tokens from {shard.first} on, {shard.size} of them",
+                0 <= shard.size <= len(weight)
+                and shard.first >= 0
+                and (shard.size == 0 or shard.first + shard.size <= shard.total),
+                f"{len(weight)} rows cannot hold {shard.size} of {shard.total} tokens from {shard.first} on",
             ),
             (
-                (temperature.shape == hidden.shape[:1]) if torch.is_tensor(temperature) else temperature > 0,
+                (temperature.shape == hidden.shape[:1] and temperature.is_floating_point())
+                if torch.is_tensor(temperature)
+                else temperature > 0,
                 "the temperature must be above 0, one number or float [T]",
             ),
             (0 <= options.top_k <= shard.total, f"top_k is {options.top_k} of {shard.total} tokens"),

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from perl_megatron.kernels import tiles as sizes
 from perl_megatron.kernels.scores import ScoreOptions, TokenScores, VocabularyShard
-from perl_megatron.kernels.tiles import LOWEST, Tiles, add_product
+from perl_megatron.kernels.tiles import Tiles, add_product
 
 
 def score_tokens(
@@ -44,7 +45,7 @@ class _Sums:
     @classmethod
     def none(cls, tiles: Tiles) -> _Sums:
         """Before the first tile."""
-        return cls(tiles.new_values(LOWEST), *(tiles.new_values(0) for _ in range(3)))
+        return cls(tiles.lowest(), *(tiles.new_values(0) for _ in range(3)))
 
 
 def _fold(sums: _Sums, tokens: slice, z: Tensor, scratch: Tensor, *, entropy: bool) -> None:
@@ -57,7 +58,7 @@ def _fold(sums: _Sums, tokens: slice, z: Tensor, scratch: Tensor, *, entropy: bo
     torch.exp(z, out=scratch)
     if entropy:
         weighted.addcmul_(total, change).mul_(decay)
-        weighted += torch.linalg.vecdot(scratch, z)
+        weighted += z.mul_(scratch).sum(1)
     total.mul_(decay).add_(scratch.sum(1))
     maximum.copy_(new)
 
@@ -89,11 +90,11 @@ class _TiledScores(torch.autograd.Function):
         log_prob = torch.where(tiles.known, (sums.target - sums.maximum - log_total)[:count], torch.nan)
         log_sum_exp = (sums.maximum + log_total)[:count]
         entropy = (log_total - sums.weighted / sums.total)[:count] if options.entropy else torch.zeros_like(log_prob)
-        ctx.save_for_backward(hidden, weight, targets, log_sum_exp, entropy)
+        ctx.save_for_backward(hidden, weight, targets, sums.maximum, sums.total, entropy)
         ctx.shard, ctx.options = shard, options
         ctx.set_materialize_grads(False)
         values, ids = (torch.where(tiles.counts[:, None], each, 0) for each in top.result(log_sum_exp))
-        is_top = (sums.target == sums.maximum)[:count] & tiles.known & tiles.counts
+        is_top = (sums.target == sums.maximum)[:count] & tiles.counts & ~log_prob.isnan()
         log_prob, entropy, log_sum_exp = (torch.where(tiles.counts, x, 0) for x in (log_prob, entropy, log_sum_exp))
         ctx.mark_non_differentiable(log_sum_exp, is_top, values, ids)
         return log_prob, entropy, log_sum_exp, is_top, values, ids
@@ -103,22 +104,23 @@ class _TiledScores(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, log_sum_exp, entropy = ctx.saved_tensors
+        hidden, weight, targets, maximum, total, entropy = ctx.saved_tensors
         if grad_log_prob is None and grad_entropy is None:
             return None, None, None, None, None
         tiles = Tiles(hidden, weight, targets, ctx.shard, ctx.options)
-        pull = _Pull(tiles, log_sum_exp, entropy, grad_log_prob, grad_entropy if ctx.options.entropy else None)
+        grad_entropy = grad_entropy if ctx.options.entropy else None
+        of_logits = _LogitsGradient(tiles, maximum, total, entropy, grad_log_prob, grad_entropy)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden, dtype=tiles.dtype) if need_hidden else None
         weight_gradient = _WeightGradient(weight, tiles.dtype, ctx.options.gradient_buffer) if need_weight else None
         for rows, weight_tile in tiles.row_tiles():
             part = weight_gradient.part(rows) if weight_gradient else None
             for tokens, tile in tiles.token_tiles():
-                gradient = pull.logits_gradient(tokens, rows, *tiles.logits(tokens, tile, rows, weight_tile))
+                gradient = of_logits.tile(tokens, rows, *tiles.logits(tokens, tile, rows, weight_tile))
                 gradient = gradient.to(tiles.operand_dtype)
                 if hidden_gradient is not None:
-                    own = hidden_gradient[tokens]
-                    add_product(own, gradient[: len(own)], weight_tile)
+                    real = hidden_gradient[tokens]
+                    add_product(real, gradient[: len(real)], weight_tile)
                 if part is not None:
                     add_product(part, gradient.t(), tile)
             if weight_gradient is not None:
@@ -144,34 +146,41 @@ def _reduce(sums: _Sums, group: dist.ProcessGroup | None) -> None:
     sums.total, sums.weighted, sums.target = packed
 
 
-class _Pull:
-    """The gradient of the logits of a tile: upstream gradients pulled back through log-probability and entropy."""
+class _LogitsGradient:
+    """The gradient with respect to a tile's logits, before the temperature, from those of the results.
+
+    Each tile is shifted by the maximum alone and divided by the sum afterwards, as in the forward pass: their rounded
+    sum log Σ exp would be off by the same amount for the whole vocabulary, which logits of a common size multiply.
+    """
 
     def __init__(
         self,
         tiles: Tiles,
-        log_sum_exp: Tensor,
+        maximum: Tensor,
+        total: Tensor,
         entropy: Tensor,
         grad_log_prob: Tensor | None,
         grad_entropy: Tensor | None,
     ):
-        self._tiles = tiles
-        self._log_sum_exp = tiles.padded(log_sum_exp, 0)
-        by_log_prob = self._per_token(torch.zeros_like(log_sum_exp) if grad_log_prob is None else grad_log_prob)
-        self._by_log_prob = by_log_prob
-        self._by_entropy = None if grad_entropy is None else self._per_token(grad_entropy)
-        self._constant = by_log_prob
-        if self._by_entropy is not None:
-            self._constant = by_log_prob + self._by_entropy * tiles.padded(entropy, 0)
+        self._tiles, self._maximum = tiles, maximum
+        self._by_log_prob = self._per_token(torch.zeros_like(entropy) if grad_log_prob is None else grad_log_prob)
+        self._constant = self._by_log_prob
+        self._by_entropy = None
+        if grad_entropy is not None:
+            by_entropy = self._per_token(grad_entropy)
+            self._constant = self._by_log_prob + by_entropy * (tiles.padded(entropy, 0) - total.log())
+            self._by_entropy = by_entropy / total
+        self._constant = self._constant / total
 
     def _per_token(self, gradient: Tensor) -> Tensor:
-        """[T'], zero for tokens that do not count, and with respect to logits before the temperature."""
-        gradient = torch.where(self._tiles.counts, gradient.to(self._tiles.dtype), 0)
-        return self._tiles.padded(gradient if self._tiles.scale is None else gradient * self._tiles.scale, 0)
+        """[T'], zero where the target is ignored or unknown, and with respect to logits before the temperature."""
+        gradient = torch.where(self._tiles.counts & self._tiles.known, gradient.to(self._tiles.dtype), 0)
+        gradient = self._tiles.padded(gradient, 0)
+        return gradient if self._tiles.scale is None else gradient * self._tiles.scale
 
-    def logits_gradient(self, tokens: slice, rows: slice, z: Tensor, scratch: Tensor) -> Tensor:
+    def tile(self, tokens: slice, rows: slice, z: Tensor, scratch: Tensor) -> Tensor:
         """[TOKENS, rows], in the place of z or the scratch."""
-        z -= self._log_sum_exp[tokens, None]
+        z -= self._maximum[tokens, None]
         if self._by_entropy is None:
             gradient = z.exp_().mul_(-self._constant[tokens, None])
         else:
@@ -188,24 +197,26 @@ class _WeightGradient:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, buffer: Tensor | None):
         self._target = torch.zeros_like(weight) if buffer is None else buffer
-        self._adds, self._dtype = buffer is not None, dtype
+        self._adds = buffer is not None
         self._tile: Tensor | None = None
+        if self._target.dtype != dtype:
+            self._tile = weight.new_empty(min(sizes.ROWS, len(weight)), weight.shape[1], dtype=dtype)
         self.result = None if self._adds else self._target
 
     def part(self, rows: slice) -> Tensor:
         """Float32 [rows, H] to add to: the target itself where it is of that type."""
         target = self._target[rows]
-        if target.dtype == self._dtype:
-            return target
-        self._tile = torch.zeros_like(target, dtype=self._dtype)
-        return self._tile
+        return target if self._tile is None else self._tile[: len(target)].zero_()
 
     def finish(self, rows: slice) -> None:
         """After the last token."""
-        if self._tile is not None and self._adds:
-            self._target[rows] += self._tile
-        elif self._tile is not None:
-            self._target[rows] = self._tile.to(self._target.dtype)
+        if self._tile is None:
+            return
+        target = self._target[rows]
+        if self._adds:
+            target += self._tile[: len(target)]
+        else:
+            target.copy_(self._tile[: len(target)])
 
 
 class _Top:
@@ -213,9 +224,8 @@ class _Top:
 
     def __init__(self, tiles: Tiles, k: int):
         self._tiles, self._k = tiles, k
-        shape = (len(tiles.column), k)
-        self._values = tiles.counts.new_full(shape, LOWEST, dtype=tiles.dtype)
-        self._ids = tiles.counts.new_zeros(shape, dtype=torch.int64)
+        self._values = tiles.lowest()[:, None].repeat(1, k)
+        self._ids = torch.zeros_like(self._values, dtype=torch.int64)
 
     def fold(self, tokens: slice, z: Tensor, rows: slice) -> None:
         """Add a tile's logits."""

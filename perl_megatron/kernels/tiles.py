@@ -19,14 +19,13 @@ from perl_megatron.kernels.scores import (
     ScoreOptions,
     VocabularyShard,
     dtype_of_computation,
+    temperatures,
 )
 
 TOKENS = 256
 """Tokens of a tile."""
 ROWS = 2048
 """Vocabulary rows of a tile."""
-LOWEST = -1e30
-"""A running maximum's start: below any logit, and finite, so that 0 times a difference to it is 0."""
 
 
 class Tiles:
@@ -44,14 +43,14 @@ class Tiles:
         self._has_ignored = not bool(self.counts.all())
         self.column = self.padded(torch.where(self.known, targets, -1) - shard.first, -1)
         """int64 [T']: the target's row on this rank; outside of 0 … size where it is not here."""
-        self.scale: Tensor | None = None
-        """[T]: 1 / τ; None where it is 1."""
-        if torch.is_tensor(options.temperature) or options.temperature != 1:
-            temperature = torch.as_tensor(options.temperature, dtype=self.dtype, device=hidden.device)
-            self.scale = temperature.reciprocal().expand(self.num_tokens)
-        self._row_scale = None if self.scale is None else self.padded(self.scale, 1)
+        temperature = temperatures(options, self.counts, self.dtype)
+        self.scale = None if temperature is None else self.padded(temperature.reciprocal(), 1)
+        """[T']: 1 / τ; None where all are 1."""
         self._banned = sorted(shard.own(options.banned_token_ids))
         self._tile = hidden.new_empty(TOKENS, hidden.shape[1], dtype=self.operand_dtype)
+        self._weight_tile = None
+        if weight.dtype != self.operand_dtype:
+            self._weight_tile = weight.new_empty(ROWS, weight.shape[1], dtype=self.operand_dtype)
         self._logits = hidden.new_empty(TOKENS * ROWS, dtype=self.dtype)
         self._scratch = torch.empty_like(self._logits)
 
@@ -60,16 +59,21 @@ class Tiles:
         missing = -len(values) % TOKENS
         return torch.cat([values, values.new_full((missing,), filler)]) if missing else values.contiguous()
 
+    def lowest(self) -> Tensor:
+        """[T']: where running maxima start; finite, so that 0 times a difference to it is 0."""
+        return self.new_values(torch.finfo(self.dtype).min / 2)
+
     def new_values(self, value: float) -> Tensor:
         """[T'] of ``value``."""
         shape = (len(self.column),)
         return torch.full(shape, value, dtype=self.dtype, device=self._hidden.device)
 
     def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive rows, and the weight's [rows, H] as an operand."""
+        """Consecutive rows, and the weight's [rows, H] as an operand; valid until the next one."""
         for first in range(0, self.shard.size, ROWS):
             rows = slice(first, min(first + ROWS, self.shard.size))
-            yield rows, self._weight[rows].to(self.operand_dtype)
+            part = self._weight[rows]
+            yield rows, part if self._weight_tile is None else self._weight_tile[: len(part)].copy_(part)
 
     def token_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Consecutive tokens of T', and their hidden states [TOKENS, H] as an operand; valid until the next one."""
@@ -89,8 +93,8 @@ class Tiles:
         banned = [token - rows.start for token in self._banned if rows.start <= token < rows.stop]
         if banned:
             z[:, banned] += BANNED_BIAS
-        if self._row_scale is not None:
-            z *= self._row_scale[tokens, None]
+        if self.scale is not None:
+            z *= self.scale[tokens, None]
         return z, scratch
 
     def targets_in(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor]:
@@ -105,7 +109,7 @@ def multiply(first: Tensor, second: Tensor, out: Tensor) -> None:
     if first.dtype == out.dtype:
         torch.mm(first, second, out=out)
     else:
-        out.copy_(torch.mm(first, second, out_dtype=out.dtype))
+        torch.mm(first, second, out_dtype=out.dtype, out=out)
 
 
 def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
@@ -113,4 +117,4 @@ def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     if first.dtype == total.dtype:
         total.addmm_(first, second)
     else:
-        total += torch.mm(first, second, out_dtype=torch.float32)
+        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)

@@ -36,6 +36,15 @@ def test_is_zero_between_equals():
     assert exact_kl(*pairs(case, case), case.targets).abs().max() == 0
 
 
+def test_close_policies_are_told_apart_to_a_millionth():
+    first = make_case(tokens=300, hidden=64, vocabulary=5003)
+    second = type(first)(**{**vars(first), "hidden": first.hidden + 0.002 * make_case(tokens=300, hidden=64).hidden})
+    exact = definition(first, second)
+    found = exact_kl(*pairs(first.to(torch.float32), second.to(torch.float32)), first.targets)
+    assert 1e-6 < exact.mean() < 1e-3
+    assert (found - exact).abs().max() < 1e-6
+
+
 def test_float32_loses_at_most_twice_what_plain_torch_loses():
     first, second = (make_case(tokens=300, hidden=size, vocabulary=5003) for size in (64, 65))
     exact = definition(first, second)

@@ -1,5 +1,7 @@
 """What only the tiles promise: bounded memory, and a token's result that depends on nothing else in its batch."""
 
+import weakref
+
 import pytest
 import torch
 from loss_case import make_case, ours
@@ -10,30 +12,51 @@ from perl_megatron.kernels.dispatch import score_tokens
 from perl_megatron.kernels.scores import ScoreOptions
 
 
-class LargestTensor(TorchDispatchMode):
-    """Numbers in the largest tensor that an operation made (views of others not counted)."""
+class LiveMemory(TorchDispatchMode):
+    """Bytes of all tensors that operations made and that are alive at once, at their peak."""
 
     def __init__(self):
         super().__init__()
-        self.largest = 0
+        self.peak = 0
+        self._alive = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for each in result if isinstance(result, (tuple, list)) else (result,):
-            if torch.is_tensor(each) and not each._is_view():
-                self.largest = max(self.largest, each.numel())
+            if torch.is_tensor(each):
+                self._watch(each.untyped_storage())
         return result
+
+    def _watch(self, storage):
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = storage.nbytes()
+            weakref.finalize(storage, self._alive.pop, key, None)
+        self.peak = max(self.peak, sum(self._alive.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_is_larger_than_a_tile_of_logits(dtype):
-    case = make_case(tokens=3 * tiles.TOKENS, hidden=16, vocabulary=5 * tiles.ROWS, dtype=dtype)
-    with LargestTensor() as reference:
-        ours(case, "reference")
-    with LargestTensor() as found:
-        ours(case, "tiled", ScoreOptions(temperature=0.9, banned_token_ids=(3,), top_k=4))
-    assert reference.largest == 15 * tiles.TOKENS * tiles.ROWS
-    assert found.largest == tiles.TOKENS * tiles.ROWS
+@pytest.mark.parametrize("entropy", [True, False])
+def test_memory_at_its_peak_is_what_the_documentation_says(dtype, entropy):
+    """Of T tokens: the gradients and the float32 one of the hidden states, some numbers for each, and the tiles."""
+    tokens, hidden, vocabulary = 4 * tiles.TOKENS, 32, 8 * tiles.ROWS
+    case = make_case(tokens=tokens, hidden=hidden, vocabulary=vocabulary, dtype=dtype)
+    options = ScoreOptions(temperature=0.9, banned_token_ids=(3,), top_k=4, entropy=entropy)
+    with LiveMemory() as reference:
+        ours(case, "reference", options)
+    with LiveMemory() as found:
+        ours(case, "tiled", options)
+    logits, copies = tokens * vocabulary * 4, 0 if dtype is torch.float32 else 1
+    inputs_and_gradients = 2 * (tokens + vocabulary) * hidden * case.hidden.element_size()
+    expected = (
+        inputs_and_gradients
+        + tokens * hidden * 4 * copies
+        + 2 * tiles.TOKENS * tiles.ROWS * 4
+        + tiles.TOKENS * hidden * 4
+        + 2 * tiles.ROWS * hidden * 4 * copies
+    )
+    assert found.peak <= expected + tokens * 200
+    assert expected < logits / 4 < reference.peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
