@@ -22,7 +22,7 @@ from perl_megatron.kernels.scores import (
     temperatures,
 )
 
-TOKENS = 256
+TOKENS = 512
 """Tokens of a tile."""
 ROWS = 2048
 """Vocabulary rows of a tile."""

@@ -25,8 +25,8 @@ def fuses_weight_gradients(*, cuda: bool, apex: bool, transformer_engine: bool, 
 
     TransformerEngine's layers bring the kernel; megatron-core's own use apex's, and refuse the setting without it. On
     the CPU ``runtime.megatron_cpu`` has one for them.
-    ``has_megatron_linear``: the part has such a layer even among TransformerEngine's (the language model's output layer:
-    it only holds its weight, but is built all the same).
+    ``has_megatron_linear``: the part has such a layer even among TransformerEngine's (the language model's output
+    layer: it only holds its weight, but is built all the same).
     (Fused Adam needs no setting: megatron-core's optimizer/__init__.py imports TransformerEngine's, else apex's, else
     takes torch's.)
     """
