@@ -48,11 +48,11 @@ def exact_kl(
             z_q, _ = q.logits(tokens, tile_q, rows, weight_q)
             sums.fold(tokens, z_p, z_q.to(p.dtype), scratch)
     sums.reduce(shard.group)
-    return torch.where(targets != IGNORED, sums.result()[: len(targets)], 0)
+    return torch.where(targets != IGNORED, sums.result(), 0)
 
 
 class _DivergenceSums:
-    """Over the tiles so far, all [T'], with m_p and m_q the largest z of each policy."""
+    """Over the tiles so far, all [T], with m_p and m_q the largest z of each policy."""
 
     def __init__(self, tiles: Tiles):
         self._maximum_p, self._maximum_q = tiles.lowest(), tiles.lowest()
@@ -94,5 +94,5 @@ class _DivergenceSums:
         self._total_p, self._total_q, self._difference = packed
 
     def result(self) -> Tensor:
-        """[T']."""
+        """[T]."""
         return self._difference / self._total_p - (self._total_p / self._total_q).log()

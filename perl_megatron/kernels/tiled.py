@@ -32,7 +32,7 @@ def score_tokens(
 
 @dataclass
 class _Sums:
-    """Of each token over the tiles so far; all [T'], where T' is T filled up to whole tiles."""
+    """Of each token over the tiles so far; all [T]."""
 
     maximum: Tensor
     total: Tensor
@@ -86,15 +86,14 @@ class _TiledScores(torch.autograd.Function):
         _reduce(sums, shard.group)
         top.reduce(shard)
         log_total = sums.total.log()
-        count = tiles.num_tokens
-        log_prob = torch.where(tiles.known, (sums.target - sums.maximum - log_total)[:count], torch.nan)
-        log_sum_exp = (sums.maximum + log_total)[:count]
-        entropy = (log_total - sums.weighted / sums.total)[:count] if options.entropy else torch.zeros_like(log_prob)
+        log_prob = torch.where(tiles.known, sums.target - sums.maximum - log_total, torch.nan)
+        log_sum_exp = sums.maximum + log_total
+        entropy = log_total - sums.weighted / sums.total if options.entropy else torch.zeros_like(log_prob)
         ctx.save_for_backward(hidden, weight, targets, sums.maximum, sums.total, entropy)
         ctx.shard, ctx.options = shard, options
         ctx.set_materialize_grads(False)
         values, ids = (torch.where(tiles.counts[:, None], each, 0) for each in top.result(log_sum_exp))
-        is_top = (sums.target == sums.maximum)[:count] & tiles.counts & ~log_prob.isnan()
+        is_top = (sums.target == sums.maximum) & tiles.counts & ~log_prob.isnan()
         log_prob, entropy, log_sum_exp = (torch.where(tiles.counts, x, 0) for x in (log_prob, entropy, log_sum_exp))
         ctx.mark_non_differentiable(log_sum_exp, is_top, values, ids)
         return log_prob, entropy, log_sum_exp, is_top, values, ids
@@ -119,10 +118,9 @@ class _TiledScores(torch.autograd.Function):
                 gradient = of_logits.tile(tokens, rows, *tiles.logits(tokens, tile, rows, weight_tile))
                 gradient = gradient.to(tiles.operand_dtype)
                 if hidden_gradient is not None:
-                    real = hidden_gradient[tokens]
-                    add_product(real, gradient[: len(real)], weight_tile)
+                    add_product(hidden_gradient[tokens], gradient, weight_tile)
                 if part is not None:
-                    add_product(part, gradient.t(), tile)
+                    add_product(part, gradient.t(), tile[: len(gradient)])
             if weight_gradient is not None:
                 weight_gradient.finish(rows)
         if hidden_gradient is not None:
@@ -168,18 +166,17 @@ class _LogitsGradient:
         self._by_entropy = None
         if grad_entropy is not None:
             by_entropy = self._per_token(grad_entropy)
-            self._constant = self._by_log_prob + by_entropy * (tiles.padded(entropy, 0) - total.log())
+            self._constant = self._by_log_prob + by_entropy * (entropy - total.log())
             self._by_entropy = by_entropy / total
         self._constant = self._constant / total
 
     def _per_token(self, gradient: Tensor) -> Tensor:
-        """[T'], zero where the target is ignored or unknown, and with respect to logits before the temperature."""
+        """[T], zero where the target is ignored or unknown, and with respect to logits before the temperature."""
         gradient = torch.where(self._tiles.counts & self._tiles.known, gradient.to(self._tiles.dtype), 0)
-        gradient = self._tiles.padded(gradient, 0)
         return gradient if self._tiles.scale is None else gradient * self._tiles.scale
 
     def tile(self, tokens: slice, rows: slice, z: Tensor, scratch: Tensor) -> Tensor:
-        """[TOKENS, rows], in the place of z or the scratch."""
+        """[tokens, rows], in the place of z or the scratch."""
         z -= self._maximum[tokens, None]
         if self._by_entropy is None:
             gradient = z.exp_().mul_(-self._constant[tokens, None])
@@ -250,5 +247,4 @@ class _Top:
 
     def result(self, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probabilities [T, k], ids [T, k])."""
-        count = self._tiles.num_tokens
-        return self._values[:count] - log_sum_exp[:, None], self._ids[:count]
+        return self._values - log_sum_exp[:, None], self._ids

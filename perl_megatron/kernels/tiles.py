@@ -2,8 +2,8 @@
 
 The tiles of the output weight are the outer loop, so that each is converted once; those of the tokens the inner.
 
-Batch invariance: the tokens' last tile is filled up with zeros, so each product and each sum over a tile has the same
-shapes whatever T is, and a token meets the vocabulary's tiles in the same order whatever else is in the batch.
+Batch invariance: the tokens' last tile is filled up with zeros, so each product has the same shape whatever T is (what
+comes after goes row by row), and a token meets the vocabulary's tiles in the same order whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Tiles:
         self.counts = targets != IGNORED
         self.known = (targets >= 0) & (targets < shard.total)
         self._has_ignored = not bool(self.counts.all())
-        self.column = self.padded(torch.where(self.known, targets, -1) - shard.first, -1)
-        """int64 [T']: the target's row on this rank; outside of 0 … size where it is not here."""
+        self.column = torch.where(self.known, targets - shard.first, -1)
+        """int64 [T]: the target's row on this rank; outside of 0 … size where it is not here."""
         temperature = temperatures(options, self.counts, self.dtype)
-        self.scale = None if temperature is None else self.padded(temperature.reciprocal(), 1)
-        """[T']: 1 / τ; None where all are 1."""
+        self.scale = None if temperature is None else temperature.reciprocal()
+        """[T]: 1 / τ; None where all are 1."""
         self._banned = sorted(shard.own(options.banned_token_ids))
         self._tile = hidden.new_empty(TOKENS, hidden.shape[1], dtype=self.operand_dtype)
         self._weight_tile = None
@@ -54,19 +54,13 @@ class Tiles:
         self._logits = hidden.new_empty(TOKENS * ROWS, dtype=self.dtype)
         self._scratch = torch.empty_like(self._logits)
 
-    def padded(self, values: Tensor, filler: float) -> Tensor:
-        """[T'] from [T]."""
-        missing = -len(values) % TOKENS
-        return torch.cat([values, values.new_full((missing,), filler)]) if missing else values.contiguous()
-
     def lowest(self) -> Tensor:
-        """[T']: where running maxima start; finite, so that 0 times a difference to it is 0."""
+        """[T]: where running maxima start; finite, so that 0 times a difference to it is 0."""
         return self.new_values(torch.finfo(self.dtype).min / 2)
 
     def new_values(self, value: float) -> Tensor:
-        """[T'] of ``value``."""
-        shape = (len(self.column),)
-        return torch.full(shape, value, dtype=self.dtype, device=self._hidden.device)
+        """[T] of ``value``."""
+        return torch.full((self.num_tokens,), value, dtype=self.dtype, device=self._hidden.device)
 
     def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Consecutive rows, and the weight's [rows, H] as an operand; valid until the next one."""
@@ -76,20 +70,24 @@ class Tiles:
             yield rows, part if self._weight_tile is None else self._weight_tile[: len(part)].copy_(part)
 
     def token_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive tokens of T', and their hidden states [TOKENS, H] as an operand; valid until the next one."""
+        """Consecutive tokens, and their hidden states [TOKENS, H] as an operand, with zeros behind them.
+
+        The operand is valid until the next one.
+        """
         for first in range(0, self.num_tokens, TOKENS):
             real = min(TOKENS, self.num_tokens - first)
             self._tile[:real] = self._hidden[first : first + real]
             if self._has_ignored:
                 self._tile[:real].masked_fill_(~self.counts[first : first + real, None], 0)
             self._tile[real:] = 0
-            yield slice(first, first + TOKENS), self._tile
+            yield slice(first, first + real), self._tile
 
     def logits(self, tokens: slice, tile: Tensor, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(z [TOKENS, rows], scratch of its shape), both overwritten by the next call."""
-        count = rows.stop - rows.start
+        """(z [tokens, rows], scratch of its shape), both overwritten by the next call."""
+        count, real = rows.stop - rows.start, tokens.stop - tokens.start
         z, scratch = (buffer[: TOKENS * count].view(TOKENS, count) for buffer in (self._logits, self._scratch))
         multiply(tile, weight.t(), out=z)
+        z, scratch = z[:real], scratch[:real]
         banned = [token - rows.start for token in self._banned if rows.start <= token < rows.stop]
         if banned:
             z[:, banned] += BANNED_BIAS
@@ -98,7 +96,7 @@ class Tiles:
         return z, scratch
 
     def targets_in(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor]:
-        """(bool [TOKENS] whether the target is among the rows, int64 [TOKENS, 1] its column, any where it is not)."""
+        """(bool [tokens] whether the target is among the rows, int64 [tokens, 1] its column, any where it is not)."""
         column = self.column[tokens] - rows.start
         here = (column >= 0) & (column < rows.stop - rows.start)
         return here, column.clamp(0, rows.stop - rows.start - 1)[:, None]
