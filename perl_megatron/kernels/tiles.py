@@ -22,10 +22,17 @@ from perl_megatron.kernels.scores import (
     temperatures,
 )
 
-TOKENS = 512
-"""Tokens of a tile."""
+TOKENS, FEW_TOKENS = 512, 128
+"""Tokens of a tile, for a large vocabulary and for a small one: a toy's, whose batches have few tokens."""
+LARGE_VOCABULARY = 8192
+"""Rows of the weight on this rank."""
 ROWS = 2048
 """Vocabulary rows of a tile."""
+
+
+def tokens_of_tile(shard: VocabularyShard) -> int:
+    """By the vocabulary alone, so that a token's tile does not depend on its batch."""
+    return TOKENS if shard.size >= LARGE_VOCABULARY else FEW_TOKENS
 
 
 class Tiles:
@@ -47,11 +54,12 @@ class Tiles:
         self.scale = None if temperature is None else temperature.reciprocal()
         """[T]: 1 / τ; None where all are 1."""
         self._banned = sorted(shard.own(options.banned_token_ids))
-        self._tile = hidden.new_empty(TOKENS, hidden.shape[1], dtype=self.operand_dtype)
+        self._height = tokens_of_tile(shard)
+        self._tile = hidden.new_empty(self._height, hidden.shape[1], dtype=self.operand_dtype)
         self._weight_tile = None
         if weight.dtype != self.operand_dtype:
             self._weight_tile = weight.new_empty(ROWS, weight.shape[1], dtype=self.operand_dtype)
-        self._logits = hidden.new_empty(TOKENS * ROWS, dtype=self.dtype)
+        self._logits = hidden.new_empty(self._height * ROWS, dtype=self.dtype)
         self._scratch = torch.empty_like(self._logits)
 
     def lowest(self) -> Tensor:
@@ -70,12 +78,12 @@ class Tiles:
             yield rows, part if self._weight_tile is None else self._weight_tile[: len(part)].copy_(part)
 
     def token_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive tokens, and their hidden states [TOKENS, H] as an operand, with zeros behind them.
+        """Consecutive tokens, and their hidden states [height, H] as an operand, with zeros behind them.
 
         The operand is valid until the next one.
         """
-        for first in range(0, self.num_tokens, TOKENS):
-            real = min(TOKENS, self.num_tokens - first)
+        for first in range(0, self.num_tokens, self._height):
+            real = min(self._height, self.num_tokens - first)
             self._tile[:real] = self._hidden[first : first + real]
             if self._has_ignored:
                 self._tile[:real].masked_fill_(~self.counts[first : first + real, None], 0)
@@ -85,7 +93,7 @@ class Tiles:
     def logits(self, tokens: slice, tile: Tensor, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(z [tokens, rows], scratch of its shape), both overwritten by the next call."""
         count, real = rows.stop - rows.start, tokens.stop - tokens.start
-        z, scratch = (buffer[: TOKENS * count].view(TOKENS, count) for buffer in (self._logits, self._scratch))
+        z, scratch = (buffer[: self._height * count].view(-1, count) for buffer in (self._logits, self._scratch))
         multiply(tile, weight.t(), out=z)
         z, scratch = z[:real], scratch[:real]
         banned = [token - rows.start for token in self._banned if rows.start <= token < rows.stop]

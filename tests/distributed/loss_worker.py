@@ -33,13 +33,13 @@ RUNS = [("reference", "float32"), ("tiled", "float32"), ("tiled", "bfloat16")]
 
 
 def case(dtype: torch.dtype) -> Case:
-    made = make_case(tokens=tiles.TOKENS + 44, hidden=64, vocabulary=VOCABULARY, dtype=dtype)
+    made = make_case(tokens=2 * tiles.FEW_TOKENS + 44, hidden=64, vocabulary=VOCABULARY, dtype=dtype)
     made.targets[[3, 50]] = IGNORED
     return made
 
 
 def other_policy(dtype: torch.dtype) -> Case:
-    return make_case(tokens=tiles.TOKENS + 44, hidden=32, vocabulary=VOCABULARY, dtype=dtype)
+    return make_case(tokens=2 * tiles.FEW_TOKENS + 44, hidden=32, vocabulary=VOCABULARY, dtype=dtype)
 
 
 def shard_of(split: list[int], rank: int) -> VocabularyShard:

@@ -17,7 +17,7 @@ LARGE = {"tokens": 300, "hidden": 64, "vocabulary": 5003}
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "TOKENS", 4)
+    monkeypatch.setattr(tiles, "FEW_TOKENS", 4)
     monkeypatch.setattr(tiles, "ROWS", 8)
 
 

@@ -22,7 +22,7 @@ def pairs(*cases):
 
 @pytest.mark.parametrize(("temperature", "banned"), [(1.0, ()), (0.7, (0, 5, 22))])
 def test_is_the_sum_over_the_vocabulary(monkeypatch, temperature, banned):
-    monkeypatch.setattr(tiles, "TOKENS", 4)
+    monkeypatch.setattr(tiles, "FEW_TOKENS", 4)
     monkeypatch.setattr(tiles, "ROWS", 8)
     first, second = make_case(hidden=6), make_case(hidden=9)  # other weights, another hidden size
     options = ScoreOptions(temperature=temperature, banned_token_ids=banned)

@@ -39,7 +39,7 @@ class LiveMemory(TorchDispatchMode):
 @pytest.mark.parametrize("entropy", [True, False])
 def test_memory_at_its_peak_is_what_the_documentation_says(dtype, entropy):
     """Of T tokens: the gradients and the float32 one of the hidden states, some numbers for each, and the tiles."""
-    tokens, hidden, vocabulary = 4 * tiles.TOKENS, 32, 8 * tiles.ROWS
+    tokens, hidden, vocabulary = 4 * tiles.TOKENS, 128, 8 * tiles.ROWS
     case = make_case(tokens=tokens, hidden=hidden, vocabulary=vocabulary, dtype=dtype)
     options = ScoreOptions(temperature=0.9, banned_token_ids=(3,), top_k=4, entropy=entropy)
     with LiveMemory() as reference:
@@ -60,9 +60,9 @@ def test_memory_at_its_peak_is_what_the_documentation_says(dtype, entropy):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("hidden", [48, 1024])
-def test_a_tokens_scores_are_the_same_bits_whatever_else_is_in_the_batch(dtype, hidden):
-    case = make_case(tokens=2 * tiles.TOKENS + 77, hidden=hidden, vocabulary=tiles.ROWS + 501, dtype=dtype)
+@pytest.mark.parametrize(("hidden", "vocabulary"), [(48, tiles.ROWS + 501), (1024, tiles.LARGE_VOCABULARY + 501)])
+def test_a_tokens_scores_are_the_same_bits_whatever_else_is_in_the_batch(dtype, hidden, vocabulary):
+    case = make_case(tokens=tiles.TOKENS + 77, hidden=hidden, vocabulary=vocabulary, dtype=dtype)
 
     def score(tokens):
         options = ScoreOptions(temperature=0.9, top_k=3)
