@@ -116,8 +116,7 @@ WITH_CUDA = """
 import torch
 torch.cuda.is_available = lambda: True
 before = torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type
-from perl_megatron.config.schema import ParallelConfig
-from perl_megatron.runtime import platform, topology
+from perl_megatron.runtime import platform
 platform.install()
 assert before == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type)
 from megatron.core.optimizer import distrib_optimizer
