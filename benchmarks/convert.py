@@ -22,7 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as tools/convert_checkpoint.py does
 
-from side_by_side import Row, make_row, report, run_in_turn
+from side_by_side import Row, make_row, report, resident_gib, run_in_turn
 
 from perl_megatron.checkpoint.conversion import Format
 from perl_megatron.checkpoint.convert import plan_conversion
@@ -48,14 +48,6 @@ def read_once(folder: Path) -> None:
                 pass
 
 
-def peak_memory_gib() -> float:
-    """VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**20
-    raise RuntimeError("this system has no /proc/self/status")
-
-
 def work(name: str, direction: str, folder: Path) -> dict[str, float]:
     """One conversion or one copy."""
     source_name, target_name, to = DIRECTIONS[direction]
@@ -71,7 +63,7 @@ def work(name: str, direction: str, folder: Path) -> dict[str, float]:
     begin = time.perf_counter()
     if name == "ours":
         plan_conversion(source, target, to=to).run()
-        return {"seconds": time.perf_counter() - begin, "memory_gib": peak_memory_gib()}
+        return {"seconds": time.perf_counter() - begin, "memory_gib": resident_gib("VmHWM")}
     subprocess.run(["cp", "-r", source, copy], check=True)
     copied = time.perf_counter()
     subprocess.run(["sync", "-f", copy], check=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import Row, make_row, report, run_in_turn
+from side_by_side import Row, make_row, report, resident_gib, run_in_turn
 from torch import Tensor
 
 from perl_megatron.algorithm.objective import clipped_objective, kl_estimate
@@ -179,17 +179,9 @@ def peak_memory(run: Pass, name: str, device: torch.device) -> float:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-    before = _status("VmRSS")
+    before = resident_gib("VmRSS")
     run.run(name)
-    return (_status("VmHWM") - before) / 2**20 - gradients / 2**30
-
-
-def _status(field: str) -> float:
-    """KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return float(line.split()[1])
-    raise RuntimeError(f"no {field} in /proc/self/status")
+    return resident_gib("VmHWM") - before - gradients / 2**30
 
 
 def work(name: str, case: Case, device: torch.device, repeats: int) -> dict[str, Any]:

@@ -53,6 +53,14 @@ def make_row(
     return Row(case, mine, peer, other, unit, mine / other, goal, spread)
 
 
+def resident_gib(field: str) -> float:
+    """What this process holds in memory, pages of files included: 'VmRSS' now, 'VmHWM' at most so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 2**20
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
 def run_in_turn(
     script: Path, names: Sequence[str], arguments: Sequence[str], *, rounds: int, threads: int
 ) -> dict[str, list[dict[str, Any]]]:
