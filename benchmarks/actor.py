@@ -10,6 +10,7 @@ is saved by encoding a repeated image once. Rows "of which" say where the time g
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import resource
@@ -85,6 +86,9 @@ class OurStep(Step):
         self._schedule = Schedule(
             self._optimizer.chunks, self._layout, encoder, micro_batch_size=size, parallel=parallel
         )
+
+        gc.collect()
+        gc.freeze()  # as ``jobs`` does
 
     def __call__(self) -> float:
         self._optimizer.zero_gradients()

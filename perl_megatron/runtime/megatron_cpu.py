@@ -1,6 +1,6 @@
-"""Seven shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
+"""Nine shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
 
-S6 is ``megatron_adam``'s.
+S6 is ``megatron_adam``'s, S10 ``megatron_rotary``'s.
 Each names the files of megatron-core that need it; ``tests/runtime/test_platform.py`` fails for a shim that
 megatron-core no longer needs. S4 and S5 change only calls made by ``megatron.*`` modules.
 """
@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from perl_megatron.runtime import megatron_rotary
+
 _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Install all seven. Call once, before any model is built."""
+    """Install all nine. Call once, before any model is built."""
     # megatron-core says on import, four times, that the fused CUDA kernels are missing; here that is no news.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     import torch._dynamo  # noqa: F401 - asserts on import that names in torch.cuda are distinct objects, so it goes first
@@ -33,6 +35,8 @@ def install() -> None:
     _type_names()
     _collectives_of_one_rank()
     _weight_gradients()
+    _tensor_parallelism_of_one_rank()
+    megatron_rotary.install()
 
 
 def _current_device_and_synchronize() -> None:
@@ -178,6 +182,23 @@ def _weight_gradients() -> None:
 
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
     layers._grad_accum_fusion_available = True
+
+
+def _tensor_parallelism_of_one_rank() -> None:
+    """S9: a rank alone in its tensor-parallel group does not pass through autograd functions that do nothing."""
+    # tensor_parallel/layers.py; upstream's return their input, but cost as much as a small layer's arithmetic.
+    import megatron.core.tensor_parallel.layers as layers
+
+    for name in ("copy_to_tensor_model_parallel_region", "reduce_from_tensor_model_parallel_region"):
+        setattr(layers, name, _identity_alone(getattr(layers, name)))
+
+
+def _identity_alone(mapping: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(mapping)
+    def call(tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
+        return tensor if group is not None and group.size() == 1 else mapping(tensor, group)
+
+    return call
 
 
 def _for_megatron(original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:

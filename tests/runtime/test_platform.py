@@ -1,4 +1,4 @@
-"""The eight shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
+"""The ten shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
 
 import inspect
 import re
@@ -155,6 +155,19 @@ def test_weight_gradients_are_added_up_in_float32():
         layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, gradients, buffer)
     assert (buffer == 1 + 8 * 2.0**-10).all()
     assert layers._grad_accum_fusion_available
+
+
+@pytest.mark.parametrize("name", ["copy_to_tensor_model_parallel_region", "reduce_from_tensor_model_parallel_region"])
+def test_a_rank_without_tensor_peers_passes_through_no_autograd_function(name):
+    topology.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
+    try:
+        tensor, mapping = torch.ones(2, requires_grad=True), getattr(layers, name)
+        alone = torch.distributed.group.WORLD
+        assert mapping(tensor, alone) is tensor
+        assert mapping.__wrapped__(tensor, alone) is not tensor, "upstream does it too: the shim can go"
+        assert mapping(tensor).grad_fn is not None
+    finally:
+        topology.shutdown()
 
 
 def test_without_a_fused_adam_the_optimizer_is_mended_on_cuda_too():
