@@ -48,7 +48,7 @@ class ModelConfig(Section):
     """Type of parameters and activations (main parameters and gradients are always float32)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation of megatron-core."""
-    loss_kernel: Literal["auto", "reference", "tiled"] = "auto"
+    loss_kernel: Literal["auto", "reference", "tiled", "triton"] = "auto"
     """How log-probabilities and their gradients are computed from hidden states: 'reference' with the logits of all
     tokens in memory, 'tiled' with one tile of them; 'auto' the fastest that runs here."""
     fp8: Literal["none", "e4m3", "hybrid"] = "none"

@@ -4,26 +4,62 @@
 |---|---|---|
 | ``reference`` | everywhere; the definition | all logits [T, V] and more |
 | ``tiled`` | everywhere | two tiles, one of the weight and its gradient, a float32 gradient of the hidden states |
+| ``triton`` | CUDA from sm_80 on, ROCm gfx942 | one tile of the logits' gradient, and gradients as ``tiled`` |
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
-from types import ModuleType
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from perl_megatron.kernels import reference, tiled
+from perl_megatron.errors import UserError
+from perl_megatron.kernels import triton_settings
 from perl_megatron.kernels.scores import ScoreOptions, TokenScores, VocabularyShard, check_inputs
 
-Backend = Literal["reference", "tiled"]
-BACKENDS: dict[Backend, ModuleType] = {"reference": reference, "tiled": tiled}
+Backend = Literal["reference", "tiled", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+_MODULES: dict[Backend, str] = {"reference": "reference", "tiled": "tiled", "triton": "triton_fused"}
 
 
-def choose_backend(wanted: Backend | Literal["auto"] = "auto") -> Backend:
-    """``wanted``, or the fastest one here."""
-    return "tiled" if wanted == "auto" else wanted
+def why_not(backend: Backend, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device; None: it can."""
+    if backend != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        import triton
+
+        return None if triton.knobs.runtime.interpret else "it needs a GPU, and there is none"
+    try:
+        triton_settings.target_of(device)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def choose_backend(wanted: Backend | Literal["auto"] = "auto", device: torch.device | None = None) -> Backend:
+    """``wanted``, or the fastest one on ``device`` (None: a GPU where there is one).
+
+    Raises:
+        UserError: ``wanted`` cannot run there.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "auto":
+        return "triton" if device.type == "cuda" and why_not("triton", device) is None else "tiled"
+    problem = why_not(wanted, device)
+    if problem:
+        raise UserError(
+            f"the loss kernels of the backend '{wanted}' cannot run here: {problem}",
+            where=f"model.loss_kernel={wanted}",
+            fix="model.loss_kernel=auto takes the fastest one that runs",
+        )
+    return wanted
 
 
 def score_tokens(
@@ -48,12 +84,11 @@ def score_tokens(
     Raises:
         ValueError: shapes, dtypes or options do not go together. Each rank looks at its own: with a group, one that
             raises leaves the others waiting, as in any collective.
+        UserError: the backend cannot run on the inputs' device.
     """
     options = options or ScoreOptions()
     shard = shard or VocabularyShard.whole(weight)
     check_inputs(hidden, weight, targets, shard, options)
-    score: Callable[..., TokenScores] = BACKENDS[choose_backend(backend)].score_tokens
+    module = importlib.import_module(f"perl_megatron.kernels.{_MODULES[choose_backend(backend, hidden.device)]}")
+    score: Callable[..., TokenScores] = module.score_tokens
     return score(hidden, weight, targets, shard, options)
-
-
-assert set(BACKENDS) == set(get_args(Backend))

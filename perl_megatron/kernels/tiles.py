@@ -9,6 +9,8 @@ comes after goes row by row), and a token meets the vocabulary's tiles in the sa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,37 +32,78 @@ ROWS = 2048
 """Vocabulary rows of a tile."""
 
 
-def tokens_of_tile(shard: VocabularyShard) -> int:
+@dataclass(frozen=True)
+class TileShape:
+    """Of a tile of logits."""
+
+    tokens: int
+    rows: int
+
+
+def shape_of_tile(shard: VocabularyShard) -> TileShape:
     """By the vocabulary alone, so that a token's tile does not depend on its batch."""
-    return TOKENS if shard.size >= LARGE_VOCABULARY else FEW_TOKENS
+    return TileShape(TOKENS if shard.size >= LARGE_VOCABULARY else FEW_TOKENS, ROWS)
 
 
 class Tiles:
-    """The logits of one batch on this rank, a tile at a time."""
+    """The logits of one batch on this rank, a tile at a time.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, options: ScoreOptions):
+    Args:
+        hidden: [T, H].
+        weight: [rows, H].
+        targets: int64 [T].
+        shard: which rows these are.
+        options: temperature and banned tokens.
+        shape: of a tile; None: ``shape_of_tile``.
+        fill: whether the last tile of tokens is filled up; without it, hidden states are copied only where some of
+            their tokens do not count.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        shard: VocabularyShard,
+        options: ScoreOptions,
+        *,
+        shape: TileShape | None = None,
+        fill: bool = True,
+    ):
         self.dtype = dtype_of_computation(hidden)
         # A GPU multiplies 16-bit numbers into float32 sums; the CPU has no such product, so tiles are converted.
         self.operand_dtype = hidden.dtype if hidden.is_cuda else self.dtype
         self.shard = shard
+        self.shape = shape or shape_of_tile(shard)
         self.num_tokens = len(hidden)
-        self._hidden, self._weight = hidden, weight
+        self.hidden, self.weight = hidden, weight
         self.counts = targets != IGNORED
         self.known = (targets >= 0) & (targets < shard.total)
         self._has_ignored = not bool(self.counts.all())
+        self._copies = fill or self._has_ignored or hidden.dtype != self.operand_dtype
+        self._fill = fill
         self.column = torch.where(self.known, targets - shard.first, -1)
         """int64 [T]: the target's row on this rank; outside of 0 … size where it is not here."""
         temperature = temperatures(options, self.counts, self.dtype)
         self.scale = None if temperature is None else temperature.reciprocal()
         """[T]: 1 / τ; None where all are 1."""
-        self._banned = sorted(shard.own(options.banned_token_ids))
-        self._height = tokens_of_tile(shard)
-        self._tile = hidden.new_empty(self._height, hidden.shape[1], dtype=self.operand_dtype)
-        self._weight_tile = None
-        if weight.dtype != self.operand_dtype:
-            self._weight_tile = weight.new_empty(ROWS, weight.shape[1], dtype=self.operand_dtype)
-        self._logits = hidden.new_empty(self._height * ROWS, dtype=self.dtype)
-        self._scratch = torch.empty_like(self._logits)
+        self.banned = sorted(shard.own(options.banned_token_ids))
+        """This rank's rows that get the bias."""
+
+    @cached_property
+    def _tile(self) -> Tensor:
+        return self.hidden.new_empty(self.shape.tokens, self.hidden.shape[1], dtype=self.operand_dtype)
+
+    @cached_property
+    def _weight_tile(self) -> Tensor | None:
+        if self.weight.dtype == self.operand_dtype:
+            return None
+        return self.weight.new_empty(self.shape.rows, self.weight.shape[1], dtype=self.operand_dtype)
+
+    @cached_property
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        logits = self.hidden.new_empty(self.shape.tokens * self.shape.rows, dtype=self.dtype)
+        return logits, torch.empty_like(logits)
 
     def lowest(self) -> Tensor:
         """[T]: where running maxima start; finite, so that 0 times a difference to it is 0."""
@@ -68,35 +111,39 @@ class Tiles:
 
     def new_values(self, value: float) -> Tensor:
         """[T] of ``value``."""
-        return torch.full((self.num_tokens,), value, dtype=self.dtype, device=self._hidden.device)
+        return torch.full((self.num_tokens,), value, dtype=self.dtype, device=self.hidden.device)
 
     def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Consecutive rows, and the weight's [rows, H] as an operand; valid until the next one."""
-        for first in range(0, self.shard.size, ROWS):
-            rows = slice(first, min(first + ROWS, self.shard.size))
-            part = self._weight[rows]
+        for first in range(0, self.shard.size, self.shape.rows):
+            rows = slice(first, min(first + self.shape.rows, self.shard.size))
+            part = self.weight[rows]
             yield rows, part if self._weight_tile is None else self._weight_tile[: len(part)].copy_(part)
 
     def token_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive tokens, and their hidden states [height, H] as an operand, with zeros behind them.
+        """Consecutive tokens, and their hidden states [≥ tokens, H] as an operand; zeros for those that do not count.
 
         The operand is valid until the next one.
         """
-        for first in range(0, self.num_tokens, self._height):
-            real = min(self._height, self.num_tokens - first)
-            self._tile[:real] = self._hidden[first : first + real]
+        for first in range(0, self.num_tokens, self.shape.tokens):
+            real = min(self.shape.tokens, self.num_tokens - first)
+            tokens = slice(first, first + real)
+            if not self._copies:
+                yield tokens, self.hidden[tokens]
+                continue
+            self._tile[:real] = self.hidden[tokens]
             if self._has_ignored:
-                self._tile[:real].masked_fill_(~self.counts[first : first + real, None], 0)
+                self._tile[:real].masked_fill_(~self.counts[tokens, None], 0)
             self._tile[real:] = 0
-            yield slice(first, first + real), self._tile
+            yield tokens, self._tile if self._fill else self._tile[:real]
 
     def logits(self, tokens: slice, tile: Tensor, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(z [tokens, rows], scratch of its shape), both overwritten by the next call."""
         count, real = rows.stop - rows.start, tokens.stop - tokens.start
-        z, scratch = (buffer[: self._height * count].view(-1, count) for buffer in (self._logits, self._scratch))
+        z, scratch = (buffer[: len(tile) * count].view(-1, count) for buffer in self._buffers)
         multiply(tile, weight.t(), out=z)
         z, scratch = z[:real], scratch[:real]
-        banned = [token - rows.start for token in self._banned if rows.start <= token < rows.stop]
+        banned = [token - rows.start for token in self.banned if rows.start <= token < rows.stop]
         if banned:
             z[:, banned] += BANNED_BIAS
         if self.scale is not None:

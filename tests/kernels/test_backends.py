@@ -6,11 +6,15 @@ import pytest
 import torch
 from loss_case import make_case, ours, plain
 
-from perl_megatron.kernels import dispatch, tiles
+from perl_megatron.errors import UserError
+from perl_megatron.kernels import dispatch, tiles, triton_settings
 from perl_megatron.kernels.dispatch import BACKENDS, score_tokens
 from perl_megatron.kernels.scores import IGNORED, ScoreOptions, VocabularyShard
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+CPU = torch.device("cpu")
+USABLE = [backend for backend in BACKENDS if dispatch.why_not(backend, CPU) is None]
+"""`make check-kernels` runs this file once more in Triton's interpreter."""
+each_backend = pytest.mark.parametrize("backend", USABLE)
 LARGE = {"tokens": 300, "hidden": 64, "vocabulary": 5003}
 """Ragged in both directions at the true sizes of tiles."""
 
@@ -19,6 +23,9 @@ LARGE = {"tokens": 300, "hidden": 64, "vocabulary": 5003}
 def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "FEW_TOKENS", 4)
     monkeypatch.setattr(tiles, "ROWS", 8)
+    launch = triton_settings.Launch(4, 8, 4, warps=1, stages=1)
+    monkeypatch.setattr(triton_settings, "INTERPRETER", triton_settings.Settings(launch, launch))
+    monkeypatch.setattr(triton_settings, "ROWS_OF_SPLIT", 16)
 
 
 def definition(case, temperature=1.0, banned=()):
@@ -303,6 +310,12 @@ def test_inputs_that_do_not_go_together_are_refused(changed, message):
         score_tokens(**arguments | changed)
 
 
-def test_auto_is_not_the_definition():
-    assert dispatch.choose_backend("auto") == "tiled"
-    assert dispatch.choose_backend("reference") == "reference"
+def test_the_fastest_is_chosen():
+    assert dispatch.choose_backend("auto", CPU) == "tiled"
+    assert dispatch.choose_backend("reference", CPU) == "reference"
+
+
+def test_a_backend_that_cannot_run_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=r"'triton' cannot run here.*\n.*model.loss_kernel=triton\n.*=auto"):
+        dispatch.choose_backend("triton", CPU)
