@@ -31,7 +31,7 @@ import torch
 from side_by_side import Row, make_row, report, resident_gib, run_in_turn
 from torch import Tensor
 
-from perl_megatron.algorithm.objective import clipped_objective, kl_estimate
+from perl_megatron.algorithm.objective import clipped_objective, kl_estimate, token_log_ratio
 from perl_megatron.kernels.dispatch import score_tokens
 from perl_megatron.kernels.scores import ScoreOptions
 
@@ -81,7 +81,7 @@ class Pass:
         """Mean over tokens."""
         advantage = self.advantages.repeat_interleave(self.case.tokens // SEQUENCES)
         bounds: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "dual_clip": None}
-        policy = clipped_objective(log_prob, self.old, advantage, **bounds).loss
+        policy = clipped_objective(token_log_ratio(log_prob, self.old), advantage, **bounds).loss
         return (policy + BETA * kl_estimate(log_prob, self.reference, "k3")).mean()
 
     def ours(self) -> Tensor:

@@ -33,9 +33,38 @@ class TokenLoss:
     """bool [T]: A < 0 and ρ > dual_clip."""
 
 
+def token_log_ratio(logprob: Tensor, logprob_old: Tensor) -> Tensor:
+    """log ρ_t = logprob_t - logprob_old_t of each token by itself, [T]; only ``logprob`` is differentiated."""
+    assert logprob.shape == logprob_old.shape, f"{tuple(logprob.shape)} against {tuple(logprob_old.shape)}"
+    return logprob - logprob_old.detach()
+
+
+def sequence_log_ratio(log_ratio: Tensor, total: Tensor, length: Tensor, *, mean: bool) -> Tensor:
+    """One ratio for all tokens of a response: that of its probability, or, with ``mean``, its geometric mean.
+
+        log ρ = Σ_t log ρ_t              PeRL Eq. 6
+        log ρ = (1/R) Σ_t log ρ_t        GSPO (Zheng et al. 2025, arXiv 2507.18071)
+
+    The gradient is spread over the tokens as in GSPO's token-wise form: each one carries the value of the whole and its
+    own log-probability's gradient (times R for the product). With the weights 1 / (N · R) of the aggregation
+    'sequence', a sum over tokens has the value and the gradient of the objective with one term for each response.
+
+    Args:
+        log_ratio: float [T], ``token_log_ratio``; differentiated.
+        total: float [T], Σ_t log ρ_t of the token's whole response, of which this rank may hold a part.
+        length: float or int [T], R of the token's response, at least 1.
+        mean: the geometric mean.
+
+    Returns:
+        float [T], equal for all tokens of a response.
+    """
+    total = total.detach()
+    own = log_ratio - log_ratio.detach()
+    return total / length + own if mean else total + length * own
+
+
 def clipped_objective(
-    logprob: Tensor,
-    logprob_old: Tensor,
+    log_ratio: Tensor,
     advantage: Tensor,
     *,
     clip_low: float,
@@ -44,7 +73,7 @@ def clipped_objective(
 ) -> TokenLoss:
     """PPO's clipped surrogate (the inner term of PeRL Eq. 6) with dual clip (Ye et al. 2020, arXiv 1912.09729, Eq. 5).
 
-        ρ_t = exp(logprob_t - logprob_old_t)
+        ρ_t = exp(log_ratio_t)
         J_t = min(ρ_t A_t, clip(ρ_t, 1 - clip_low, 1 + clip_high) A_t)
         J_t = max(J_t, dual_clip · A_t)    where A_t < 0
 
@@ -56,16 +85,14 @@ def clipped_objective(
     The paper has clip_low = clip_high = ε and no dual clip; the released code has dual_clip = 3.
 
     Args:
-        logprob: float [T], log π_θ; the only argument that is differentiated.
-        logprob_old: float [T], log π_old.
+        log_ratio: float [T], of ``token_log_ratio`` or ``sequence_log_ratio``; the only argument that is
+            differentiated.
         advantage: float [T], or anything that broadcasts to it.
         clip_low: ε of the lower bound, in (0, 1).
         clip_high: ε of the upper bound, > 0.
         dual_clip: c > 1; None turns it off.
     """
-    assert logprob.shape == logprob_old.shape, f"{tuple(logprob.shape)} against {tuple(logprob_old.shape)}"
-    advantage = advantage.detach().to(logprob).expand_as(logprob)
-    log_ratio = logprob - logprob_old.detach()
+    advantage = advantage.detach().to(log_ratio).expand_as(log_ratio)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     negative = advantage < 0
     bounded = torch.where(

@@ -171,6 +171,9 @@ class AlgorithmConfig(Section):
 
     standardize: bool = True
     """Divide advantages by the group's standard deviation (unbiased, + 1e-6); False is Dr.GRPO's form."""
+    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
+    """What the clip bounds hold: the ratio π_θ / π_old of each token, of the whole response (the paper's Eq. 6), or the
+    response's geometric mean (GSPO, whose bounds are a few 1e-4). The latter two go with aggregation=sequence."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """ε of the lower clip bound 1 - ε."""
     clip_high: float = Field(default=0.2, gt=0)

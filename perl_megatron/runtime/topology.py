@@ -47,6 +47,10 @@ class Topology:
         """The ranks that share each layer's matrices."""
         return parallel_state.get_tensor_model_parallel_group()
 
+    def context_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the parts of each sequence."""
+        return parallel_state.get_context_parallel_group()
+
     def pipeline_group(self) -> dist.ProcessGroup:
         """The ranks that hold successive blocks of layers; its order is the order of the stages."""
         return parallel_state.get_pipeline_model_parallel_group()

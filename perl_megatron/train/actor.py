@@ -104,7 +104,7 @@ class Actor:
         ``learning_rate``, ``num_tokens``, ``num_sequences``, and ``skipped_updates`` (1 where the gradient was not
         finite and the weights stayed as they were).
         """
-        return self._step(sequences, PolicyLoss(sequences, self.config.algorithm))
+        return self._step(sequences, PolicyLoss(sequences, self.config.algorithm, self._topology))
 
     def supervised_update(self, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
         """One optimizer step of mean token cross-entropy over the responses; metrics as in ``update``, fewer."""

@@ -11,11 +11,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from perl_megatron.algorithm.aggregation import token_weights
-from perl_megatron.algorithm.objective import clipped_objective, kl_estimate
+from perl_megatron.algorithm.objective import clipped_objective, kl_estimate, sequence_log_ratio, token_log_ratio
 from perl_megatron.config.schema import AlgorithmConfig
+from perl_megatron.runtime.topology import Topology
 from perl_megatron.train.batch import MicroBatch, TrainingSequence
 
 Sums = dict[str, Tensor]
@@ -37,11 +39,15 @@ class PolicyLoss:
 
     Args:
         sequences: the whole global mini-batch; each with ``logprob_old``, and ``logprob_ref`` where β > 0.
-        algorithm: clip bounds, β, estimator, aggregation.
+        algorithm: clip bounds, ratio, β, estimator, aggregation.
+        topology: this rank's place; None: it holds whole sequences.
     """
 
-    def __init__(self, sequences: Sequence[TrainingSequence], algorithm: AlgorithmConfig):
+    def __init__(
+        self, sequences: Sequence[TrainingSequence], algorithm: AlgorithmConfig, topology: Topology | None = None
+    ):
         self._algorithm = algorithm
+        self._context = topology.context_group() if topology is not None and topology.context_size > 1 else None
         self._weights = _global_weights(sequences, algorithm.aggregation)
         self._advantage = [np.full(len(sequence.response), sequence.advantage) for sequence in sequences]
         self._old = _required([sequence.logprob_old for sequence in sequences], sequences)
@@ -64,8 +70,7 @@ class PolicyLoss:
         algorithm, device = self._algorithm, log_prob.device
         weight = _row(self._weights, batch, device)
         token = clipped_objective(
-            log_prob,
-            _row(self._old, batch, device),
+            self._log_ratio(batch, token_log_ratio(log_prob, _row(self._old, batch, device))),
             _row(self._advantage, batch, device),
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
@@ -89,6 +94,20 @@ class PolicyLoss:
             ratio_max,
         )
         return loss, _detached(self.names, sums)
+
+    def _log_ratio(self, batch: MicroBatch, log_ratio: Tensor) -> Tensor:
+        """Of the granularity `algorithm.ratio`, [T]."""
+        if self._algorithm.ratio == "token":
+            return log_ratio
+        lengths = torch.from_numpy(batch.lengths).to(log_ratio.device)
+        row = torch.from_numpy(np.repeat(np.arange(len(batch.lengths)), batch.lengths)[batch.own_tokens])
+        row = row.to(log_ratio.device)
+        totals = torch.zeros(len(lengths), dtype=log_ratio.dtype, device=log_ratio.device)
+        totals.index_add_(0, row, log_ratio.detach())
+        if self._context is not None:
+            dist.all_reduce(totals, group=self._context)
+        mean = self._algorithm.ratio == "sequence_mean"
+        return sequence_log_ratio(log_ratio, totals[row], lengths[row], mean=mean)
 
 
 class SupervisedLoss:

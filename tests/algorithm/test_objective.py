@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from perl_megatron.algorithm.objective import clipped_objective, kl_estimate
+from perl_megatron.algorithm.objective import clipped_objective, kl_estimate, sequence_log_ratio, token_log_ratio
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
 
@@ -38,7 +38,7 @@ def transcription(logprob, logprob_old, advantage, *, clip_low, clip_high, dual_
 )
 def test_hand_computed(ratio, advantage, loss, bound):
     logprob = tensor(math.log(ratio)).requires_grad_()
-    result = clipped_objective(logprob, tensor(0.0), tensor(advantage), **CLIP)
+    result = clipped_objective(logprob, tensor(advantage), **CLIP)
     assert result.loss.item() == pytest.approx(loss, rel=1e-14)
     assert result.ratio.item() == pytest.approx(ratio, rel=1e-14)
     for name in ("clipped_low", "clipped_high", "clipped_dual"):
@@ -54,7 +54,8 @@ def test_transcription(dual_clip):
     logprob, logprob_old, advantage = rng.normal(-1, 1, 2000), rng.normal(-1, 1, 2000), rng.normal(0, 1, 2000)
     options = CLIP | {"dual_clip": dual_clip}
     expected = transcription(logprob, logprob_old, advantage, **options)
-    result = clipped_objective(*map(torch.from_numpy, (logprob, logprob_old, advantage)), **options)
+    log_ratio = token_log_ratio(torch.from_numpy(logprob), torch.from_numpy(logprob_old))
+    result = clipped_objective(log_ratio, torch.from_numpy(advantage), **options)
     np.testing.assert_allclose(result.loss.numpy(), expected, rtol=1e-13)
     assert result.clipped_low.any()
     assert result.clipped_high.any()
@@ -66,12 +67,14 @@ def test_gradcheck():
     logprob = torch.randn(24, generator=generator, dtype=torch.float64).requires_grad_()
     old = torch.randn(24, generator=generator, dtype=torch.float64)
     advantage = torch.randn(24, generator=generator, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: clipped_objective(x, old, advantage, **CLIP).loss, (logprob,))
+    assert torch.autograd.gradcheck(
+        lambda x: clipped_objective(token_log_ratio(x, old), advantage, **CLIP).loss, (logprob,)
+    )
 
 
 def test_only_the_policy_is_differentiated():
     logprob, old, advantage = (tensor(0.1).requires_grad_() for _ in range(3))
-    clipped_objective(logprob, old, advantage, **CLIP).loss.sum().backward()
+    clipped_objective(token_log_ratio(logprob, old), advantage, **CLIP).loss.sum().backward()
     assert old.grad is None
     assert advantage.grad is None
 
@@ -82,7 +85,8 @@ def test_only_the_policy_is_differentiated():
 def test_extreme_ratio_stays_finite_in_float32(log_ratio, advantage, dual_clip):
     logprob = torch.tensor([log_ratio, -1.0]).requires_grad_()
     options = CLIP | {"dual_clip": dual_clip}
-    result = clipped_objective(logprob, torch.tensor([0.0, -1.0]), torch.tensor([advantage, 1.0]), **options)
+    log_ratio = token_log_ratio(logprob, torch.tensor([0.0, -1.0]))
+    result = clipped_objective(log_ratio, torch.tensor([advantage, 1.0]), **options)
     result.loss.sum().backward()
     assert result.loss.isfinite().all()
     assert logprob.grad.tolist() == [0.0, -1.0]
@@ -146,3 +150,41 @@ def test_k3_is_accurate_near_zero_and_finite_far_away():
     estimate.sum().backward()
     assert estimate.isfinite().all()
     assert far.grad.tolist() == [0.0, 0.0]
+
+
+RESPONSES = (3, 1, 4)
+ROW = torch.tensor([row for row, length in enumerate(RESPONSES) for _ in range(length)])
+
+
+def objective_by_response(logprob, old, advantages, *, mean, **clip):
+    """(1/N) Σ_i of one clipped term for each response, literally."""
+    terms = []
+    for row, advantage in enumerate(advantages):
+        log_ratio = (logprob - old)[row == ROW].sum()
+        ratio = (log_ratio / RESPONSES[row] if mean else log_ratio).exp()
+        bounded = ratio.clamp(1 - clip["clip_low"], 1 + clip["clip_high"])
+        term = torch.minimum(ratio * advantage, bounded * advantage)
+        terms.append(torch.maximum(term, clip["dual_clip"] * advantage) if advantage < 0 else term)
+    return -torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("mean", [True, False], ids=["GSPO", "PeRL Eq. 6"])
+@pytest.mark.parametrize("scale", [0.01, 0.2, 2.0], ids=["no bound holds", "some do", "most do"])
+def test_a_responses_ratio_has_value_and_gradient_of_one_term_for_each_response(mean, scale):
+    generator = torch.Generator().manual_seed(5)
+    old = torch.randn(8, generator=generator, dtype=torch.float64)
+    logprob = (old + scale * torch.randn(8, generator=generator, dtype=torch.float64)).requires_grad_()
+    advantages = tensor(1.5, -0.5, -2.0)
+    expected = objective_by_response(logprob, old, advantages, mean=mean, **CLIP)
+    lengths = torch.tensor(RESPONSES)[ROW]
+    tokens = token_log_ratio(logprob, old)
+    totals = torch.zeros(3, dtype=torch.float64).index_add(0, ROW, tokens)
+    log_ratio = sequence_log_ratio(tokens, totals[ROW], lengths, mean=mean)
+    token = clipped_objective(log_ratio, advantages[ROW], **CLIP)
+    found = (token.loss / (3 * lengths)).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-14)
+    (gradient,) = torch.autograd.grad(found, logprob)
+    (right,) = torch.autograd.grad(expected, logprob)
+    torch.testing.assert_close(gradient, right, rtol=1e-13, atol=1e-16)
+    for row in range(3):
+        assert len(token.ratio[row == ROW].unique()) == 1

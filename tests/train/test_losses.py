@@ -1,8 +1,13 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from perl_megatron.config.schema import AlgorithmConfig
+from perl_megatron.train import losses
 from perl_megatron.train.batch import TrainingSequence, collate
 from perl_megatron.train.losses import PolicyLoss, SupervisedLoss
 from perl_megatron.types import EncodedPrompt
@@ -52,10 +57,13 @@ ALL = [(0, 1, 2, 3)]
 SPLITS = [[(0,), (1, 2), (3,)], [(0, 1), (), (2, 3)]]
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("aggregation", "ratio"),
+    [("token", "token"), ("sequence", "token"), ("sequence", "sequence"), ("sequence", "sequence_mean")],
+)
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_split_changes_the_policy_loss_or_its_gradient(sequences, log_prob, aggregation, split):
-    loss = PolicyLoss(sequences, AlgorithmConfig(aggregation=aggregation, kl_coefficient=0.1))
+def test_no_split_changes_the_policy_loss_or_its_gradient(sequences, log_prob, aggregation, ratio, split):
+    loss = PolicyLoss(sequences, AlgorithmConfig(aggregation=aggregation, ratio=ratio, kl_coefficient=0.1))
     whole, whole_gradient, whole_sums = evaluate(loss, sequences, log_prob, ALL)
     parts, gradient, sums = evaluate(loss, sequences, log_prob, split)
     assert parts == pytest.approx(whole, rel=1e-6)
@@ -86,6 +94,60 @@ def test_the_policy_loss_is_the_definition(sequences, log_prob, aggregation):
     assert value == pytest.approx(mean(per_sequence) + 0.1 * mean(kls), rel=1e-5)
     assert sums["policy_loss"] == pytest.approx(mean(per_sequence), rel=1e-5)
     assert sums["kl"] == pytest.approx(mean(kls), rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "sequence_mean"])
+def test_a_responses_ratio_is_the_same_for_all_its_tokens(sequences, log_prob, ratio):
+    """Value by hand: PeRL Eq. 6 and GSPO, mean over responses."""
+    wide = {"clip_low": 0.9, "clip_high": 0.5, "dual_clip": None, "kl_coefficient": 0.0, "aggregation": "sequence"}
+    value, _, sums = evaluate(PolicyLoss(sequences, AlgorithmConfig(ratio=ratio, **wide)), sequences, log_prob, ALL)
+    ends, terms, ratios = np.cumsum([0, *LENGTHS]), [], []
+    for sequence, first, end in zip(sequences, ends, ends[1:], strict=False):
+        difference = log_prob.detach().numpy()[first:end].astype(np.float64) - sequence.logprob_old
+        ratios.append(np.exp(difference.sum() if ratio == "sequence" else difference.mean()))
+        bounded = np.clip(ratios[-1], 0.1, 1.5)
+        terms.append(min(ratios[-1] * sequence.advantage, bounded * sequence.advantage))
+    assert value == pytest.approx(-np.mean(terms), rel=1e-5)
+    assert sums["ratio_mean"] == pytest.approx(np.dot(ratios, LENGTHS), rel=1e-5)
+    assert sums["ratio_max"] == pytest.approx(max(ratios), rel=1e-5)
+
+
+class Meeting:
+    """Two context ranks, as threads that add up what they bring."""
+
+    def __init__(self):
+        self._barrier, self._brought = threading.Barrier(2), {}
+
+    def all_reduce(self, tensor, group):
+        self._brought[group] = tensor.clone()
+        self._barrier.wait(10)
+        tensor.copy_(sum(self._brought.values()))
+        self._barrier.wait(10)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_mean"])
+def test_context_ranks_share_the_ratio_of_a_response(sequences, log_prob, ratio, monkeypatch):
+    meeting = Meeting()
+    monkeypatch.setattr(losses.dist, "all_reduce", meeting.all_reduce)
+    algorithm = AlgorithmConfig(ratio=ratio, aggregation="sequence", kl_coefficient=0.1)
+    expected, right, sums = evaluate(PolicyLoss(sequences, algorithm), sequences, log_prob, ALL)
+
+    def run(rank):
+        place = SimpleNamespace(context_size=2, context_group=lambda: rank)
+        loss = PolicyLoss(sequences, algorithm, place)
+        cpu = torch.device("cpu")
+        batch = collate(
+            sequences, ALL[0], length_multiple=4, pad_token_id=0, patches=None, device=cpu, context=(rank, 2)
+        )
+        value, found = loss(batch, log_prob[batch.own_tokens], torch.ones(batch.num_tokens))
+        return value, torch.autograd.grad(value, log_prob)[0], found
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, gradient, sums_0), (second, other, sums_1) = pool.map(run, range(2))
+    assert 0 < sums_0["entropy"] < sum(LENGTHS)
+    assert (first + second).item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(gradient + other, right, rtol=1e-6, atol=1e-8)
+    assert float(sums_0["ratio_mean"] + sums_1["ratio_mean"]) == pytest.approx(sums["ratio_mean"], rel=1e-6)
 
 
 def test_without_kl_no_reference_is_needed(sequences, log_prob):
