@@ -1,5 +1,7 @@
 """Packaging. Ranges are wide enough for a CUDA machine; requirements/cpu.lock pins what `make` installs."""
 
+import importlib.util
+import platform
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -7,12 +9,31 @@ from setuptools import find_packages, setup
 NAMESPACE: dict[str, str] = {}
 exec(Path("perl_megatron/__init__.py").read_text().split('"""', 2)[2], NAMESPACE)
 
+
+def native_kernels():
+    """The optional loss kernels of the CPU: where torch is at hand, on x86-64 Linux. A failed build is no failure."""
+    if importlib.util.find_spec("torch") is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    extension = CppExtension(
+        "perl_megatron.kernels.native.kernels",
+        [f"perl_megatron/kernels/native/{name}.cpp" for name in ("products", "softmax")],
+        extra_compile_args=["-O3", "-g0", "-fopenmp"],
+        extra_link_args=["-fopenmp"],
+        optional=True,
+    )
+    build = BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=False)
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": build}}
+
+
 setup(
     name="perl-megatron",
     version=NAMESPACE["__version__"],
     description="Permuted GRPO for multi-image vision-language policies on megatron-core",
     packages=find_packages(include=["perl_megatron", "perl_megatron.*"]),
-    package_data={"perl_megatron": ["py.typed"]},
+    package_data={"perl_megatron": ["py.typed", "kernels/native/*.cpp"]},
+    **native_kernels(),
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.8",

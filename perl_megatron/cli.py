@@ -246,9 +246,9 @@ def _live_loss_kernel() -> str | None:
     """None without torch, which doctor reports."""
     if importlib.util.find_spec("torch") is None:
         return None
-    from perl_megatron.kernels.dispatch import choose_backend
+    from perl_megatron.kernels.dispatch import choose_backend, describe
 
-    return choose_backend()
+    return describe(choose_backend())
 
 
 def run_doctor(options: argparse.Namespace, argv: list[str]) -> int:

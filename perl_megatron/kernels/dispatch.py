@@ -3,7 +3,7 @@
 | backend | where | memory over inputs and gradients |
 |---|---|---|
 | ``reference`` | everywhere; the definition | all logits [T, V] and more |
-| ``tiled`` | everywhere | two tiles, one of the weight and its gradient, a float32 gradient of the hidden states |
+| ``tiled`` | everywhere; on a CPU with AVX-512, inner loops in C++ (``native``) | two tiles, one of the weight and its gradient, a float32 gradient of the hidden states |
 | ``triton`` | CUDA from sm_80 on, ROCm gfx942 | one tile of the logits' gradient, and gradients as ``tiled`` |
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from perl_megatron.errors import UserError
-from perl_megatron.kernels import triton_settings
+from perl_megatron.kernels import native, triton_settings
 from perl_megatron.kernels.scores import ScoreOptions, TokenScores, VocabularyShard, check_inputs
 
 Backend = Literal["reference", "tiled", "triton"]
@@ -60,6 +60,14 @@ def choose_backend(wanted: Backend | Literal["auto"] = "auto", device: torch.dev
             fix="model.loss_kernel=auto takes the fastest one that runs",
         )
     return wanted
+
+
+def describe(backend: Backend) -> str:
+    """For people: the backend, and for ``tiled`` on a CPU what its inner loops are made of."""
+    if backend != "tiled" or torch.cuda.is_available():
+        return backend
+    reason = native.why_not()
+    return f"{backend}, inner loops in {'C++' if reason is None else f'torch: {reason}'}"
 
 
 def score_tokens(

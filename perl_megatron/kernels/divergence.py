@@ -44,9 +44,9 @@ def exact_kl(
     sums = _DivergenceSums(p)
     for (rows, weight_p), (_, weight_q) in zip(p.row_tiles(), q.row_tiles(), strict=True):
         for (tokens, tile_p), (_, tile_q) in zip(p.token_tiles(), q.token_tiles(), strict=True):
-            z_p, scratch = p.logits(tokens, tile_p, rows, weight_p)
-            z_q, _ = q.logits(tokens, tile_q, rows, weight_q)
-            sums.fold(tokens, z_p, z_q.to(p.dtype), scratch)
+            z_p = p.logits(tokens, tile_p, rows, weight_p)
+            z_q = q.logits(tokens, tile_q, rows, weight_q)
+            sums.fold(tokens, z_p, z_q.to(p.dtype), p.scratch(z_p))
     sums.reduce(shard.group)
     return torch.where(targets != IGNORED, sums.result(), 0)
 

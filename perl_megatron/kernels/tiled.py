@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perl_megatron.kernels import fused
+from perl_megatron.kernels import fused, native
 from perl_megatron.kernels.fused import Coefficients
 from perl_megatron.kernels.scores import ScoreOptions, TokenScores, VocabularyShard
 from perl_megatron.kernels.sums import Sums, Top
@@ -31,23 +31,33 @@ class _TorchPasses:
         sums = Sums.none(tiles)
         for rows, weight in tiles.row_tiles():
             for tokens, tile in tiles.token_tiles():
-                z, scratch = tiles.logits(tokens, tile, rows, weight)
+                z = tiles.logits(tokens, tile, rows, weight)
+                top.fold(tokens, z, rows)
+                if native.serves(z):
+                    parts = (part[tokens] for part in (sums.maximum, sums.total, sums.weighted, sums.target))
+                    native.add_tile(z, tiles.column[tokens] - rows.start, *parts, entropy=entropy)
+                    continue
                 here, column = tiles.targets_in(tokens, rows)
                 sums.target[tokens] += torch.where(here, z.gather(1, column)[:, 0], 0)
-                top.fold(tokens, z, rows)
-                _fold(sums, tokens, z, scratch, entropy=entropy)
+                _fold(sums, tokens, z, tiles.scratch(z), entropy=entropy)
         return sums
 
     def logits_gradient(
         self, tiles: Tiles, coefficients: Coefficients, tokens: slice, tile: Tensor, rows: slice, weight: Tensor
     ) -> Tensor:
-        z, scratch = tiles.logits(tokens, tile, rows, weight)
+        z = tiles.logits(tokens, tile, rows, weight)
+        if native.serves(z):
+            out = z if tiles.operand_dtype == z.dtype else tiles.scratch(z, tiles.operand_dtype)
+            values = (coefficients.maximum, coefficients.constant, coefficients.by_entropy, coefficients.by_log_prob)
+            parts = (None if value is None else value[tokens] for value in values)
+            native.gradient_tile(z, tiles.column[tokens] - rows.start, *parts, out)
+            return out
         z -= coefficients.maximum[tokens, None]
         constant = coefficients.constant[tokens, None]
         if coefficients.by_entropy is None:
             gradient = z.exp_().mul_(-constant)
         else:
-            torch.exp(z, out=scratch)
+            scratch = torch.exp(z, out=tiles.scratch(z))
             z.mul_(coefficients.by_entropy[tokens, None]).add_(constant)
             gradient = scratch.mul_(z).neg_()
         here, column = tiles.targets_in(tokens, rows)

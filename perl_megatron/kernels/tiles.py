@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from perl_megatron.kernels import native
 from perl_megatron.kernels.scores import (
     BANNED_BIAS,
     IGNORED,
@@ -71,8 +72,9 @@ class Tiles:
         fill: bool = True,
     ):
         self.dtype = dtype_of_computation(hidden)
-        # A GPU multiplies 16-bit numbers into float32 sums; the CPU has no such product, so tiles are converted.
-        self.operand_dtype = hidden.dtype if hidden.is_cuda else self.dtype
+        # Where no product of 16-bit numbers has float32 sums, tiles are converted.
+        native_products = hidden.dtype == torch.bfloat16 and native.why_not() is None
+        self.operand_dtype = hidden.dtype if hidden.is_cuda or native_products else self.dtype
         self.shard = shard
         self.shape = shape or shape_of_tile(shard)
         self.num_tokens = len(hidden)
@@ -87,6 +89,7 @@ class Tiles:
         temperature = temperatures(options, self.counts, self.dtype)
         self.scale = None if temperature is None else temperature.reciprocal()
         """[T]: 1 / τ; None where all are 1."""
+        self._scratch: Tensor | None = None
         self.banned = sorted(shard.own(options.banned_token_ids))
         """This rank's rows that get the bias."""
 
@@ -101,9 +104,14 @@ class Tiles:
         return self.weight.new_empty(self.shape.rows, self.weight.shape[1], dtype=self.operand_dtype)
 
     @cached_property
-    def _buffers(self) -> tuple[Tensor, Tensor]:
-        logits = self.hidden.new_empty(self.shape.tokens * self.shape.rows, dtype=self.dtype)
-        return logits, torch.empty_like(logits)
+    def _logits(self) -> Tensor:
+        return self.hidden.new_empty(self.shape.tokens * self.shape.rows, dtype=self.dtype)
+
+    def scratch(self, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Of the shape of ``z``, in its dtype or ``dtype``; overwritten by the next call."""
+        if self._scratch is None:
+            self._scratch = torch.empty_like(self._logits, dtype=dtype)
+        return self._scratch[: z.numel()].view(z.shape)
 
     def lowest(self) -> Tensor:
         """[T]: where running maxima start; finite, so that 0 times a difference to it is 0."""
@@ -137,18 +145,18 @@ class Tiles:
             self._tile[real:] = 0
             yield tokens, self._tile if self._fill else self._tile[:real]
 
-    def logits(self, tokens: slice, tile: Tensor, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(z [tokens, rows], scratch of its shape), both overwritten by the next call."""
+    def logits(self, tokens: slice, tile: Tensor, rows: slice, weight: Tensor) -> Tensor:
+        """z [tokens, rows], overwritten by the next call."""
         count, real = rows.stop - rows.start, tokens.stop - tokens.start
-        z, scratch = (buffer[: len(tile) * count].view(-1, count) for buffer in self._buffers)
+        z = self._logits[: len(tile) * count].view(-1, count)
         multiply(tile, weight.t(), out=z)
-        z, scratch = z[:real], scratch[:real]
+        z = z[:real]
         banned = [token - rows.start for token in self.banned if rows.start <= token < rows.stop]
         if banned:
             z[:, banned] += BANNED_BIAS
         if self.scale is not None:
             z *= self.scale[tokens, None]
-        return z, scratch
+        return z
 
     def targets_in(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """(bool [tokens] whether the target is among the rows, int64 [tokens, 1] its column, any where it is not)."""
@@ -161,6 +169,8 @@ def multiply(first: Tensor, second: Tensor, out: Tensor) -> None:
     """``out`` = first · second, summed in out's dtype."""
     if first.dtype == out.dtype:
         torch.mm(first, second, out=out)
+    elif out.device.type == "cpu":
+        native.multiply(out, first, second, add=False)
     else:
         torch.mm(first, second, out_dtype=out.dtype, out=out)
 
@@ -169,5 +179,7 @@ def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     """``total`` += first · second, summed in total's dtype."""
     if first.dtype == total.dtype:
         total.addmm_(first, second)
+    elif total.device.type == "cpu":
+        native.multiply(total, first, second, add=True)
     else:
         torch.addmm(total, first, second, out_dtype=total.dtype, out=total)

@@ -7,16 +7,25 @@ import torch
 from loss_case import make_case, ours, plain
 
 from perl_megatron.errors import UserError
-from perl_megatron.kernels import dispatch, tiles, triton_settings
+from perl_megatron.kernels import dispatch, native, tiles, triton_settings
 from perl_megatron.kernels.dispatch import BACKENDS, score_tokens
 from perl_megatron.kernels.scores import IGNORED, ScoreOptions, VocabularyShard
 
 CPU = torch.device("cpu")
-USABLE = [backend for backend in BACKENDS if dispatch.why_not(backend, CPU) is None]
+IN_TORCH = "tiled in torch"
+VARIANTS = [backend for backend in BACKENDS if dispatch.why_not(backend, CPU) is None]
 """`make check-kernels` runs this file once more in Triton's interpreter."""
-each_backend = pytest.mark.parametrize("backend", USABLE)
+VARIANTS += [IN_TORCH] if native.why_not() is None else []
 LARGE = {"tokens": 300, "hidden": 64, "vocabulary": 5003}
 """Ragged in both directions at the true sizes of tiles."""
+
+
+@pytest.fixture(params=VARIANTS)
+def backend(request, monkeypatch):
+    if request.param == IN_TORCH:
+        monkeypatch.setattr(native, "why_not", lambda: "left out here")
+        return "tiled"
+    return request.param
 
 
 @pytest.fixture
@@ -36,7 +45,6 @@ def definition(case, temperature=1.0, banned=()):
     return torch.stack([(case.weight @ row + bias) / each for row, each in zip(case.hidden, temperatures, strict=True)])
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("temperature", [1.0, 0.7, "per token"])
 @pytest.mark.parametrize("banned", [(), (0, 5, 22)])
@@ -59,7 +67,6 @@ def test_values_are_those_of_the_definition(backend, temperature, banned):
     assert scores.top_ids.tolist() == best.indices[:, :5].tolist()
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 def test_top_agreement_counts_a_tie(backend):
     hidden, weight = torch.ones(2, 1), torch.tensor([[1.0], [2.0], [2.0]])
@@ -67,7 +74,6 @@ def test_top_agreement_counts_a_tie(backend):
     assert scores.is_top.tolist() == [True, False]
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("temperature", [0.8, "per token"])
 def test_gradients_of_both_results(backend, temperature):
@@ -83,7 +89,6 @@ def test_gradients_of_both_results(backend, temperature):
     assert torch.autograd.gradcheck(function, (case.hidden.requires_grad_(), case.weight.requires_grad_()))
 
 
-@each_backend
 @pytest.mark.parametrize("offset", [0, 100])
 def test_float32_loses_at_most_twice_what_plain_torch_loses(backend, offset):
     """Also where all logits have a common size, which softmax takes away."""
@@ -98,13 +103,34 @@ def test_float32_loses_at_most_twice_what_plain_torch_loses(backend, offset):
         assert error <= 2 * allowed[name], name
 
 
-@each_backend
+def rounding_of_operands(case):
+    """Relative errors of both gradients where that of the logits is rounded to bfloat16, and nothing else: exactly.
+
+    The native kernels multiply it so, as a GPU does and as autograd does.
+    """
+    log_p = (case.hidden @ case.weight.t()).log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1, keepdim=True)
+    gradient = -log_p.exp() * (case.by_log_prob[:, None] + case.by_entropy[:, None] * (log_p + entropy))
+    gradient[range(len(gradient)), case.targets] += case.by_log_prob
+    error = gradient.bfloat16().double() - gradient
+    return {
+        "hidden_gradient": ((error @ case.weight).norm() / (gradient @ case.weight).norm()).item(),
+        "weight_gradient": ((error.t() @ case.hidden).norm() / (gradient.t() @ case.hidden).norm()).item(),
+    }
+
+
+def rounds_operands(backend):
+    return backend == "tiled" and native.why_not() is None
+
+
 def test_bfloat16_inputs_are_scored_better_than_by_plain_torch(backend):
-    """Values as float32 would; gradients as float32 would, and rounded once."""
+    """Values as float32 would; gradients as float32 would, and rounded once (and once before, where operands are)."""
     case = make_case(**LARGE)
     exact, low = plain(case), case.to(torch.bfloat16)
     gradients = {"hidden_gradient": exact.hidden_gradient, "weight_gradient": exact.weight_gradient}
     rounding = {name: ((each.bfloat16() - each).norm() / each.norm()).item() for name, each in gradients.items()}
+    if rounds_operands(backend):
+        rounding = {name: math.hypot(error, rounding[name]) for name, error in rounding_of_operands(case).items()}
     single, theirs = plain(case.to(torch.float32)).errors(exact), plain(low).errors(exact)
     found, scores = ours(low, backend)
     assert scores.log_prob.dtype == torch.float32
@@ -113,10 +139,10 @@ def test_bfloat16_inputs_are_scored_better_than_by_plain_torch(backend):
     for name in ("log_prob", "entropy"):
         assert errors[name] <= 2 * single[name] < theirs[name]
     for name in ("hidden_gradient", "weight_gradient"):
-        assert errors[name] <= 1.01 * rounding[name] < theirs[name] / 2
+        assert errors[name] <= 1.02 * rounding[name] < theirs[name]
+        assert rounds_operands(backend) or rounding[name] < theirs[name] / 2
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_buffer_gets_the_sum_in_float32(backend, dtype):
     case = make_case(**LARGE)
@@ -125,11 +151,12 @@ def test_a_gradient_buffer_gets_the_sum_in_float32(backend, dtype):
     found, _ = ours(case.to(dtype), backend, ScoreOptions(gradient_buffer=buffer))
     assert not found.weight_gradient.any(), "autograd got a gradient, too"
     allowed = plain(case.to(torch.float32)).errors(plain(case))["weight_gradient"]
+    if dtype == torch.bfloat16 and rounds_operands(backend):
+        allowed += rounding_of_operands(case)["weight_gradient"]
     last_place = torch.finfo(torch.float32).eps * math.sqrt(exact.numel()) / exact.norm()  # of 1 + the gradient
     assert (buffer.double() - 1 - exact).norm() / exact.norm() <= 2 * allowed + last_place
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 def test_entropy_left_out_is_zero_and_changes_nothing_else(backend):
     case = make_case(dtype=torch.float32)
@@ -142,7 +169,6 @@ def test_entropy_left_out_is_zero_and_changes_nothing_else(backend):
     assert not torch.equal(whole.hidden_gradient, only.hidden_gradient)
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [math.nan, 0.0])
@@ -166,7 +192,6 @@ def test_ignored_tokens_are_zero_and_have_no_gradient_whatever_they_hold(backend
     torch.testing.assert_close(found.hidden_gradient[kept], alone.hidden_gradient, rtol=1e-12, atol=1e-13)
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 def test_all_tokens_ignored(backend):
     case = make_case(tokens=5)
@@ -176,7 +201,6 @@ def test_all_tokens_ignored(backend):
     assert not found.weight_gradient.any()
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("target", [23, 1000, -1])
 def test_a_target_outside_the_vocabulary_has_no_probability(backend, target):
@@ -195,7 +219,6 @@ def test_a_target_outside_the_vocabulary_has_no_probability(backend, target):
     assert hidden.grad[others].any(dim=1).all()
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_a_hidden_state_that_is_not_finite_spoils_its_token_only(backend, poison):
@@ -209,7 +232,6 @@ def test_a_hidden_state_that_is_not_finite_spoils_its_token_only(backend, poison
         assert torch.equal(found[others], right[others])
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan])
 def test_a_temperature_that_is_not_above_0_spoils_its_token_only(backend, wrong):
@@ -226,7 +248,6 @@ def test_a_temperature_that_is_not_above_0_spoils_its_token_only(backend, wrong)
     torch.testing.assert_close(scores.log_prob[others], expected.log_prob[others], rtol=1e-13, atol=1e-13)
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_spoil_what_their_logits_make_of_it(backend, poison):
@@ -241,7 +262,6 @@ def test_weights_that_are_not_finite_spoil_what_their_logits_make_of_it(backend,
     assert not scores.is_top[spoilt].any()
 
 
-@each_backend
 @pytest.mark.usefixtures("small_tiles")
 def test_rows_behind_the_vocabulary_are_never_read(backend):
     case = make_case()
@@ -254,7 +274,6 @@ def test_rows_behind_the_vocabulary_are_never_read(backend):
     assert not found.weight_gradient[23:].any()
 
 
-@each_backend
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_no_token_and_one(backend, tokens):
     case = make_case(tokens=tokens, dtype=torch.float32)
@@ -265,7 +284,6 @@ def test_no_token_and_one(backend, tokens):
     assert found.weight_gradient.any() == bool(tokens)
 
 
-@each_backend
 def test_large_logits_stay_finite(backend):
     case = make_case(dtype=torch.float32)
     large = type(case)(**{**vars(case), "hidden": case.hidden * 1e6})
@@ -274,7 +292,6 @@ def test_large_logits_stay_finite(backend):
         assert value.isfinite().all()
 
 
-@each_backend
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_what_needs_no_gradient_gets_none(backend, frozen):
     case = make_case()
@@ -313,6 +330,14 @@ def test_inputs_that_do_not_go_together_are_refused(changed, message):
 def test_the_fastest_is_chosen():
     assert dispatch.choose_backend("auto", CPU) == "tiled"
     assert dispatch.choose_backend("reference", CPU) == "reference"
+
+
+def test_what_the_doctor_says_of_it(monkeypatch):
+    assert dispatch.describe("reference") == "reference"
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    assert dispatch.describe("tiled") == "tiled, inner loops in C++"
+    monkeypatch.setattr(native, "why_not", lambda: "no AVX-512")
+    assert dispatch.describe("tiled") == "tiled, inner loops in torch: no AVX-512"
 
 
 def test_a_backend_that_cannot_run_is_refused(monkeypatch):

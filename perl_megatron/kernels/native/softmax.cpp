@@ -1,0 +1,147 @@
+// One tile of logits: added to the sums of its tokens, or turned into its gradient, in one pass each (AVX-512).
+//
+// What is computed is defined in ../sums.py (Sums) and ../fused.py (Coefficients). A row's sums are added up in one fixed
+// order, whatever other rows there are.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <immintrin.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+
+namespace {
+
+constexpr int64_t LANES = 16;
+
+// exp(x) for x ≤ 0, to a relative 2e-7: 2^n · a polynomial of degree 6 (Cody & Waite's reduction). NaN stays NaN.
+AVX512 inline __m512 exponential(__m512 x) {
+  const __mmask16 vanishes = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-103.97f), _CMP_LT_OQ);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  for (const float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+  }
+  return _mm512_mask_blend_ps(vanishes, _mm512_scalef_ps(p, n), _mm512_setzero_ps());
+}
+
+inline __mmask16 lanes_left(int64_t left) { return left >= LANES ? 0xFFFF : static_cast<__mmask16>((1 << left) - 1); }
+
+struct RowSums {
+  float maximum, total, weighted;
+};
+
+AVX512 RowSums add_row(const float* z, int64_t columns, RowSums sums, bool entropy) {
+  __m512 highest = _mm512_set1_ps(sums.maximum);
+  for (int64_t n = 0; n < columns; n += LANES) {
+    const __mmask16 mask = lanes_left(columns - n);
+    highest = _mm512_mask_max_ps(highest, mask, highest, _mm512_maskz_loadu_ps(mask, z + n));
+  }
+  const float maximum = _mm512_reduce_max_ps(highest);
+  const __m512 shift = _mm512_set1_ps(maximum);
+  __m512 total = _mm512_setzero_ps(), weighted = _mm512_setzero_ps();
+  for (int64_t n = 0; n < columns; n += LANES) {
+    const __mmask16 mask = lanes_left(columns - n);
+    const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, z + n), shift);
+    const __m512 e = exponential(x);
+    total = _mm512_mask_add_ps(total, mask, total, e);
+    weighted = _mm512_mask_add_ps(weighted, mask, weighted, _mm512_mul_ps(e, x));
+  }
+  const float change = sums.maximum - maximum, decay = std::exp(change);
+  RowSums result{maximum, sums.total * decay + _mm512_reduce_add_ps(total), 0.0f};
+  if (entropy) {
+    result.weighted = (sums.weighted + sums.total * change) * decay + _mm512_reduce_add_ps(weighted);
+  }
+  return result;
+}
+
+void add_tile(const at::Tensor& z, const at::Tensor& column, at::Tensor maximum, at::Tensor total, at::Tensor weighted,
+              at::Tensor target, bool entropy) {
+  const int64_t rows = z.size(0), columns = z.size(1), stride = z.stride(0);
+  const float* from = z.const_data_ptr<float>();
+  const int64_t* at = column.const_data_ptr<int64_t>();
+  float *m = maximum.mutable_data_ptr<float>(), *s = total.mutable_data_ptr<float>();
+  float *a = weighted.mutable_data_ptr<float>(), *t = target.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, 16, [&](int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) {
+      const float* row = from + i * stride;
+      if (at[i] >= 0 && at[i] < columns) t[i] += row[at[i]];
+      const RowSums sums = add_row(row, columns, {m[i], s[i], a[i]}, entropy);
+      m[i] = sums.maximum;
+      s[i] = sums.total;
+      a[i] = sums.weighted;
+    }
+  });
+}
+
+AVX512 inline void store(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
+AVX512 inline void store(at::BFloat16* to, __mmask16 mask, __m512 value) {
+  _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+}
+
+template <typename Out>
+AVX512 void gradient_row(const float* z, int64_t columns, int64_t column, float maximum, float constant,
+                         float by_entropy, float by_log_prob, Out* to) {
+  const __m512 shift = _mm512_set1_ps(maximum), outer = _mm512_set1_ps(constant), slope = _mm512_set1_ps(by_entropy);
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int64_t n = 0; n < columns; n += LANES) {
+    const __mmask16 mask = lanes_left(columns - n);
+    const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, z + n), shift);
+    const __m512 factor = by_entropy == 0.0f ? outer : _mm512_fmadd_ps(slope, x, outer);
+    __m512 gradient = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(exponential(x), factor));
+    if (column >= n && column < n + LANES) {
+      const __mmask16 here = _mm512_cmpeq_epi32_mask(lane, _mm512_set1_epi32(static_cast<int>(column - n)));
+      gradient = _mm512_mask_add_ps(gradient, here, gradient, _mm512_set1_ps(by_log_prob));
+    }
+    store(to + n, mask, gradient);
+  }
+}
+
+template <typename Out>
+void gradient_tile(const at::Tensor& z, const at::Tensor& column, const at::Tensor& maximum, const at::Tensor& constant,
+                   const std::optional<at::Tensor>& by_entropy, const at::Tensor& by_log_prob, at::Tensor& out) {
+  const int64_t rows = z.size(0), columns = z.size(1), stride = z.stride(0), stride_out = out.stride(0);
+  const float* from = z.const_data_ptr<float>();
+  const int64_t* at = column.const_data_ptr<int64_t>();
+  const float *m = maximum.const_data_ptr<float>(), *c = constant.const_data_ptr<float>();
+  const float* slope = by_entropy ? by_entropy->const_data_ptr<float>() : nullptr;
+  const float* l = by_log_prob.const_data_ptr<float>();
+  Out* to = out.mutable_data_ptr<Out>();
+  at::parallel_for(0, rows, 16, [&](int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) {
+      gradient_row<Out>(from + i * stride, columns, at[i], m[i], c[i], slope ? slope[i] : 0.0f, l[i],
+                        to + i * stride_out);
+    }
+  });
+}
+
+// out may be z itself where it is float32.
+void gradient(const at::Tensor& z, const at::Tensor& column, const at::Tensor& maximum, const at::Tensor& constant,
+              const std::optional<at::Tensor>& by_entropy, const at::Tensor& by_log_prob, at::Tensor out) {
+  if (out.scalar_type() == at::kBFloat16) {
+    gradient_tile<at::BFloat16>(z, column, maximum, constant, by_entropy, by_log_prob, out);
+  } else {
+    gradient_tile<float>(z, column, maximum, constant, by_entropy, by_log_prob, out);
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(perl_megatron, library) {
+  library.def(
+      "add_tile_(Tensor z, Tensor column, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) weighted, Tensor(d!) target, "
+      "bool entropy) -> ()");
+  library.def(
+      "gradient_tile_(Tensor z, Tensor column, Tensor maximum, Tensor constant, Tensor? by_entropy, Tensor by_log_prob, "
+      "Tensor(a!) out) -> ()");
+}
+TORCH_LIBRARY_IMPL(perl_megatron, CPU, library) {
+  library.impl("add_tile_", add_tile);
+  library.impl("gradient_tile_", gradient);
+}

@@ -1,0 +1,122 @@
+"""The C++ kernels, where they were built: products of every shape, and what passes over a tile make of odd numbers."""
+
+import math
+
+import pytest
+import torch
+from loss_case import make_case, ours
+
+from perl_megatron.kernels import native
+
+WHY_NOT = native.why_not()
+needs_them = pytest.mark.skipif(WHY_NOT is not None, reason=f"no native loss kernels here: {WHY_NOT}")
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(math.prod(shape)))
+
+
+@needs_them
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 1, 1), (3, 2, 5), (65, 7, 129), (130, 64, 64), (70, 2051, 33), (2, 4099, 66)]
+)
+def test_products_have_float32_sums(m, k, n, add, columns_first):
+    first = normal(m, k + 3).bfloat16()[:, :k]
+    second = normal(n, k + 1).bfloat16()[:, :k].t() if columns_first else normal(k, n + 1).bfloat16()[:, :n]
+    before = normal(m, n)
+    out = torch.full((m, n + 2), torch.nan)[:, :n]
+    if add:
+        out.copy_(before)
+    native.multiply(out, first, second, add=add)
+    exact = first.double() @ second.double() + (before.double() if add else 0)
+    term_by_term = before.clone() if add else torch.zeros(m, n)
+    for term in range(k):
+        term_by_term += first[:, term, None].float() * second[term].float()
+    last_place = torch.finfo(torch.float32).eps * exact.norm()
+    assert (out - exact).norm() <= (term_by_term - exact).norm() + last_place
+
+
+@needs_them
+def test_a_transposed_first_operand_is_copied():
+    first, second, out = normal(6, 4).bfloat16().t(), normal(6, 3).bfloat16(), torch.empty(4, 3)
+    native.multiply(out, first, second, add=False)
+    torch.testing.assert_close(out, first.float() @ second.float())
+
+
+@needs_them
+def test_operands_that_make_no_product_are_refused():
+    with pytest.raises(RuntimeError, match="do not make a product"):
+        native.multiply(torch.empty(2, 2), normal(2, 4).bfloat16(), normal(3, 2).bfloat16(), add=False)
+    with pytest.raises(RuntimeError, match="bfloat16 operands"):
+        native.multiply(torch.empty(2, 2), normal(2, 4), normal(4, 2), add=False)
+
+
+def sums(tokens):
+    lowest = torch.finfo(torch.float32).min / 2
+    return torch.full((tokens,), lowest), torch.zeros(tokens), torch.zeros(tokens), torch.zeros(tokens)
+
+
+@needs_them
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 100])
+def test_a_tile_is_added_to_the_sums_as_in_float64(columns):
+    z = 5 * normal(9, columns)
+    z[:, 0] -= 200
+    column = torch.arange(9) - 1
+    found = sums(9)
+    for part in z.split([columns // 2, columns - columns // 2], dim=1):
+        here = column - (0 if part.data_ptr() == z.data_ptr() else columns // 2)
+        native.add_tile(part, here, *found, entropy=True)
+    maximum, total, weighted, target = found
+    shifted = z.double() - z.amax(1, keepdim=True)
+    assert torch.equal(maximum, z.amax(1))
+    torch.testing.assert_close(total.double(), shifted.exp().sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(weighted.double(), (shifted.exp() * shifted).sum(1), rtol=1e-6, atol=1e-6)
+    expected = [z[row, row - 1].item() if 0 <= row - 1 < columns else 0.0 for row in range(9)]
+    assert target.tolist() == expected
+
+
+@needs_them
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_odd_logits_make_of_their_row_what_the_definition_says(odd):
+    z = normal(3, 40)
+    z[1, 33] = odd
+    _, total, weighted, _ = found = sums(3)
+    native.add_tile(z, torch.full((3,), -1), *found, entropy=True)
+    assert weighted.isnan().tolist() == [False, True, False]
+    assert total.isnan().tolist() == [False, odd != -math.inf, False]
+
+
+@needs_them
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exponentials_are_those_of_float32(dtype):
+    """The gradient with the constant -1 is exp(z). What float32 or, normalised, bfloat16 cannot hold is 0."""
+    z = -torch.linspace(0, 110, 5000)[None].repeat(2, 1)
+    out = torch.empty(2, 5000, dtype=dtype)
+    nothing, one = torch.zeros(2), torch.ones(2)
+    native.gradient_tile(z, torch.full((2,), -1), nothing, -one, None, nothing, out)
+    exact = z.double().exp()
+    smallest = 2.0**-149 if dtype == torch.float32 else 2.0**-126
+    assert ((out.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * exact + smallest).all()
+    assert (out[:, z[0] < -104] == 0).all()
+
+
+def test_without_them_torch_does_the_same(monkeypatch):
+    case = make_case(tokens=20, hidden=16, vocabulary=100, dtype=torch.float32)
+    with_them, _ = ours(case, "tiled")
+    monkeypatch.setattr(native, "why_not", lambda: "left out here")
+    without, _ = ours(case, "tiled")
+    for name, value in vars(without).items():
+        torch.testing.assert_close(getattr(with_them, name), value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_library_that_does_not_load_is_done_without(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "kernels.so")
+    assert "installed without them" in native.why_not.__wrapped__()
+    native.LIBRARY.write_bytes(b"no library")
+    assert "built for another torch" in native.why_not.__wrapped__()
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert "the processor" in native.why_not.__wrapped__()
