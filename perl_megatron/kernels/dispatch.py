@@ -3,8 +3,10 @@
 | backend | where | memory over inputs and gradients |
 |---|---|---|
 | ``reference`` | everywhere; the definition | all logits [T, V] and more |
-| ``tiled`` | everywhere; on a CPU with AVX-512, inner loops in C++ (``native``) | two tiles, one of the weight and its gradient, a float32 gradient of the hidden states |
+| ``tiled`` | everywhere | two tiles, one of the weight and its gradient, a float32 gradient of the hidden states |
 | ``triton`` | CUDA from sm_80 on, ROCm gfx942 | one tile of the logits' gradient, and gradients as ``tiled`` |
+
+On a CPU with AVX-512 the inner loops of ``tiled`` are C++ (``native``), where that could be built.
 """
 
 from __future__ import annotations
