@@ -48,9 +48,16 @@ class _TorchPasses:
         z = tiles.logits(tokens, tile, rows, weight)
         if native.serves(z):
             out = z if tiles.operand_dtype == z.dtype else tiles.scratch(z, tiles.operand_dtype)
-            values = (coefficients.maximum, coefficients.constant, coefficients.by_entropy, coefficients.by_log_prob)
-            parts = (None if value is None else value[tokens] for value in values)
-            native.gradient_tile(z, tiles.column[tokens] - rows.start, *parts, out)
+            by_entropy = None if coefficients.by_entropy is None else coefficients.by_entropy[tokens]
+            native.gradient_tile(
+                z,
+                tiles.column[tokens] - rows.start,
+                coefficients.maximum[tokens],
+                coefficients.constant[tokens],
+                by_entropy,
+                coefficients.by_log_prob[tokens],
+                out,
+            )
             return out
         z -= coefficients.maximum[tokens, None]
         constant = coefficients.constant[tokens, None]
