@@ -2,8 +2,9 @@
 
 NO MEASUREMENT. For each model and GPU: floating-point operations of the products, bytes to and from the GPU's memory
 for the tiles that are used, the time of each by itself at the data sheet's peak (bfloat16 without sparsity), of which
-the longer is the least that a pass can take, and memory over inputs and gradients, ours and that of plain torch. Real kernels reach a part of a peak; what
-the exponentials take is left out. To measure, on a machine that has one: `python benchmarks/loss.py --device cuda`.
+the longer is the least that a pass can take, and memory over inputs and gradients, ours and that of plain torch. Real
+kernels reach a part of a peak; what the exponentials take is left out. To measure, on a machine that has a GPU:
+`python benchmarks/loss.py --device cuda`.
 """
 
 from __future__ import annotations
