@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from contextlib import closing
 
@@ -22,7 +21,7 @@ from perl_megatron.launch.torchrun import launcher_pid
 from perl_megatron.loop import supervise, train
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.summary import read_summary, summary_table
-from perl_megatron.runtime import platform, topology
+from perl_megatron.runtime import garbage, platform, topology
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.session import Session
 
@@ -56,21 +55,15 @@ def _run_session(
 ) -> Session:
     if command == "sft":
         supervised = build_supervised(loaded, place, resume=resume, stop=stop, memory=memory)
-        _stay()
+        garbage.stay()
         with closing(supervised):
             supervise(supervised)
         return supervised
     training = build_training(loaded, place, resume=resume, stop=stop, memory=memory)
-    _stay()
+    garbage.stay()
     with closing(training):
         train(training)
     return training
-
-
-def _stay() -> None:
-    """What was built stays to the end: from now on the garbage collector does not go over all of it in every step."""
-    gc.collect()
-    gc.freeze()
 
 
 def _evaluate(loaded: LoadedConfig, place: topology.Topology) -> int:

@@ -15,7 +15,7 @@ import torch
 from perl_megatron.checkpoint.hf_files import open_checkpoint
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.model.layer_specs import uses_transformer_engine
-from perl_megatron.runtime import topology
+from perl_megatron.runtime import garbage, topology
 from perl_megatron.runtime.collective import barrier, gather_objects, rank, world_size
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.verification.judge import judge
@@ -41,6 +41,7 @@ def run(layout: Layout, json_file: Path | None) -> bool:
     try:
         with quiet_libraries(), shared_folder() as folder:
             case = make_case(folder / "policy", layout)
+            garbage.stay()
             report = verify_layout(layout, layout.other(world_size()), case, folder / "scratch")
         if report is not None:
             if json_file is not None:
