@@ -29,6 +29,7 @@ from actor_case import (  # noqa: E402
 )
 
 from perl_megatron.checkpoint.state import latest_checkpoint  # noqa: E402
+from perl_megatron.runtime import garbage  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
 from perl_megatron.runtime.collective import gather_objects, rank  # noqa: E402
 from perl_megatron.train.actor import Actor  # noqa: E402
@@ -125,6 +126,7 @@ RESHARDED = "pipeline"
 
 def main(cases: Path, out: Path, table: str) -> None:
     torch.set_num_threads(1)
+    garbage.stay()
     for name, sections in TABLES[table].items():
         case = folder_of(cases, name)
         encoder = make_encoder(case)

@@ -30,6 +30,7 @@ from megatron.core.transformer.attention import Attention  # noqa: E402
 
 from perl_megatron.checkpoint.qwen25_vl_table import canonical_megatron_name  # noqa: E402
 from perl_megatron.model import layer_specs, transformer_configs  # noqa: E402
+from perl_megatron.runtime import garbage  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
 from perl_megatron.runtime.collective import rank  # noqa: E402
 from perl_megatron.train.actor import Actor  # noqa: E402
@@ -189,6 +190,7 @@ def describe_argument(value: Any) -> Any:
 
 def main(case: Path, out: Path, phase: str) -> None:
     torch.set_num_threads(1)
+    garbage.stay()
     run = dict(zip(PHASES, (write, carry, come_back), strict=True))[phase]
     for name in LAYOUTS:
         found = run(Case(case, out, name))
