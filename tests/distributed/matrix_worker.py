@@ -1,8 +1,8 @@
 """Run by torchrun on 2 or 4 ranks: verifies one layout after the other, as `perl-megatron verify` does.
 
-    torchrun --nproc-per-node 4 matrix_worker.py FOLDER
+    torchrun --nproc-per-node 4 matrix_worker.py FOLDER 0,3,7
 
-Writes FOLDER/reports.json: for each layout its report.
+The numbers say which of ``LAYOUTS`` for so many processes. Writes FOLDER/0.json, the report, as soon as it is known.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from perl_megatron.runtime import platform
@@ -18,8 +19,8 @@ platform.install()
 
 import torch  # noqa: E402
 
-from perl_megatron.runtime import topology  # noqa: E402
-from perl_megatron.runtime.collective import rank, world_size  # noqa: E402
+from perl_megatron.runtime import garbage, topology  # noqa: E402
+from perl_megatron.runtime.collective import world_size  # noqa: E402
 from perl_megatron.verification.command import make_case, quiet_libraries, shared_folder, verify_layout  # noqa: E402
 from perl_megatron.verification.layout import NUM_LAYERS, Layout  # noqa: E402
 
@@ -65,29 +66,28 @@ EXTRAS = {
 LAYOUTS = {processes: matrix(processes) + extras for processes, extras in EXTRAS.items()}
 
 
-def verify_all(folder: Path) -> dict[str, dict]:
-    """The reports on rank 0; each layout's weights and optimizer go on in the next layout's."""
-    layouts, cases, reports = LAYOUTS[world_size()], {}, {}
-    for index, layout in enumerate(layouts):
+def verify_all(folder: Path, out: Path, chosen: Sequence[int]) -> None:
+    """Each layout's weights and optimizer go on in the one that follows it in the whole list."""
+    layouts, cases = LAYOUTS[world_size()], {}
+    for index in chosen:
+        layout = layouts[index]
         key = f"{layout.dtype}-{layout.tied}-{layout.num_layers}"
         if key not in cases:
             cases[key] = make_case(folder / key, layout)
+            garbage.stay()  # the cases do, and by the first one all libraries are loaded
         following = layouts[(index + 1) % len(layouts)].parallel
         other = layout.elsewhere(following) if layout.num_layers == NUM_LAYERS else layout.other(world_size())
         report = verify_layout(layout, other, cases[key], folder / f"scratch-{index}")
         if report is not None:
-            reports[str(layout)] = report.as_dict()
-    return reports
+            (out / f"{index}.json").write_text(json.dumps(report.as_dict(), allow_nan=False))
 
 
-def main(out: Path) -> None:
+def main(out: Path, chosen: Sequence[int]) -> None:
     torch.set_num_threads(1)
     with quiet_libraries(), shared_folder() as folder:
-        reports = verify_all(folder)
-    if rank() == 0:
-        (out / "reports.json").write_text(json.dumps(reports, allow_nan=False))
+        verify_all(folder, out, chosen)
     topology.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), [int(number) for number in sys.argv[2].split(",")])
