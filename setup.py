@@ -14,7 +14,20 @@ def native_kernels():
     """The optional loss kernels of the CPU: where torch is at hand, on x86-64 Linux. A failed build is no failure."""
     if importlib.util.find_spec("torch") is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except Exception as error:
+        print(f"perl_megatron: no C++ loss kernels, as torch cannot be imported: {error}")
+        return {}
+
+    class BuildIfPossible(BuildExtension):
+        def run(self):
+            # After a build that fails, an older library would be taken for the new one.
+            Path("perl_megatron/kernels/native/kernels.so").unlink(missing_ok=True)
+            try:
+                super().run()
+            except Exception as error:  # torch asks the compiler for its version before `optional` is looked at
+                print(f"perl_megatron: the C++ loss kernels were not built: {error}")
 
     extension = CppExtension(
         "perl_megatron.kernels.native.kernels",
@@ -23,7 +36,7 @@ def native_kernels():
         extra_link_args=["-fopenmp"],
         optional=True,
     )
-    build = BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=False)
+    build = BuildIfPossible.with_options(no_python_abi_suffix=True, use_ninja=False)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": build}}
 
 

@@ -13,10 +13,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from perl_megatron.kernels.triton_settings import ROWS_OF_SPLIT
+from perl_megatron.kernels.triton_settings import ROWS_OF_SPLIT, TILE
 
-TILE_TOKENS, TILE_ROWS = 4096, 4096
-"""Of the logits' gradient: ``triton_fused.TILE``, which needs Triton to be read."""
 HALF, SINGLE = 2, 4
 """Bytes of a bfloat16 and of a float32 number."""
 
@@ -65,14 +63,14 @@ def work(tokens: int, hidden: int, rows: int) -> Work:
     split. Backward, for each tile of rows: the weight twice, hidden states twice, the logits' gradient written and read
     twice, and the float32 gradient of the hidden states read and written; the weight's gradient is written once.
     """
-    splits, tiles = math.ceil(rows / ROWS_OF_SPLIT), math.ceil(rows / TILE_ROWS)
+    splits, tiles = math.ceil(rows / ROWS_OF_SPLIT), math.ceil(rows / TILE.rows)
     weight, states = rows * hidden * HALF, tokens * hidden * HALF
     forward = weight + splits * states
     backward = 2 * weight + tiles * (2 * states + 2 * tokens * hidden * SINGLE) + 3 * tokens * rows * HALF
     return Work(
         flops=8.0 * tokens * hidden * rows,
         bytes=forward + backward + rows * hidden * SINGLE,
-        memory=min(tokens, TILE_TOKENS) * TILE_ROWS * HALF + tokens * hidden * SINGLE + TILE_ROWS * hidden * SINGLE,
+        memory=min(tokens, TILE.tokens) * TILE.rows * HALF + tokens * hidden * SINGLE + TILE.rows * hidden * SINGLE,
         plain_memory=tokens * rows * (HALF + 2 * SINGLE + SINGLE),
     )
 

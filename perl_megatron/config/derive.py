@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.derive_model import check_fp8, check_parts, check_psutil
+from perl_megatron.config.derive_model import check_fp8, check_objective, check_parts, check_psutil
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
@@ -90,6 +90,7 @@ def derive(
     if command != "eval":  # which builds no policy, only an engine
         check_psutil()
         check_parts(config.optimizer)
+        check_objective(config.algorithm)
         check_fp8(config.model, config.parallel, architecture)
     engine = resolve_engine(config)
     if command == "train":

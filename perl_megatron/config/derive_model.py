@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.schema import ModelConfig, OptimizerSection, ParallelConfig
+from perl_megatron.config.schema import AlgorithmConfig, ModelConfig, OptimizerSection, ParallelConfig
 from perl_megatron.errors import UserError
 
 PART_FIELDS = ("vision_multiplier", "merger_multiplier", "language_multiplier")
@@ -19,6 +19,16 @@ def check_parts(optimizer: OptimizerSection) -> None:
             "vision tower, merger and language model are all frozen: there is nothing to train",
             where=", ".join(f"optimizer.{field} = 0" for field in PART_FIELDS),
             fix="set one of them above 0, or use `perl-megatron eval`, which trains nothing",
+        )
+
+
+def check_objective(algorithm: AlgorithmConfig) -> None:
+    """UserError where the ratio of a whole response is weighted token by token, which is no known objective."""
+    if algorithm.ratio != "token" and algorithm.aggregation != "sequence":
+        raise UserError(
+            "one ratio for a whole response goes with a mean over responses, not over tokens",
+            where=f"algorithm.ratio = {algorithm.ratio}, algorithm.aggregation = {algorithm.aggregation}",
+            fix="set algorithm.aggregation=sequence, or algorithm.ratio=token",
         )
 
 

@@ -99,6 +99,8 @@ def score_tokens(
     options = options or ScoreOptions()
     shard = shard or VocabularyShard.whole(weight)
     check_inputs(hidden, weight, targets, shard, options)
+    if backend == "auto" and hidden.dtype == torch.float64:
+        backend = "tiled"  # which has float64 everywhere
     module = importlib.import_module(f"perl_megatron.kernels.{_MODULES[choose_backend(backend, hidden.device)]}")
     score: Callable[..., TokenScores] = module.score_tokens
     return score(hidden, weight, targets, shard, options)

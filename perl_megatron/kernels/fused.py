@@ -136,7 +136,7 @@ class _FusedScores(torch.autograd.Function):
         grad_entropy = grad_entropy if ctx.options.entropy else None
         coefficients = Coefficients.make(tiles, maximum, total, entropy, grad_log_prob, grad_entropy)
         need_hidden, need_weight = ctx.needs_input_grad[1:3]
-        hidden_gradient = torch.zeros_like(hidden, dtype=tiles.dtype) if need_hidden else None
+        hidden_gradient = torch.zeros(hidden.shape, dtype=tiles.dtype, device=hidden.device) if need_hidden else None
         weight_gradient = _WeightGradient(weight, tiles, ctx.options.gradient_buffer) if need_weight else None
         for rows, weight_tile in tiles.row_tiles():
             part = weight_gradient.part(rows) if weight_gradient else None

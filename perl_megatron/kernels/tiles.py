@@ -58,6 +58,7 @@ class Tiles:
         shape: of a tile; None: ``shape_of_tile``.
         fill: whether the last tile of tokens is filled up; without it, hidden states are copied only where some of
             their tokens do not count.
+        native_products: whether ``native`` may multiply bfloat16 operands on the CPU.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class Tiles:
         *,
         shape: TileShape | None = None,
         fill: bool = True,
+        native_products: bool = True,
     ):
         self.dtype = dtype_of_computation(hidden)
         # Where no product of 16-bit numbers has float32 sums, tiles are converted.
-        native_products = hidden.dtype == torch.bfloat16 and native.why_not() is None
+        native_products = native_products and hidden.dtype == torch.bfloat16 and native.why_not() is None
         self.operand_dtype = hidden.dtype if hidden.is_cuda or native_products else self.dtype
         self.shard = shard
         self.shape = shape or shape_of_tile(shard)
@@ -182,4 +184,4 @@ def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     elif total.device.type == "cpu":
         native.multiply(total, first, second, add=True)
     else:
-        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
+        total += torch.mm(first, second, out_dtype=total.dtype)

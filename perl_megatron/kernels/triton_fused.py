@@ -20,27 +20,46 @@ from perl_megatron.kernels import fused, triton_kernels, triton_settings
 from perl_megatron.kernels.fused import Coefficients
 from perl_megatron.kernels.scores import BANNED_BIAS, ScoreOptions, TokenScores, VocabularyShard
 from perl_megatron.kernels.sums import Sums, Top
-from perl_megatron.kernels.tiles import Tiles, TileShape
+from perl_megatron.kernels.tiles import Tiles
 from perl_megatron.kernels.triton_settings import COMBINE_TOKENS, GROUP, Launch
-
-TILE = TileShape(tokens=4096, rows=4096)
-"""Of the logits' gradient: 32 MiB in 16 bits; large enough for its two products."""
 
 
 def score_tokens(
     hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, options: ScoreOptions
 ) -> TokenScores:
     """See ``dispatch.score_tokens``; ValueError for float64 inputs on a GPU."""
-    # The kernels go along rows without a stride.
-    return fused.score_tokens(_TritonPasses(), _rows(hidden), _rows(weight), targets, shard, options)
+    return fused.score_tokens(_TritonPasses(), hidden, weight, targets, shard, options)
 
 
-def _rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+def _aligned(matrix: Tensor) -> Tensor:
+    """With contiguous rows that begin at multiples of 16 bytes, as descriptors need them and wide loads like them.
+
+    Sizes of real models are so; others are copied.
+    """
+    width = 16 // matrix.element_size()
+    if matrix.stride(1) == 1 and matrix.stride(0) % width == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    return _empty_aligned(matrix.shape[0], matrix.shape[1], matrix).copy_(matrix)
+
+
+def _empty_aligned(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype or like.dtype
+    width = 16 // dtype.itemsize
+    return like.new_empty(rows, -(-columns // width) * width, dtype=dtype)[:, :columns]
 
 
 class _TritonTiles(Tiles):
     """With what the kernels read of each row and of each token."""
+
+    @cached_property
+    def _tile(self) -> Tensor:
+        return _empty_aligned(self.shape.tokens, self.hidden.shape[1], self.hidden, self.operand_dtype)
+
+    @cached_property
+    def _weight_tile(self) -> Tensor | None:
+        if self.weight.dtype == self.operand_dtype:
+            return None
+        return _empty_aligned(self.shape.rows, self.weight.shape[1], self.weight, self.operand_dtype)
 
     @cached_property
     def bias(self) -> Tensor:
@@ -61,7 +80,16 @@ class _TritonPasses:
     def make_tiles(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, options: ScoreOptions
     ) -> _TritonTiles:
-        return _TritonTiles(hidden, weight, targets, shard, options, shape=TILE, fill=False)
+        return _TritonTiles(
+            _aligned(hidden),
+            _aligned(weight),
+            targets,
+            shard,
+            options,
+            shape=triton_settings.TILE,
+            fill=False,
+            native_products=False,
+        )
 
     def add_up(self, tiles: _TritonTiles, top: Top, *, entropy: bool) -> Sums:
         if not tiles.num_tokens or not tiles.shard.size:
@@ -157,10 +185,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def _arguments(hidden: Tensor, weight: Tensor, launch: Launch) -> tuple[list[Any], dict[str, Any]]:
     """(hidden states and weight as the kernels take them, how blocks are cut)."""
     operands: list[Any] = [hidden, weight]
-    # Descriptors need addresses and rows at multiples of 16 bytes; a view into a batch may be elsewhere.
-    aligned = all(m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in operands)
-    descriptors = launch.descriptors and aligned
-    if descriptors:
+    if launch.descriptors:
         blocks = [launch.tokens, launch.hidden], [launch.rows, launch.hidden]
         operands = [TensorDescriptor.from_tensor(*each) for each in zip(operands, blocks, strict=True)]
     constants = {
@@ -168,7 +193,7 @@ def _arguments(hidden: Tensor, weight: Tensor, launch: Launch) -> tuple[list[Any
         "BLOCK_TOKENS": launch.tokens,
         "BLOCK_ROWS": launch.rows,
         "BLOCK_HIDDEN": launch.hidden,
-        "DESCRIPTORS": descriptors,
+        "DESCRIPTORS": launch.descriptors,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }

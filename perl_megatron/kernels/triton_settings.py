@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from perl_megatron.kernels.tiles import TileShape
+
 ROWS_OF_SPLIT = 4096
 """Vocabulary rows that one program of the forward pass goes over: fixed, so that a token's sums are added up in the
 same order whatever else is in its batch."""
+TILE = TileShape(tokens=4096, rows=4096)
+"""Of the logits' gradient: 32 MiB in 16 bits; large enough for its two products."""
 GROUP = 8
 COMBINE_TOKENS = 128
 

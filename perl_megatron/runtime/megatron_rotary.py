@@ -27,6 +27,8 @@ def install() -> None:
         mscale: float = 1.0,
     ) -> Tensor:
         plain = not rotary_interleaved and not multi_latent_attention and mscale == 1.0
+        # Tensors of inference mode have no version, and cannot be kept for a backward pass.
+        plain = plain and not freqs.requires_grad and not freqs.is_inference() and not torch.is_inference_mode_enabled()
         if plain and freqs.shape[-1] == t.shape[-1]:
             return _Rotation.apply(t, *last.cos_sin(freqs, t.dtype))
         return original(t, freqs, rotary_interleaved, multi_latent_attention, mscale)

@@ -2,14 +2,29 @@ import pytest
 
 from perl_megatron.config import derive_model
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.derive_model import PART_FIELDS, check_fp8, check_parts, check_psutil, fp8_alignment
-from perl_megatron.config.schema import ModelConfig, OptimizerSection, ParallelConfig
+from perl_megatron.config.derive_model import (
+    PART_FIELDS,
+    check_fp8,
+    check_objective,
+    check_parts,
+    check_psutil,
+    fp8_alignment,
+)
+from perl_megatron.config.schema import AlgorithmConfig, ModelConfig, OptimizerSection, ParallelConfig
 from perl_megatron.errors import UserError
 
 
 @pytest.mark.parametrize("trained", PART_FIELDS)
 def test_one_part_is_enough_to_train(trained):
     check_parts(OptimizerSection(**{field: 0.5 if field == trained else 0.0 for field in PART_FIELDS}))
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "sequence_mean"])
+def test_a_responses_ratio_goes_with_the_mean_over_responses(ratio):
+    check_objective(AlgorithmConfig(ratio=ratio, aggregation="sequence"))
+    check_objective(AlgorithmConfig())
+    with pytest.raises(UserError, match=rf"algorithm.ratio = {ratio}(.|\n)*algorithm.aggregation=sequence"):
+        check_objective(AlgorithmConfig(ratio=ratio))
 
 
 def test_a_wholly_frozen_policy_is_refused():

@@ -274,14 +274,33 @@ def test_rows_behind_the_vocabulary_are_never_read(backend):
     assert not found.weight_gradient[23:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_no_token_and_one(backend, tokens):
-    case = make_case(tokens=tokens, dtype=torch.float32)
+def test_no_token_and_one(backend, tokens, dtype):
+    case = make_case(tokens=tokens, dtype=dtype)
     found, scores = ours(case, backend, ScoreOptions(top_k=3))
     assert scores.log_prob.shape == scores.entropy.shape == scores.is_top.shape == (tokens,)
     assert scores.top_ids.shape == (tokens, 3)
     assert found.hidden_gradient.shape == case.hidden.shape
     assert found.weight_gradient.any() == bool(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("small_tiles")
+def test_inputs_may_lie_in_memory_as_they_like(backend, dtype):
+    """Transposed, every other column, a gradient buffer by columns; a last tile of one token."""
+    case = make_case(tokens=9, dtype=dtype)
+    expected, _ = ours(case, backend)
+    wide = torch.zeros(23, 12, dtype=dtype)
+    wide[:, ::2] = case.weight
+    buffer = torch.zeros(6, 23).t()
+    hidden, weight = case.hidden.t().contiguous().t().requires_grad_(), wide[:, ::2].requires_grad_()
+    scores = score_tokens(hidden, weight, case.targets, options=ScoreOptions(gradient_buffer=buffer), backend=backend)
+    ((case.by_log_prob * scores.log_prob).sum() + (case.by_entropy * scores.entropy).sum()).backward()
+    close = {"rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(scores.log_prob, expected.log_prob)
+    torch.testing.assert_close(hidden.grad, expected.hidden_gradient, **close)
+    torch.testing.assert_close(buffer.to(dtype), expected.weight_gradient, **close)
 
 
 def test_large_logits_stay_finite(backend):

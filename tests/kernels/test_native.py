@@ -1,6 +1,9 @@
 """The C++ kernels, where they were built: products of every shape, and what passes over a tile make of odd numbers."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,21 +105,39 @@ def test_exponentials_are_those_of_float32(dtype):
     assert (out[:, z[0] < -104] == 0).all()
 
 
-def test_without_them_torch_does_the_same(monkeypatch):
-    case = make_case(tokens=20, hidden=16, vocabulary=100, dtype=torch.float32)
+@needs_them
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_them_torch_does_the_same(monkeypatch, dtype):
+    case = make_case(tokens=20, hidden=16, vocabulary=100, dtype=dtype)
     with_them, _ = ours(case, "tiled")
+    monkeypatch.setattr(native, "add_tile", None)  # would fail if it were called
     monkeypatch.setattr(native, "why_not", lambda: "left out here")
     without, _ = ours(case, "tiled")
     for name, value in vars(without).items():
-        torch.testing.assert_close(getattr(with_them, name), value, rtol=1e-5, atol=1e-6)
+        difference = (getattr(with_them, name).double() - value.double()).norm() / value.double().norm()
+        assert difference <= 4 * torch.finfo(value.dtype).eps
+
+
+@needs_them
+def test_without_onednn_torch_does_the_work():
+    case = make_case(dtype=torch.bfloat16)
+    expected, _ = ours(case, "tiled")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert native.why_not() == "oneDNN is switched off"
+        found, _ = ours(case, "tiled")
+    torch.testing.assert_close(found.log_prob, expected.log_prob)
+    command = "from perl_megatron.kernels import native; print(native.why_not())"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert "only supported" in run.stdout
 
 
 def test_a_library_that_does_not_load_is_done_without(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "kernels.so")
-    assert "installed without them" in native.why_not.__wrapped__()
+    assert "installed without them" in native.why_not_loaded.__wrapped__()
     native.LIBRARY.write_bytes(b"no library")
-    assert "built for another torch" in native.why_not.__wrapped__()
+    assert "built for another torch" in native.why_not_loaded.__wrapped__()
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
-    assert "the processor" in native.why_not.__wrapped__()
+    assert "the processor" in native.why_not_loaded.__wrapped__()

@@ -24,7 +24,7 @@ def use(monkeypatch, launch, rows_of_split=64, tile=None):
     monkeypatch.setattr(triton_settings, "INTERPRETER", triton_settings.Settings(launch, launch))
     monkeypatch.setattr(triton_settings, "ROWS_OF_SPLIT", rows_of_split)
     if tile:
-        monkeypatch.setattr(triton_fused, "TILE", TileShape(*tile))
+        monkeypatch.setattr(triton_settings, "TILE", TileShape(*tile))
 
 
 def in_nan(matrix, rows, columns):
@@ -37,7 +37,7 @@ def in_nan(matrix, rows, columns):
 @pytest.mark.parametrize(("descriptors", "halves"), itertools.product((False, True), repeat=2))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nothing_behind_the_buffers_is_read_however_blocks_are_cut(monkeypatch, dtype, descriptors, halves):
-    """T, H and V are divided by no block. (Rows of 24 numbers are at multiples of 16 bytes, as descriptors need.)"""
+    """T, H and V are divided by no block. (Rows of 24 numbers are at multiples of 16 bytes: nothing is copied.)"""
     use(monkeypatch, dataclasses.replace(LAUNCH, descriptors=descriptors, halves=halves), tile=(32, 128))
     case = make_case(tokens=37, hidden=23, vocabulary=203, dtype=torch.float64)
     exact, single = plain(case), plain(case.to(torch.float32)).errors(plain(case))

@@ -44,6 +44,24 @@ def test_other_angles_dtypes_and_changed_angles_are_not_mistaken_for_the_last():
     assert rope_utils._apply_rotary_pos_emb_bshd(t.bfloat16(), angles).dtype == torch.bfloat16
 
 
+def test_inference_mode_leaves_nothing_behind():
+    """Its tensors have no version, and cannot be kept for a backward pass."""
+    t, angles = torch.randn(4, 1, 2, 6), torch.randn(4, 1, 1, 6)
+    with torch.inference_mode():
+        of_inference = torch.randn(4, 1, 1, 6)
+        for now in (angles, of_inference, of_inference):
+            rope_utils._apply_rotary_pos_emb_bshd(t, now)
+    trained = t.clone().requires_grad_()
+    rope_utils._apply_rotary_pos_emb_bshd(trained, angles).sum().backward()
+    assert trained.grad.any()
+
+
+def test_angles_may_be_learned():
+    t, angles = torch.randn(4, 1, 2, 6), torch.randn(4, 1, 1, 6).requires_grad_()
+    rope_utils._apply_rotary_pos_emb_bshd(t, angles).square()[..., 0].sum().backward()
+    assert angles.grad.any()
+
+
 def test_a_part_without_angles_is_left_to_upstream():
     t, angles = torch.randn(4, 1, 2, 10), torch.randn(4, 1, 1, 6)
     found = rope_utils._apply_rotary_pos_emb_bshd(t, angles)

@@ -16,9 +16,14 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("kernels.so")
 
 
-@cache
 def why_not() -> str | None:
     """Why they are not used here; None: they are."""
+    return why_not_loaded() if torch.backends.mkldnn.enabled else "oneDNN is switched off"
+
+
+@cache
+def why_not_loaded() -> str | None:
+    """Why they cannot be used in this process; None: they can."""
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "the processor has no bfloat16 products (AVX-512 or AMX)"
     if not LIBRARY.is_file():
@@ -27,6 +32,10 @@ def why_not() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} was built for another torch: {error}"
+    try:
+        multiply(torch.empty(2, 2), torch.ones(2, 2).bfloat16(), torch.ones(2, 2).bfloat16(), add=False)
+    except RuntimeError as error:  # ONEDNN_MAX_CPU_ISA may be set below the processor
+        return str(error).splitlines()[0]
     return None
 
 
@@ -37,7 +46,19 @@ def serves(tensor: Tensor) -> bool:
 
 def multiply(out: Tensor, first: Tensor, second: Tensor, *, add: bool) -> None:
     """``out`` float32 [M, N] = first [M, K] · second [K, N], both bfloat16; with ``add``, added to it."""
-    torch.ops.perl_megatron.multiply_(out, first if first.stride(1) == 1 else first.contiguous(), second, add)
+    first = _by_rows(first)
+    second = second if second.stride(0) == 1 else _by_rows(second)
+    if out.stride(1) == 1:
+        torch.ops.perl_megatron.multiply_(out, first, second, add)
+        return
+    result = _by_rows(out)
+    torch.ops.perl_megatron.multiply_(result, first, second, add)
+    out.copy_(result)
+
+
+def _by_rows(matrix: Tensor) -> Tensor:
+    """With contiguous rows. (torch calls a transposed [K, 1] contiguous, whose stride along rows is K.)"""
+    return matrix if matrix.stride(1) == 1 else torch.empty(matrix.shape, dtype=matrix.dtype).copy_(matrix)
 
 
 def add_tile(

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <memory>
 
@@ -16,9 +17,14 @@ namespace {
 
 using at::BFloat16;
 
-constexpr int64_t ROWS = 64;     // of the first operand, in one call
+constexpr int64_t ROWS = 64;     // of the first operand, in one call; what is left over goes by powers of two, as oneDNN
+                                 // makes and keeps code for every size that it is asked for
 constexpr int64_t COLUMNS = 64;  // of the second operand, laid out at once
 constexpr int64_t DEPTH = 512;   // summed up at once: its block takes 64 KiB, and sums of sums round less
+
+int64_t at_most(int64_t size, int64_t left) {
+  return std::min(size, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(left))));
+}
 
 // block[k / 2][n][k % 2] of second[k][n], whose columns are contiguous. Two numbers move as one.
 void lay_out_columns(const BFloat16* second, int64_t stride, int64_t depth, int64_t columns, BFloat16* block) {
@@ -82,15 +88,16 @@ void multiply(at::Tensor out, const at::Tensor& first, const at::Tensor& second,
     const auto block = std::make_unique<BFloat16[]>(std::max<int64_t>(1, std::min(DEPTH, k) * COLUMNS));
     for (int64_t j = first_block * COLUMNS; j < std::min(end_block * COLUMNS, n); j += COLUMNS) {
       const int64_t columns = std::min(COLUMNS, n - j);
-      for (int64_t p = 0; p < k; p += DEPTH) {
-        const int64_t depth = std::min(DEPTH, k - p);
+      for (int64_t p = 0, depth = 0; p < k; p += depth) {
+        depth = at_most(DEPTH, k - p);
         if (by_columns) {
           lay_out_columns(b + p + j * stride_b, stride_b, depth, columns, block.get());
         } else {
           lay_out_rows(b + p * stride_b + j, stride_b, depth, columns, block.get());
         }
-        for (int64_t i = 0; i < m; i += ROWS) {
-          at::native::cpublas::brgemm(std::min(ROWS, m - i), columns, depth, stride_a, columns, stride_c, add || p > 0,
+        for (int64_t i = 0, rows = 0; i < m; i += rows) {
+          rows = at_most(ROWS, m - i);
+          at::native::cpublas::brgemm(rows, columns, depth, stride_a, columns, stride_c, add || p > 0,
                                       a + i * stride_a + p, block.get(), c + i * stride_c + j);
         }
       }
