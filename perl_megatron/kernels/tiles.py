@@ -31,6 +31,8 @@ LARGE_VOCABULARY = 8192
 """Rows of the weight on this rank."""
 ROWS = 2048
 """Vocabulary rows of a tile."""
+NATIVE_SIDE = 1024
+"""Tokens and rows of a tile of a large vocabulary for ``native``'s products, which lay each operand out anew."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class TileShape:
     rows: int
 
 
-def shape_of_tile(shard: VocabularyShard) -> TileShape:
-    """By the vocabulary alone, so that a token's tile does not depend on its batch."""
+def shape_of_tile(shard: VocabularyShard, *, native_products: bool) -> TileShape:
+    """Not by the number of tokens, so that a token's tile does not depend on its batch."""
+    if native_products and shard.size >= LARGE_VOCABULARY:
+        return TileShape(NATIVE_SIDE, NATIVE_SIDE)
     return TileShape(TOKENS if shard.size >= LARGE_VOCABULARY else FEW_TOKENS, ROWS)
 
 
@@ -78,7 +82,7 @@ class Tiles:
         native_products = native_products and hidden.dtype == torch.bfloat16 and native.why_not() is None
         self.operand_dtype = hidden.dtype if hidden.is_cuda or native_products else self.dtype
         self.shard = shard
-        self.shape = shape or shape_of_tile(shard)
+        self.shape = shape or shape_of_tile(shard, native_products=native_products)
         self.num_tokens = len(hidden)
         self.hidden, self.weight = hidden, weight
         self.counts = targets != IGNORED
