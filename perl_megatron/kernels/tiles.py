@@ -88,8 +88,9 @@ class Tiles:
         self.counts = targets != IGNORED
         self.known = (targets >= 0) & (targets < shard.total)
         self._has_ignored = not bool(self.counts.all())
-        self._copies = fill or self._has_ignored or hidden.dtype != self.operand_dtype
-        self._fill = fill
+        # Products by ``native`` add each row up in the same order, however many rows there are.
+        self._fill = fill and not native_products
+        self._copies = self._fill or self._has_ignored or hidden.dtype != self.operand_dtype
         self.column = torch.where(self.known, targets - shard.first, -1)
         """int64 [T]: the target's row on this rank; outside of 0 … size where it is not here."""
         temperature = temperatures(options, self.counts, self.dtype)
