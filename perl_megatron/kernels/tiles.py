@@ -4,6 +4,7 @@ The tiles of the output weight are the outer loop, so that each is converted onc
 
 Batch invariance: the tokens' last tile is filled up with zeros, so each product has the same shape whatever T is (what
 comes after goes row by row), and a token meets the vocabulary's tiles in the same order whatever else is in the batch.
+Backends whose products add up each row in one order, however many rows there are, need no filling.
 """
 
 from __future__ import annotations
@@ -100,15 +101,17 @@ class Tiles:
         self.banned = sorted(shard.own(options.banned_token_ids))
         """This rank's rows that get the bias."""
 
+    def _new_operand(self, rows: int) -> Tensor:
+        """[rows, H], where part of an input is copied to."""
+        return self.hidden.new_empty(rows, self.hidden.shape[1], dtype=self.operand_dtype)
+
     @cached_property
     def _tile(self) -> Tensor:
-        return self.hidden.new_empty(self.shape.tokens, self.hidden.shape[1], dtype=self.operand_dtype)
+        return self._new_operand(self.shape.tokens)
 
     @cached_property
     def _weight_tile(self) -> Tensor | None:
-        if self.weight.dtype == self.operand_dtype:
-            return None
-        return self.weight.new_empty(self.shape.rows, self.weight.shape[1], dtype=self.operand_dtype)
+        return None if self.weight.dtype == self.operand_dtype else self._new_operand(self.shape.rows)
 
     @cached_property
     def _logits(self) -> Tensor:

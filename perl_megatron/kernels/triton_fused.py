@@ -39,11 +39,10 @@ def _aligned(matrix: Tensor) -> Tensor:
     width = 16 // matrix.element_size()
     if matrix.stride(1) == 1 and matrix.stride(0) % width == 0 and matrix.data_ptr() % 16 == 0:
         return matrix
-    return _empty_aligned(matrix.shape[0], matrix.shape[1], matrix).copy_(matrix)
+    return _empty_aligned(matrix.shape[0], matrix.shape[1], matrix, matrix.dtype).copy_(matrix)
 
 
-def _empty_aligned(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    dtype = dtype or like.dtype
+def _empty_aligned(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     width = 16 // dtype.itemsize
     return like.new_empty(rows, -(-columns // width) * width, dtype=dtype)[:, :columns]
 
@@ -51,15 +50,8 @@ def _empty_aligned(rows: int, columns: int, like: Tensor, dtype: torch.dtype | N
 class _TritonTiles(Tiles):
     """With what the kernels read of each row and of each token."""
 
-    @cached_property
-    def _tile(self) -> Tensor:
-        return _empty_aligned(self.shape.tokens, self.hidden.shape[1], self.hidden, self.operand_dtype)
-
-    @cached_property
-    def _weight_tile(self) -> Tensor | None:
-        if self.weight.dtype == self.operand_dtype:
-            return None
-        return _empty_aligned(self.shape.rows, self.weight.shape[1], self.weight, self.operand_dtype)
+    def _new_operand(self, rows: int) -> Tensor:
+        return _empty_aligned(rows, self.hidden.shape[1], self.hidden, self.operand_dtype)
 
     @cached_property
     def bias(self) -> Tensor:
