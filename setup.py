@@ -32,6 +32,7 @@ def native_kernels():
     extension = CppExtension(
         "perl_megatron.kernels.native.kernels",
         [f"perl_megatron/kernels/native/{name}.cpp" for name in ("products", "softmax")],
+        depends=["perl_megatron/kernels/native/vectors.h"],
         extra_compile_args=["-O3", "-g0", "-fopenmp"],
         extra_link_args=["-fopenmp"],
         optional=True,
@@ -45,7 +46,7 @@ setup(
     version=NAMESPACE["__version__"],
     description="Permuted GRPO for multi-image vision-language policies on megatron-core",
     packages=find_packages(include=["perl_megatron", "perl_megatron.*"]),
-    package_data={"perl_megatron": ["py.typed", "kernels/native/*.cpp"]},
+    package_data={"perl_megatron": ["py.typed", "kernels/native/*.cpp", "kernels/native/*.h"]},
     **native_kernels(),
     python_requires=">=3.11",
     install_requires=[

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from perl_megatron.kernels.scores import ScoreOptions, TokenScores, VocabularyShard
 from perl_megatron.kernels.sums import Sums, Top
-from perl_megatron.kernels.tiles import Tiles, add_product
+from perl_megatron.kernels.tiles import Tiles, add_product, multiply
 
 TilesOf = TypeVar("TilesOf", bound=Tiles)
 
@@ -38,8 +38,8 @@ class TilePasses(Protocol[TilesOf]):
 
     def logits_gradient(
         self, tiles: TilesOf, coefficients: Coefficients, tokens: slice, tile: Tensor, rows: slice, weight: Tensor
-    ) -> Tensor:
-        """Of one tile [tokens, rows], in ``tiles.operand_dtype``; valid until the next one."""
+    ) -> tuple[Tensor, Tensor]:
+        """Of one tile [tokens, rows] and transposed, in ``tiles.operand_dtype``; valid until the next one."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,12 @@ class _FusedScores(torch.autograd.Function):
         hidden_gradient = torch.zeros(hidden.shape, dtype=tiles.dtype, device=hidden.device) if need_hidden else None
         weight_gradient = _WeightGradient(weight, tiles, ctx.options.gradient_buffer) if need_weight else None
         for rows, weight_tile in tiles.row_tiles():
-            part = weight_gradient.part(rows) if weight_gradient else None
             for tokens, tile in tiles.token_tiles():
-                gradient = ctx.passes.logits_gradient(tiles, coefficients, tokens, tile, rows, weight_tile)
+                gradient, transposed = ctx.passes.logits_gradient(tiles, coefficients, tokens, tile, rows, weight_tile)
                 if hidden_gradient is not None:
                     add_product(hidden_gradient[tokens], gradient, weight_tile)
-                if part is not None:
-                    add_product(part, gradient.t(), tile[: len(gradient)])
+                if weight_gradient is not None:
+                    weight_gradient.add(rows, transposed, tile[: len(gradient)], first=tokens.start == 0)
             if weight_gradient is not None:
                 weight_gradient.finish(rows)
         if hidden_gradient is not None:
@@ -159,17 +158,29 @@ class _WeightGradient:
     """Where the gradient of a tile of the weight is added up, in float32, and where it goes from there."""
 
     def __init__(self, weight: Tensor, tiles: Tiles, buffer: Tensor | None):
-        self._target = torch.zeros_like(weight) if buffer is None else buffer
         self._adds = buffer is not None
+        self._target = self._new(weight, tiles) if buffer is None else buffer
         self._tile: Tensor | None = None
-        if self._target.dtype != tiles.dtype:
+        written_once = not self._adds and tiles.num_tokens <= tiles.shape.tokens
+        if self._target.dtype != tiles.dtype and not (written_once and tiles.native_products):
             self._tile = weight.new_empty(min(tiles.shape.rows, len(weight)), weight.shape[1], dtype=tiles.dtype)
         self.result = None if self._adds else self._target
 
-    def part(self, rows: slice) -> Tensor:
-        """Float32 [rows, H] to add to: the target itself where it is of that type."""
+    @staticmethod
+    def _new(weight: Tensor, tiles: Tiles) -> Tensor:
+        """Zeros only where nothing will be written: a large vocabulary's weight is not gone over for nothing."""
+        gradient = torch.empty_like(weight)
+        gradient[tiles.shard.size if tiles.num_tokens else 0 :] = 0
+        return gradient
+
+    def add(self, rows: slice, transposed: Tensor, tile: Tensor, *, first: bool) -> None:
+        """A tile's part: ``transposed`` [rows, tokens] · ``tile`` [tokens, H]; ``first``: of these rows."""
         target = self._target[rows]
-        return target if self._tile is None else self._tile[: len(target)].zero_()
+        part = target if self._tile is None else self._tile[: len(target)]
+        if first and (self._tile is not None or not self._adds):
+            multiply(transposed, tile, out=part)
+        else:
+            add_product(part, transposed, tile)
 
     def finish(self, rows: slice) -> None:
         """After the last token."""

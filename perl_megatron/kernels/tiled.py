@@ -44,10 +44,12 @@ class _TorchPasses:
 
     def logits_gradient(
         self, tiles: Tiles, coefficients: Coefficients, tokens: slice, tile: Tensor, rows: slice, weight: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         z = tiles.logits(tokens, tile, rows, weight)
         if native.serves(z):
-            out = z if tiles.operand_dtype == z.dtype else tiles.scratch(z, tiles.operand_dtype)
+            out, transposed = z, None
+            if tiles.operand_dtype != z.dtype:
+                out, transposed = tiles.scratch(z, tiles.operand_dtype), tiles.transposed_scratch(z)
             by_entropy = None if coefficients.by_entropy is None else coefficients.by_entropy[tokens]
             native.gradient_tile(
                 z,
@@ -57,8 +59,9 @@ class _TorchPasses:
                 by_entropy,
                 coefficients.by_log_prob[tokens],
                 out,
+                transposed,
             )
-            return out
+            return out, out.t() if transposed is None else transposed
         z -= coefficients.maximum[tokens, None]
         constant = coefficients.constant[tokens, None]
         if coefficients.by_entropy is None:
@@ -69,7 +72,8 @@ class _TorchPasses:
             gradient = scratch.mul_(z).neg_()
         here, column = tiles.targets_in(tokens, rows)
         gradient.scatter_add_(1, column, torch.where(here, coefficients.by_log_prob[tokens], 0)[:, None])
-        return gradient.to(tiles.operand_dtype)
+        gradient = gradient.to(tiles.operand_dtype)
+        return gradient, gradient.t()
 
 
 def _fold(sums: Sums, tokens: slice, z: Tensor, scratch: Tensor, *, entropy: bool) -> None:

@@ -32,7 +32,7 @@ LARGE_VOCABULARY = 8192
 """Rows of the weight on this rank."""
 ROWS = 2048
 """Vocabulary rows of a tile."""
-NATIVE_SIDE = 1024
+NATIVE_SIDE = 2048
 """Tokens and rows of a tile of a large vocabulary for ``native``'s products, which lay each operand out anew."""
 
 
@@ -80,17 +80,19 @@ class Tiles:
     ):
         self.dtype = dtype_of_computation(hidden)
         # Where no product of 16-bit numbers has float32 sums, tiles are converted.
-        native_products = native_products and hidden.dtype == torch.bfloat16 and native.why_not() is None
-        self.operand_dtype = hidden.dtype if hidden.is_cuda or native_products else self.dtype
+        self.native_products = native_products and hidden.dtype == torch.bfloat16 and native.why_not() is None
+        """Whether ``native`` multiplies the operands."""
+        self.operand_dtype = hidden.dtype if hidden.is_cuda or self.native_products else self.dtype
         self.shard = shard
-        self.shape = shape or shape_of_tile(shard, native_products=native_products)
+        self.shape = shape or shape_of_tile(shard, native_products=self.native_products)
         self.num_tokens = len(hidden)
         self.hidden, self.weight = hidden, weight
         self.counts = targets != IGNORED
         self.known = (targets >= 0) & (targets < shard.total)
         self._has_ignored = not bool(self.counts.all())
         # Products by ``native`` add each row up in the same order, however many rows there are.
-        self._fill = fill and not native_products
+        self._fill = fill and not self.native_products
+        self._tile_tokens = self.shape.tokens if self._fill else min(self.shape.tokens, self.num_tokens)
         self._copies = self._fill or self._has_ignored or hidden.dtype != self.operand_dtype
         self.column = torch.where(self.known, targets - shard.first, -1)
         """int64 [T]: the target's row on this rank; outside of 0 … size where it is not here."""
@@ -107,7 +109,7 @@ class Tiles:
 
     @cached_property
     def _tile(self) -> Tensor:
-        return self._new_operand(self.shape.tokens)
+        return self._new_operand(self._tile_tokens)
 
     @cached_property
     def _weight_tile(self) -> Tensor | None:
@@ -115,13 +117,21 @@ class Tiles:
 
     @cached_property
     def _logits(self) -> Tensor:
-        return self.hidden.new_empty(self.shape.tokens * self.shape.rows, dtype=self.dtype)
+        return self.hidden.new_empty(self._tile_tokens * self.shape.rows, dtype=self.dtype)
+
+    @cached_property
+    def _transposed(self) -> Tensor:
+        return self.hidden.new_empty(self._tile_tokens * self.shape.rows, dtype=self.operand_dtype)
 
     def scratch(self, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Of the shape of ``z``, in its dtype or ``dtype``; overwritten by the next call."""
         if self._scratch is None:
             self._scratch = torch.empty_like(self._logits, dtype=dtype)
         return self._scratch[: z.numel()].view(z.shape)
+
+    def transposed_scratch(self, z: Tensor) -> Tensor:
+        """[rows, tokens] of a tile z [tokens, rows], as an operand; overwritten by the next call."""
+        return self._transposed[: z.numel()].view(z.shape[1], z.shape[0])
 
     def lowest(self) -> Tensor:
         """[T]: where running maxima start; finite, so that 0 times a difference to it is 0."""
@@ -132,9 +142,10 @@ class Tiles:
         return torch.full((self.num_tokens,), value, dtype=self.dtype, device=self.hidden.device)
 
     def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive rows, and the weight's [rows, H] as an operand; valid until the next one."""
-        for first in range(0, self.shard.size, self.shape.rows):
-            rows = slice(first, min(first + self.shape.rows, self.shard.size))
+        """Consecutive rows, and the weight's [rows, H] as an operand; valid until the next one. None without tokens."""
+        num_rows = self.shard.size if self.num_tokens else 0
+        for first in range(0, num_rows, self.shape.rows):
+            rows = slice(first, min(first + self.shape.rows, num_rows))
             part = self.weight[rows]
             yield rows, part if self._weight_tile is None else self._weight_tile[: len(part)].copy_(part)
 
@@ -176,11 +187,11 @@ class Tiles:
 
 
 def multiply(first: Tensor, second: Tensor, out: Tensor) -> None:
-    """``out`` = first · second, summed in out's dtype."""
-    if first.dtype == out.dtype:
-        torch.mm(first, second, out=out)
-    elif out.device.type == "cpu":
+    """``out`` = first · second, summed in float32 where they are shorter, and rounded once to out's dtype."""
+    if out.device.type == "cpu" and first.dtype == torch.bfloat16:
         native.multiply(out, first, second, add=False)
+    elif first.dtype == out.dtype:
+        torch.mm(first, second, out=out)
     else:
         torch.mm(first, second, out_dtype=out.dtype, out=out)
 

@@ -127,8 +127,9 @@ class _TritonPasses:
 
     def logits_gradient(
         self, tiles: _TritonTiles, coefficients: Coefficients, tokens: slice, tile: Tensor, rows: slice, weight: Tensor
-    ) -> Tensor:
-        return self._tile(tiles, coefficients, tokens, tile, rows, weight)
+    ) -> tuple[Tensor, Tensor]:
+        gradient = self._tile(tiles, coefficients, tokens, tile, rows, weight)
+        return gradient, gradient.t()
 
     def _tile(
         self,

@@ -42,6 +42,20 @@ def test_products_have_float32_sums(m, k, n, add, columns_first):
 
 
 @needs_them
+@pytest.mark.parametrize("stride", [40, 5000])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (65, 7, 40), (300, 2051, 33)])
+def test_a_product_of_bfloat16_is_the_float32_one_rounded_once(m, k, n, stride):
+    first, second = normal(m, k).bfloat16(), normal(k, n).bfloat16()
+    sums, rounded = torch.empty(m, n), torch.full((m, stride), 7, dtype=torch.bfloat16)
+    native.multiply(sums, first, second, add=False)
+    native.multiply(rounded[:, :n], first, second, add=False)
+    assert torch.equal(rounded[:, :n], sums.bfloat16())
+    assert (rounded[:, n:] == 7).all()
+    with pytest.raises(RuntimeError, match="not added to"):
+        native.multiply(rounded[:, :n], first, second, add=True)
+
+
+@needs_them
 def test_a_transposed_first_operand_is_copied():
     first, second, out = normal(6, 4).bfloat16().t(), normal(6, 3).bfloat16(), torch.empty(4, 3)
     native.multiply(out, first, second, add=False)
@@ -103,6 +117,20 @@ def test_exponentials_are_those_of_float32(dtype):
     smallest = 2.0**-149 if dtype == torch.float32 else 2.0**-126
     assert ((out.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * exact + smallest).all()
     assert (out[:, z[0] < -104] == 0).all()
+
+
+@needs_them
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (31, 16), (32, 16), (32, 15), (70, 100)])
+def test_the_gradient_is_also_given_transposed(tokens, columns):
+    z, out = normal(tokens, columns), torch.empty(tokens, columns + 3, dtype=torch.bfloat16)[:, :columns]
+    transposed = torch.full((columns, tokens + 5), torch.nan, dtype=torch.bfloat16)
+    one = torch.ones(tokens)
+    arguments = z, torch.arange(tokens), one, one, 0.5 * one, one, out
+    native.gradient_tile(*arguments, transposed[:, :tokens])
+    assert torch.equal(transposed[:, :tokens], out.t())
+    assert transposed[:, tokens:].isnan().all()
+    native.gradient_tile(*arguments[:-1], z)
+    assert torch.equal(out, z.bfloat16())
 
 
 @needs_them

@@ -37,8 +37,9 @@ class LiveMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_memory_at_its_peak_is_what_the_documentation_says(dtype, entropy):
+def test_memory_at_its_peak_is_what_the_documentation_says(dtype, entropy, monkeypatch):
     """Of T tokens: the gradients and the float32 one of the hidden states, some numbers for each, and the tiles."""
+    monkeypatch.setattr(tiles, "NATIVE_SIDE", tiles.TOKENS)
     tokens, hidden, vocabulary = 4 * tiles.TOKENS, 128, 8 * tiles.ROWS
     case = make_case(tokens=tokens, hidden=hidden, vocabulary=vocabulary, dtype=dtype)
     options = ScoreOptions(temperature=0.9, banned_token_ids=(3,), top_k=4, entropy=entropy)

@@ -45,7 +45,10 @@ def serves(tensor: Tensor) -> bool:
 
 
 def multiply(out: Tensor, first: Tensor, second: Tensor, *, add: bool) -> None:
-    """``out`` float32 [M, N] = first [M, K] · second [K, N], both bfloat16; with ``add``, added to it."""
+    """``out`` [M, N] = first [M, K] · second [K, N], both bfloat16, summed in float32.
+
+    ``out`` is float32, and with ``add`` the product is added to it; or it is bfloat16, and each result is rounded once.
+    """
     first = _by_rows(first)
     second = second if second.stride(0) == 1 else _by_rows(second)
     if out.stride(1) == 1:
@@ -76,6 +79,10 @@ def gradient_tile(
     by_entropy: Tensor | None,
     by_log_prob: Tensor,
     out: Tensor,
+    transposed: Tensor | None = None,
 ) -> None:
-    """``out`` [T, rows], bfloat16 or float32 (then it may be ``z``): the gradient by ``fused.Coefficients``."""
-    torch.ops.perl_megatron.gradient_tile_(z, column, maximum, constant, by_entropy, by_log_prob, out)
+    """``out`` [T, rows], bfloat16 or float32 (then it may be ``z``): the gradient by ``fused.Coefficients``.
+
+    ``transposed`` [rows, T], with contiguous rows: gets the same, where ``out`` is bfloat16.
+    """
+    torch.ops.perl_megatron.gradient_tile_(z, column, maximum, constant, by_entropy, by_log_prob, out, transposed)

@@ -6,45 +6,48 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
-#include <memory>
+
+#include "vectors.h"
 
 namespace {
 
 using at::BFloat16;
 
-constexpr int64_t ROWS = 64;     // of the first operand, in one call; what is left over goes by powers of two, as oneDNN
+constexpr int64_t ROWS = 256;    // of the first operand, in one call; what is left over goes by powers of two, as oneDNN
                                  // makes and keeps code for every size that it is asked for
 constexpr int64_t COLUMNS = 64;  // of the second operand, laid out at once
-constexpr int64_t DEPTH = 512;   // summed up at once: its block takes 64 KiB, and sums of sums round less
+constexpr int64_t DEPTH = 1024;  // summed up at once: its block takes 128 KiB, an eighth of a core's cache
 
 int64_t at_most(int64_t size, int64_t left) {
   return std::min(size, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(left))));
 }
 
 // block[k / 2][n][k % 2] of second[k][n], whose columns are contiguous. Two numbers move as one.
-void lay_out_columns(const BFloat16* second, int64_t stride, int64_t depth, int64_t columns, BFloat16* block) {
-  constexpr int64_t TILE = 16;
-  for (int64_t first_pair = 0; first_pair < depth / 2; first_pair += TILE) {
-    const int64_t pairs = std::min(TILE, depth / 2 - first_pair);
-    for (int64_t n = 0; n < columns; ++n) {
-      const BFloat16* from = second + n * stride + 2 * first_pair;
-      BFloat16* to = block + (first_pair * columns + n) * 2;
+AVX512 void lay_out_columns(const BFloat16* second, int64_t stride, int64_t depth, int64_t columns, BFloat16* block) {
+  for (int64_t first = 0; first < columns; first += LANES) {
+    const int64_t count = std::min(LANES, columns - first);
+    for (int64_t first_pair = 0; first_pair < depth / 2; first_pair += LANES) {
+      const int64_t pairs = std::min(LANES, depth / 2 - first_pair);
+      __m512i vectors[LANES] = {};
+      for (int64_t n = 0; n < count; ++n) {
+        vectors[n] = _mm512_maskz_loadu_epi32(lanes_left(pairs), second + (first + n) * stride + 2 * first_pair);
+      }
+      transpose(vectors);
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        std::memcpy(to + pair * columns * 2, from + 2 * pair, 2 * sizeof(BFloat16));
+        BFloat16* to = block + ((first_pair + pair) * columns + first) * 2;
+        _mm512_mask_storeu_epi32(to, lanes_left(count), vectors[pair]);
       }
     }
   }
 }
 
 // The same where the rows of second are contiguous. Two numbers are written as one, which compilers turn into vectors.
-__attribute__((target("avx512f,avx512bw,avx512vl"))) void lay_out_rows(const BFloat16* second, int64_t stride,
-                                                                       int64_t depth, int64_t columns,
-                                                                       BFloat16* block) {
+AVX512 void lay_out_rows(const BFloat16* second, int64_t stride, int64_t depth, int64_t columns, BFloat16* block) {
   const auto* from = reinterpret_cast<const uint16_t*>(second);
   auto* to = reinterpret_cast<uint32_t*>(block);
   for (int64_t pair = 0; pair < depth / 2; ++pair) {
@@ -68,45 +71,87 @@ void last_term(const BFloat16* first, int64_t stride_a, const BFloat16* second, 
   }
 }
 
-// out [M, N] = first [M, K] · second [K, N], or is added to it. Rows of first and out are contiguous, and either rows or
-// columns of second.
+// first [m, terms] · second [terms, n]; the rows of first are contiguous, and either rows or columns of second.
+struct Product {
+  const BFloat16 *a, *b;
+  int64_t m, n, terms, stride_a, stride_b;
+  bool by_columns;
+
+  // c [m, columns] = the product's columns from j on, or is added to it. laid_out: room for a block.
+  void compute(int64_t j, int64_t columns, float* c, int64_t stride_c, bool add, BFloat16* laid_out) const {
+    const int64_t k = terms / 2 * 2;  // in pairs
+    for (int64_t p = 0, depth = 0; p < k; p += depth) {
+      depth = at_most(DEPTH, k - p);
+      if (by_columns) {
+        lay_out_columns(b + p + j * stride_b, stride_b, depth, columns, laid_out);
+      } else {
+        lay_out_rows(b + p * stride_b + j, stride_b, depth, columns, laid_out);
+      }
+      for (int64_t i = 0, rows = 0; i < m; i += rows) {
+        rows = at_most(ROWS, m - i);
+        at::native::cpublas::brgemm(rows, columns, depth, stride_a, columns, stride_c, add || p > 0,
+                                    a + i * stride_a + p, laid_out, c + i * stride_c);
+      }
+    }
+    if (k < terms) {
+      const BFloat16* last = by_columns ? b + k + j * stride_b : b + k * stride_b + j;
+      last_term(a + k, stride_a, last, by_columns ? stride_b : 1, c, stride_c, m, columns, add || k > 0);
+    }
+  }
+};
+
+AVX512 void round_rows(const float* from, int64_t rows, int64_t columns, BFloat16* to, int64_t stride_to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t n = 0; n < columns; n += LANES) {
+      const __mmask16 mask = lanes_left(columns - n);
+      const __m512 value = _mm512_maskz_loadu_ps(mask, from + i * columns + n);
+      _mm256_mask_storeu_epi16(to + i * stride_to + n, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+    }
+  }
+}
+
+// Have fresh memory mapped by one thread a page: below, threads share rows, and would all ask for the same page at once.
+void touch(at::Tensor out) {
+  constexpr int64_t PAGE = 4096 / sizeof(BFloat16);
+  at::parallel_for(0, out.size(0), 64, [&](int64_t first, int64_t end) {
+    auto* to = out.mutable_data_ptr<BFloat16>();
+    for (int64_t i = first; i < end; ++i) {
+      for (int64_t n = 0; n < out.size(1); n += PAGE) to[i * out.stride(0) + n] = 0;
+    }
+  });
+}
+
+// Aligned to cache lines, which vectors would otherwise straddle.
+at::DataPtr allocate(size_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
+
+// out [M, N] = first [M, K] · second [K, N], or, where out is float32, is added to it. Each result is rounded once.
 void multiply(at::Tensor out, const at::Tensor& first, const at::Tensor& second, bool add) {
-  TORCH_CHECK(out.scalar_type() == at::kFloat && first.scalar_type() == at::kBFloat16 &&
-                  second.scalar_type() == at::kBFloat16,
-              "bfloat16 operands and a float32 result are needed");
+  const bool rounds = out.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(first.scalar_type() == at::kBFloat16 && second.scalar_type() == at::kBFloat16 &&
+                  (out.scalar_type() == at::kFloat || (rounds && !add)),
+              "bfloat16 operands and a float32 result, or a bfloat16 one that is not added to, are needed");
   TORCH_CHECK(first.dim() == 2 && second.dim() == 2 && first.size(1) == second.size(0) &&
                   first.size(1) > 0 && out.dim() == 2 && out.size(0) == first.size(0) && out.size(1) == second.size(1),
               "the shapes do not make a product");
   const bool by_columns = second.stride(0) == 1;
   TORCH_CHECK(first.stride(1) == 1 && out.stride(1) == 1 && (by_columns || second.stride(1) == 1),
               "the operands' strides are not supported");
-  const int64_t m = first.size(0), n = second.size(1), terms = first.size(1), k = terms / 2 * 2;
-  const BFloat16* a = first.const_data_ptr<BFloat16>();
-  const BFloat16* b = second.const_data_ptr<BFloat16>();
-  float* c = out.mutable_data_ptr<float>();
-  const int64_t stride_a = first.stride(0), stride_b = second.stride(by_columns ? 1 : 0), stride_c = out.stride(0);
-  const int64_t num_blocks = (n + COLUMNS - 1) / COLUMNS;
+  const Product product{first.const_data_ptr<BFloat16>(), second.const_data_ptr<BFloat16>(), first.size(0),
+                        second.size(1), first.size(1), first.stride(0), second.stride(by_columns ? 1 : 0), by_columns};
+  if (rounds) touch(out);
+  const int64_t num_blocks = (product.n + COLUMNS - 1) / COLUMNS, stride_out = out.stride(0);
   at::parallel_for(0, num_blocks, 1, [&](int64_t first_block, int64_t end_block) {
-    const auto block = std::make_unique<uint32_t[]>(std::max<int64_t>(1, std::min(DEPTH, k) / 2 * COLUMNS));
-    auto* laid_out = reinterpret_cast<BFloat16*>(block.get());
-    for (int64_t j = first_block * COLUMNS; j < std::min(end_block * COLUMNS, n); j += COLUMNS) {
-      const int64_t columns = std::min(COLUMNS, n - j);
-      for (int64_t p = 0, depth = 0; p < k; p += depth) {
-        depth = at_most(DEPTH, k - p);
-        if (by_columns) {
-          lay_out_columns(b + p + j * stride_b, stride_b, depth, columns, laid_out);
-        } else {
-          lay_out_rows(b + p * stride_b + j, stride_b, depth, columns, laid_out);
-        }
-        for (int64_t i = 0, rows = 0; i < m; i += rows) {
-          rows = at_most(ROWS, m - i);
-          at::native::cpublas::brgemm(rows, columns, depth, stride_a, columns, stride_c, add || p > 0,
-                                      a + i * stride_a + p, laid_out, c + i * stride_c + j);
-        }
-      }
-      if (k < terms) {
-        const BFloat16* last = by_columns ? b + k + j * stride_b : b + k * stride_b + j;
-        last_term(a + k, stride_a, last, by_columns ? stride_b : 1, c + j, stride_c, m, columns, add || k > 0);
+    const at::DataPtr block = allocate(std::min(DEPTH, product.terms + 1) / 2 * 2 * COLUMNS * sizeof(BFloat16));
+    const at::DataPtr sums = allocate(rounds ? product.m * COLUMNS * sizeof(float) : 0);
+    auto* laid_out = static_cast<BFloat16*>(block.get());
+    auto* c = static_cast<float*>(sums.get());
+    for (int64_t j = first_block * COLUMNS; j < std::min(end_block * COLUMNS, product.n); j += COLUMNS) {
+      const int64_t columns = std::min(COLUMNS, product.n - j);
+      if (rounds) {
+        product.compute(j, columns, c, columns, false, laid_out);
+        round_rows(c, product.m, columns, out.mutable_data_ptr<BFloat16>() + j, stride_out);
+      } else {
+        product.compute(j, columns, out.mutable_data_ptr<float>() + j, stride_out, add, laid_out);
       }
     }
     at::native::cpublas::brgemm_release();

@@ -5,18 +5,15 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <immintrin.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#include "vectors.h"
 
 namespace {
-
-constexpr int64_t LANES = 16;
 
 // exp(x) for x ≤ 0, to a relative 2e-7: 2^n · a polynomial of degree 6 (Cody & Waite's reduction). NaN stays NaN.
 AVX512 inline __m512 exponential(__m512 x) {
@@ -30,8 +27,6 @@ AVX512 inline __m512 exponential(__m512 x) {
   }
   return _mm512_mask_blend_ps(vanishes, _mm512_scalef_ps(p, n), _mm512_setzero_ps());
 }
-
-inline __mmask16 lanes_left(int64_t left) { return left >= LANES ? 0xFFFF : static_cast<__mmask16>((1 << left) - 1); }
 
 struct RowSums {
   float maximum, total, weighted;
@@ -103,32 +98,70 @@ AVX512 void gradient_row(const float* z, int64_t columns, int64_t column, float 
   }
 }
 
-template <typename Out>
-void gradient_tile(const at::Tensor& z, const at::Tensor& column, const at::Tensor& maximum, const at::Tensor& constant,
-                   const std::optional<at::Tensor>& by_entropy, const at::Tensor& by_log_prob, at::Tensor& out) {
-  const int64_t rows = z.size(0), columns = z.size(1), stride = z.stride(0), stride_out = out.stride(0);
-  const float* from = z.const_data_ptr<float>();
-  const int64_t* at = column.const_data_ptr<int64_t>();
-  const float *m = maximum.const_data_ptr<float>(), *c = constant.const_data_ptr<float>();
-  const float* slope = by_entropy ? by_entropy->const_data_ptr<float>() : nullptr;
-  const float* l = by_log_prob.const_data_ptr<float>();
-  Out* to = out.mutable_data_ptr<Out>();
-  at::parallel_for(0, rows, 16, [&](int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) {
-      gradient_row<Out>(from + i * stride, columns, at[i], m[i], c[i], slope ? slope[i] : 0.0f, l[i],
-                        to + i * stride_out);
-    }
-  });
+// to[n][i] = from[i][n] for 32 rows i and 16 columns n. Two rows make a vector of pairs.
+AVX512 void transpose_block(const at::BFloat16* from, int64_t stride, at::BFloat16* to, int64_t stride_to) {
+  __m512i pairs[LANES];
+  for (int64_t i = 0; i < LANES; ++i) {
+    const auto* even = reinterpret_cast<const __m256i*>(from + 2 * i * stride);
+    const auto* odd = reinterpret_cast<const __m256i*>(from + (2 * i + 1) * stride);
+    pairs[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_loadu_si256(even)),
+                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(odd)), 16));
+  }
+  transpose(pairs);
+  for (int64_t n = 0; n < LANES; ++n) _mm512_storeu_si512(to + n * stride_to, pairs[n]);
 }
 
-// out may be z itself where it is float32.
-void gradient(const at::Tensor& z, const at::Tensor& column, const at::Tensor& maximum, const at::Tensor& constant,
-              const std::optional<at::Tensor>& by_entropy, const at::Tensor& by_log_prob, at::Tensor out) {
-  if (out.scalar_type() == at::kBFloat16) {
-    gradient_tile<at::BFloat16>(z, column, maximum, constant, by_entropy, by_log_prob, out);
-  } else {
-    gradient_tile<float>(z, column, maximum, constant, by_entropy, by_log_prob, out);
+// to[n][i] = from[i][n] for up to 32 rows, which are in the cache.
+void transpose_rows(const at::BFloat16* from, int64_t stride, int64_t rows, int64_t columns, at::BFloat16* to,
+                    int64_t stride_to) {
+  int64_t n = 0;
+  if (rows == 2 * LANES) {
+    for (; n + LANES <= columns; n += LANES) transpose_block(from + n, stride, to + n * stride_to, stride_to);
   }
+  for (; n < columns; ++n) {
+    for (int64_t i = 0; i < rows; ++i) to[n * stride_to + i] = from[i * stride + n];
+  }
+}
+
+// What the gradient of a tile is made of, see Coefficients. by_entropy may be missing.
+struct Parts {
+  const int64_t* column;
+  const float *maximum, *constant, *by_entropy, *by_log_prob;
+};
+
+template <typename Out>
+void gradient_rows(const at::Tensor& z, const Parts& parts, at::Tensor& out, int64_t first, int64_t end) {
+  Out* to = out.mutable_data_ptr<Out>();
+  const float* from = z.const_data_ptr<float>();
+  for (int64_t i = first; i < end; ++i) {
+    gradient_row<Out>(from + i * z.stride(0), z.size(1), parts.column[i], parts.maximum[i], parts.constant[i],
+                      parts.by_entropy ? parts.by_entropy[i] : 0.0f, parts.by_log_prob[i], to + i * out.stride(0));
+  }
+}
+
+// out may be z itself where it is float32. transposed: the same by columns, for bfloat16 alone.
+void gradient_tile(const at::Tensor& z, const at::Tensor& column, const at::Tensor& maximum, const at::Tensor& constant,
+                   const std::optional<at::Tensor>& by_entropy, const at::Tensor& by_log_prob, at::Tensor out,
+                   std::optional<at::Tensor> transposed) {
+  const Parts parts{column.const_data_ptr<int64_t>(), maximum.const_data_ptr<float>(),
+                    constant.const_data_ptr<float>(), by_entropy ? by_entropy->const_data_ptr<float>() : nullptr,
+                    by_log_prob.const_data_ptr<float>()};
+  constexpr int64_t ROWS = 2 * LANES;
+  const int64_t rows = z.size(0);
+  at::parallel_for(0, (rows + ROWS - 1) / ROWS, 1, [&](int64_t first_block, int64_t end_block) {
+    for (int64_t first = first_block * ROWS; first < std::min(end_block * ROWS, rows); first += ROWS) {
+      const int64_t end = std::min(first + ROWS, rows);
+      if (out.scalar_type() == at::kFloat) {
+        gradient_rows<float>(z, parts, out, first, end);
+        continue;
+      }
+      gradient_rows<at::BFloat16>(z, parts, out, first, end);
+      if (transposed) {
+        transpose_rows(out.const_data_ptr<at::BFloat16>() + first * out.stride(0), out.stride(0), end - first,
+                       z.size(1), transposed->mutable_data_ptr<at::BFloat16>() + first, transposed->stride(0));
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -139,9 +172,9 @@ TORCH_LIBRARY_FRAGMENT(perl_megatron, library) {
       "bool entropy) -> ()");
   library.def(
       "gradient_tile_(Tensor z, Tensor column, Tensor maximum, Tensor constant, Tensor? by_entropy, Tensor by_log_prob, "
-      "Tensor(a!) out) -> ()");
+      "Tensor(a!) out, Tensor(b!)? transposed) -> ()");
 }
 TORCH_LIBRARY_IMPL(perl_megatron, CPU, library) {
   library.impl("add_tile_", add_tile);
-  library.impl("gradient_tile_", gradient);
+  library.impl("gradient_tile_", gradient_tile);
 }
