@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from perl_megatron.algorithm.importance import bounded_weights, importance_ratio
 from perl_megatron.collect import Drawn, assign_advantages
+from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.data.planner import swap_probability
 from perl_megatron.session import SupervisedSession, TrainingSession
 from perl_megatron.step_metrics import rollout_metrics
@@ -28,9 +30,11 @@ def train(session: TrainingSession) -> None:
         assign_advantages(drawn.kept, standardize=config.algorithm.standardize)
         with phases("log_probs"):
             add_log_probs(session, drawn.kept)
+        weigh_by_importance(drawn.kept, config.algorithm)
         with phases("update"):
             updates = [
-                actor.update(lay_out(groups)) for groups in mini_batches(drawn, config.algorithm.updates_per_step)
+                actor.update(lay_out(groups, config.algorithm))
+                for groups in mini_batches(drawn, config.algorithm.updates_per_step)
             ]
         step += 1
         session.log_step(step, drawn, updates, {"permutation/alpha": alpha, **rollout_metrics(drawn)})
@@ -39,25 +43,47 @@ def train(session: TrainingSession) -> None:
 
 
 def add_log_probs(session: TrainingSession, groups: Sequence[Group]) -> None:
-    """log π_old and log π_ref of every kept rollout, by the trainer (π_old is π_θ before the step's first update)."""
+    """log π_old and log π_ref of every kept rollout, by the trainer (π_old is π_θ before the step's first update).
+
+    Where `algorithm.old_policy` is the engine, log π_old is not computed, and ``lay_out`` takes the engine's instead.
+    """
+    algorithm = session.config.algorithm
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    sequences = lay_out(groups)
-    for rollout, logprob in zip(rollouts, session.actor.log_probs(sequences), strict=True):
-        rollout.logprob_old = logprob
-    if session.config.algorithm.kl_coefficient > 0:
+    sequences = lay_out(groups, algorithm)
+    if algorithm.old_policy == "trainer":
+        for rollout, logprob in zip(rollouts, session.actor.log_probs(sequences), strict=True):
+            rollout.logprob_old = logprob
+    if algorithm.kl_coefficient > 0:
         for rollout, logprob in zip(rollouts, session.actor.reference_log_probs(sequences), strict=True):
             rollout.logprob_ref = logprob
 
 
-def lay_out(groups: Sequence[Group]) -> list[TrainingSequence]:
+def weigh_by_importance(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
+    """The bounded weights π_old / π_rollout of every kept rollout, where they are asked for."""
+    if algorithm.importance_correction == "off":
+        return
+    for group in groups:
+        for rollout in group.rollouts:
+            assert rollout.logprob_old is not None, "the importance weight is taken against the trainer's π_old"
+            rollout.importance = bounded_weights(
+                importance_ratio(rollout.logprob_old, rollout.logprob_rollout, algorithm.importance_level),
+                algorithm.importance_correction,
+                low=algorithm.importance_low,
+                high=algorithm.importance_high,
+            )
+
+
+def lay_out(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[TrainingSequence]:
     """One training sequence for each rollout, conditioned on its own view (x_i, never the original)."""
+    by_engine = algorithm.old_policy == "engine"
     return [
         TrainingSequence(
             prompt=group.prompts[rollout.view_index],
             response=rollout.token_ids,
-            logprob_old=rollout.logprob_old,
+            logprob_old=rollout.logprob_rollout if by_engine else rollout.logprob_old,
             logprob_ref=rollout.logprob_ref,
             advantage=rollout.advantage or 0.0,
+            importance=rollout.importance,
         )
         for group in groups
         for rollout in group.rollouts

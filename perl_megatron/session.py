@@ -28,7 +28,7 @@ from perl_megatron.rollout.engine import RolloutEngine
 from perl_megatron.runtime.collective import any_rank, gather_objects
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
-from perl_megatron.step_metrics import logprob_gap
+from perl_megatron.step_metrics import mismatch_metrics
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import EncodedPrompt, Record
@@ -239,7 +239,7 @@ class TrainingSession(Session):
             {
                 **merge_updates(updates),
                 **metrics,
-                **logprob_gap(drawn.kept),
+                **mismatch_metrics(drawn.kept, self.config.algorithm),
                 **self._sync_metrics,
                 **times,
                 "throughput/tokens_per_second": sampled / times["seconds/step"],

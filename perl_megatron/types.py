@@ -129,9 +129,11 @@ class Rollout:
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward: float | None = None
     logprob_old: np.ndarray | None = None
-    """float32 [R]: the trainer's log-probability before the step's first update (π_old)."""
+    """float32 [R]: the trainer's log-probability before the step's first update (π_old); None if not computed."""
     logprob_ref: np.ndarray | None = None
     """float32 [R]: the reference policy's log-probability (π_ref)."""
+    importance: np.ndarray | None = None
+    """float64 [R]: bounded weights π_old / π_rollout of the policy loss; None without such a correction."""
     advantage: float | None = None
 
 

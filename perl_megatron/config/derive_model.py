@@ -23,7 +23,18 @@ def check_parts(optimizer: OptimizerSection) -> None:
 
 
 def check_objective(algorithm: AlgorithmConfig) -> None:
-    """UserError where the ratio of a whole response is weighted token by token, which is no known objective."""
+    """UserError where parts of the objective do not go together.
+
+    That is the ratio of a whole response weighted token by token, which is no known objective, and a correction for the
+    engine's probabilities where the ratio is taken against them already.
+    """
+    if algorithm.old_policy == "engine" and algorithm.importance_correction != "off":
+        raise UserError(
+            "there is nothing to correct: with the engine's log-probabilities as log π_old the ratio π_θ / π_old is "
+            "the importance weight already",
+            where=f"algorithm.old_policy = engine, algorithm.importance_correction = {algorithm.importance_correction}",
+            fix="set algorithm.old_policy=trainer, or algorithm.importance_correction=off",
+        )
     if algorithm.ratio != "token" and algorithm.aggregation != "sequence":
         raise UserError(
             "one ratio for a whole response goes with a mean over responses, not over tokens",

@@ -29,7 +29,11 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("clip_fraction_low", "1", "share of response tokens where the lower clip bound took the gradient away"),
     Metric("clip_fraction_high", "1", "share of response tokens where the upper clip bound took the gradient away"),
     Metric("clip_fraction_dual", "1", "share of response tokens bounded by the dual clip"),
-    Metric("ratio_mean", "1", "mean of π_θ / π_old over response tokens (1 at the first update of a step)"),
+    Metric(
+        "ratio_mean",
+        "1",
+        "mean of π_θ / π_old over response tokens (1 at the first update of a step, unless π_old is the engine's)",
+    ),
     Metric("ratio_max", "1", "maximum of π_θ / π_old over response tokens"),
     Metric("gradient_norm", "1", "global 2-norm of the gradient before clipping"),
     Metric("learning_rate", "1", "learning rate of the step's last update"),
@@ -54,6 +58,25 @@ CATALOGUE: tuple[Metric, ...] = (
     # Engine and trainer
     Metric("logprob_gap/mean", "nats", "mean |logprob_rollout - logprob_old| over kept tokens: engine against trainer"),
     Metric("logprob_gap/max", "nats", "maximum of |logprob_rollout - logprob_old| over kept tokens"),
+    Metric("logprob_gap/kl_k1", "nats", "KL(π_rollout ‖ π_old) of a token: mean of -log r, r = π_old / π_rollout"),
+    Metric("logprob_gap/kl_k3", "nats", "KL(π_rollout ‖ π_old) of a token: mean of r - 1 - log r, never negative"),
+    Metric(
+        "importance/mean", "1", "mean weight of the policy loss, by tokens or responses (algorithm.importance_level)"
+    ),
+    Metric("importance/truncated", "1", "share of tokens, or responses, whose weight was cut to the upper bound"),
+    Metric("importance/masked", "1", "share of tokens, or responses, that the policy loss left out"),
+    *(
+        Metric(f"{name}_{{part}}", unit, f"{name} of the views of one `part`: original, permuted, or `2_images` etc.")
+        for name, unit in (
+            ("logprob_gap/mean", "nats"),
+            ("logprob_gap/max", "nats"),
+            ("logprob_gap/kl_k1", "nats"),
+            ("logprob_gap/kl_k3", "nats"),
+            ("importance/mean", "1"),
+            ("importance/truncated", "1"),
+            ("importance/masked", "1"),
+        )
+    ),
     Metric("sync/seconds", "s", "time to bring the weights into the engine"),
     Metric("sync/bytes", "B", "size of the weights brought into the engine"),
     Metric("sync/tensors", "tensors", "number of weights brought into the engine"),

@@ -82,6 +82,7 @@ def row(step: int, group: Group, rollout: Rollout, *, kept: bool) -> dict[str, A
         "logprob_old_mean": _mean(rollout.logprob_old),
         "logprob_ref_mean": _mean(rollout.logprob_ref),
         "logprob_gap_max": _largest_gap(rollout),
+        "importance_mean": _mean(rollout.importance),
     }
 
 

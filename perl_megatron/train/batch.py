@@ -40,6 +40,8 @@ class TrainingSequence:
     logprob_ref: np.ndarray | None = None
     """float32 [R]: log-probabilities under the reference policy (π_ref)."""
     advantage: float = 0.0
+    importance: np.ndarray | None = None
+    """float64 [R]: constant weights of the policy loss (``algorithm/importance.py``)."""
 
     @property
     def length(self) -> int:

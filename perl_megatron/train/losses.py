@@ -37,9 +37,12 @@ class Loss(Protocol):
 class PolicyLoss:
     """GRPO: L = Σ w_t (clipped objective_t + β KL_t), PeRL Eq. 6, with weights by the counts of all ``sequences``.
 
+    With `algorithm.importance_correction` the clipped objective is also multiplied by each token's importance weight.
+
     Args:
-        sequences: the whole global mini-batch; each with ``logprob_old``, and ``logprob_ref`` where β > 0.
-        algorithm: clip bounds, ratio, β, estimator, aggregation.
+        sequences: the whole global mini-batch; each with ``logprob_old``, ``logprob_ref`` where β > 0, and
+            ``importance`` where it is corrected for.
+        algorithm: clip bounds, ratio, β, estimator, aggregation, importance correction.
         topology: this rank's place; None: it holds whole sequences.
     """
 
@@ -53,6 +56,8 @@ class PolicyLoss:
         self._old = _required([sequence.logprob_old for sequence in sequences], sequences)
         measured = algorithm.kl_coefficient > 0
         self._ref = _required([sequence.logprob_ref for sequence in sequences], sequences) if measured else None
+        corrected = algorithm.importance_correction != "off"
+        self._importance = _required([sequence.importance for sequence in sequences], sequences) if corrected else None
         self.names: tuple[str, ...] = (
             "loss",
             "policy_loss",
@@ -76,7 +81,10 @@ class PolicyLoss:
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
         )
-        loss = policy_loss = (weight * token.loss).sum()
+        token_loss = token.loss
+        if self._importance is not None:
+            token_loss = _row(self._importance, batch, device) * token_loss
+        loss = policy_loss = (weight * token_loss).sum()
         kl = torch.zeros((), device=device)
         if self._ref is not None:
             kl = (weight * kl_estimate(log_prob, _row(self._ref, batch, device), algorithm.kl_estimator)).sum()
@@ -131,7 +139,7 @@ def _global_weights(sequences: Sequence[TrainingSequence], aggregation: str) -> 
 
 def _required(values: Sequence[np.ndarray | None], sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:
     present = [value for value in values if value is not None]
-    assert len(present) == len(values), "every sequence needs its log-probabilities before an update"
+    assert len(present) == len(values), "every sequence needs its log-probabilities and weights before an update"
     assert all(len(value) == len(sequence.response) for value, sequence in zip(present, sequences, strict=True))
     return present
 

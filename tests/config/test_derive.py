@@ -73,6 +73,13 @@ def test_supervised_counts_demonstrations():
         (["reward.accuracy=0", "reward.format=0"], 1, "all rewards", "reward.accuracy", "above 0"),
         (["data.min_pixels=2000", "data.max_pixels=1000"], 1, "at least 2000", "data.min_pixels", "smaller"),
         (["optimizer.min_learning_rate=1"], 1, "above the peak", "min_learning_rate", "smaller"),
+        (
+            ["algorithm.old_policy=engine", "algorithm.importance_correction=masked"],
+            1,
+            "nothing to correct",
+            "algorithm.old_policy",
+            "algorithm.importance_correction=off",
+        ),
         (["rollout.questions_per_step=1", "rollout.num_rollouts=1"], 3, "without work", "questions_per_step", "fewer"),
     ],
 )

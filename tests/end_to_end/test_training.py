@@ -118,6 +118,38 @@ def test_layouts_give_the_same_first_loss(job: SmallJob, reference: Path) -> Non
         assert first["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
 
 
+def test_the_gap_between_engine_and_trainer_is_measured_and_corrected(job: SmallJob, reference: Path) -> None:
+    """Where the gap is rounding alone, weights are 1 all but exactly, and so is the ratio to the engine's own."""
+    expected = steps(reference)[0]
+    arguments = (
+        *SMALL,
+        "run.steps=1",
+        "optimizer.schedule=constant",
+        "rollout.engine=embedded",
+        "data.evaluation=null",
+    )
+    for name, settings in (
+        ("masked", ("algorithm.importance_correction=masked", "parallel.tensor=1", "parallel.context=2")),
+        ("engine", ("algorithm.old_policy=engine", "parallel.tensor=1")),
+    ):
+        result = job.run("train", "train.yaml", f"run.name={name}", *arguments, *settings)
+        assert result.returncode == 0, result.stdout + result.stderr
+        first = steps(job.work / "runs" / name)[0]
+        assert first["num_tokens"] == expected["num_tokens"]
+        assert first["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        assert first["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
+        gap = [value for key, value in first.items() if key.startswith("logprob_gap/mean")]
+        if name == "engine":
+            assert gap == []
+            assert 1 < first["ratio_max"] <= 1 + 1e-4  # exactly 1 against the trainer's own
+        else:
+            assert len(gap) > 3  # all, original, permuted, and at least one number of images
+            assert 0 < max(gap) <= 1e-4
+            assert 0 <= first["logprob_gap/kl_k3"] <= 1e-6
+            assert 0 < abs(first["importance/mean"] - 1) <= 1e-4
+            assert first["importance/masked"] == 0
+
+
 def test_a_resumed_run_keeps_its_settings(job: SmallJob, reference: Path) -> None:
     result = job.run(
         "train", "train.yaml", "run.name=reference", *ONE_PROCESS, "permutation.num_permuted=0", resume=True

@@ -19,6 +19,9 @@ def test_families():
     assert find_metric("groups/dropped").name == "groups/dropped"
     assert find_metric("groups/dropped_no_signal").name == "groups/dropped_{reason}"
     assert find_metric("evaluation/accuracy/look-up").name == "evaluation/accuracy/{kind}"
+    assert find_metric("logprob_gap/mean").name == "logprob_gap/mean"
+    assert find_metric("logprob_gap/mean_2_images").name == "logprob_gap/mean_{part}"
+    assert find_metric("importance/masked_permuted").name == "importance/masked_{part}"
     assert find_metric("seconds/a/b") is None
     assert find_metric("xloss") is None
 

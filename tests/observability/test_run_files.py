@@ -86,6 +86,7 @@ def make_group(record_id: str, *, rewards=(1.0, 0.0), trained: bool = True) -> G
         )
         if trained:
             rollout.logprob_old, rollout.advantage = np.array([-1.0, -2.5], np.float32), 0.7
+            rollout.importance = np.array([1.0, 0.5])
         rollouts.append(rollout)
     return Group(record, views, prompts, rollouts)
 
@@ -107,7 +108,9 @@ def test_recorder(tmp_path):
         -1.75,
         0.5,
     )
+    assert rows[0]["importance_mean"] == 0.75
     assert (rows[2]["advantage"], rows[2]["logprob_gap_max"], rows[2]["logprob_ref_mean"]) == (None, None, None)
+    assert rows[2]["importance_mean"] is None
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["key0.png", "key1.png"]
     RolloutRecorder(tmp_path, resumed_step=1)
     assert recorder.path(1).exists()

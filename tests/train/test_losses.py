@@ -1,5 +1,6 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,6 +113,61 @@ def test_a_responses_ratio_is_the_same_for_all_its_tokens(sequences, log_prob, r
     assert sums["ratio_max"] == pytest.approx(max(ratios), rel=1e-5)
 
 
+def corrected(sequences, **settings):
+    """The sequences with importance weights, some of them 0, and the algorithm that asks for them."""
+    random = np.random.default_rng(2)
+    weighted = [
+        replace(sequence, importance=random.uniform(0.5, 2, len(sequence.response)) * (np.arange(length) != 1))
+        for sequence, length in zip(sequences, LENGTHS, strict=True)
+    ]
+    return weighted, AlgorithmConfig(importance_correction="masked", kl_coefficient=0.1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "ratio"), [("token", "token"), ("sequence", "token"), ("sequence", "sequence_mean")]
+)
+@pytest.mark.parametrize("parts", [ALL, *SPLITS])
+def test_importance_weighs_the_policy_term_alone_and_is_a_constant(sequences, log_prob, aggregation, ratio, parts):
+    """Value and gradient from those without it: the policy term's gradient is each token's own, times its weight."""
+    settings = {"aggregation": aggregation, "ratio": ratio, "clip_low": 0.8, "clip_high": 1.0}
+    weighted, algorithm = corrected(sequences, **settings)
+    value, gradient, sums = evaluate(PolicyLoss(weighted, algorithm), weighted, log_prob, parts)
+    plain = PolicyLoss(sequences, AlgorithmConfig(kl_coefficient=0.1, **settings))
+    _, plain_gradient, plain_sums = evaluate(plain, sequences, log_prob, ALL)
+    no_kl = PolicyLoss(sequences, AlgorithmConfig(kl_coefficient=0.0, **settings))
+    _, policy_gradient, _ = evaluate(no_kl, sequences, log_prob, ALL)
+    weights = torch.from_numpy(np.concatenate([sequence.importance for sequence in weighted])).float()
+    expected = weights * policy_gradient + (plain_gradient - policy_gradient)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+    assert (policy_gradient[weights == 0] != 0).any()
+    unweighted = {name: x for name, x in plain_sums.items() if name not in ("loss", "policy_loss")}
+    assert {name: sums[name] for name in unweighted} == pytest.approx(unweighted, rel=1e-6)
+    assert value == pytest.approx(sums["policy_loss"] + 0.1 * sums["kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_a_token_left_out_still_counts_in_the_denominator(sequences, log_prob, aggregation):
+    """By hand, after the clip: L = Σ a_t w_t max(-ρA, -clip(ρ)A), a_t by the counts of all tokens."""
+    weighted, algorithm = corrected(sequences, aggregation=aggregation, dual_clip=None)
+    _, _, sums = evaluate(PolicyLoss(weighted, algorithm), weighted, log_prob, ALL)
+    total, flat = 0.0, iter(log_prob.tolist())
+    for sequence in weighted:
+        share = sum(LENGTHS) if aggregation == "token" else len(LENGTHS) * len(sequence.response)
+        for old, weight in zip(sequence.logprob_old.tolist(), sequence.importance.tolist(), strict=True):
+            ratio, advantage = np.exp(next(flat) - old), sequence.advantage
+            total += weight / share * max(-ratio * advantage, -np.clip(ratio, 0.8, 1.2) * advantage)
+    assert sums["policy_loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_weights_of_one_change_no_number(sequences, log_prob):
+    ones = [replace(sequence, importance=np.ones(len(sequence.response))) for sequence in sequences]
+    expected = evaluate(PolicyLoss(sequences, AlgorithmConfig()), sequences, log_prob, ALL)
+    corrected_loss = PolicyLoss(ones, AlgorithmConfig(importance_correction="truncated"))
+    value, gradient, sums = evaluate(corrected_loss, ones, log_prob, ALL)
+    assert (value, sums) == (expected[0], expected[2])
+    torch.testing.assert_close(gradient, expected[1], rtol=0, atol=0)
+
+
 class Meeting:
     """Two context ranks, as threads that add up what they bring."""
 
@@ -129,7 +185,7 @@ class Meeting:
 def test_context_ranks_share_the_ratio_of_a_response(sequences, log_prob, ratio, monkeypatch):
     meeting = Meeting()
     monkeypatch.setattr(losses.dist, "all_reduce", meeting.all_reduce)
-    algorithm = AlgorithmConfig(ratio=ratio, aggregation="sequence", kl_coefficient=0.1)
+    sequences, algorithm = corrected(sequences, ratio=ratio, aggregation="sequence")
     expected, right, sums = evaluate(PolicyLoss(sequences, algorithm), sequences, log_prob, ALL)
 
     def run(rank):
@@ -165,6 +221,8 @@ def test_the_supervised_loss_is_the_mean_over_all_tokens(sequences, log_prob):
         assert sums["entropy"] == sum(LENGTHS)
 
 
-def test_an_update_without_old_log_probabilities_is_a_programming_error(sequences):
+def test_an_update_without_old_log_probabilities_or_weights_is_a_programming_error(sequences):
     with pytest.raises(AssertionError, match="log-probabilities"):
         PolicyLoss([TrainingSequence(PROMPT, np.arange(2))], AlgorithmConfig())
+    with pytest.raises(AssertionError, match="weights"):
+        PolicyLoss(sequences, AlgorithmConfig(importance_correction="truncated"))
