@@ -1,19 +1,20 @@
 """The only transport of weights: between a policy spread over ranks and a stream of published tensors.
 
-One parameter at a time is gathered over the tensor-parallel ranks and sent to all pipeline stages, so memory stays at
-about two copies of the largest parameter. Every parameter on both sides is matched exactly once.
+Parameters go in parts of half a bucket: while the tensors of one part are used, the next one is sent to all pipeline
+stages, and the one after it gathered over the tensor-parallel ranks (``transfer``). So memory stays at two buckets,
+where a bucket holds the largest parameter twice at least. Every parameter on both sides is matched exactly once.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from perl_megatron.checkpoint.qwen25_vl_table import TIED_COPY, Entry, canonical_megatron_name, table
+from perl_megatron.checkpoint.transfer import BUCKET_BYTES, Shard, transferred
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import Architecture
 from perl_megatron.model.policy import Policy
@@ -27,46 +28,48 @@ Source = Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]
 _LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """Where and what a parameter's shard is; the same on all tensor-parallel ranks."""
-
-    stage: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-
 def export_weights(
-    chunks: Sequence[torch.nn.Module], architecture: Architecture, topology: Topology
+    chunks: Sequence[torch.nn.Module],
+    architecture: Architecture,
+    topology: Topology,
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+    copies: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(published name, whole tensor) of every weight, on every rank, in one fixed order: a collective of the replica.
 
-    The tensors own their memory. All ranks must draw from the iterator in step, to its end. Raises UserError listing
-    the orphans where the policy's parameters are not those of the table.
+    The tensors own their memory; without ``copies`` they may be views of the policy, to be read until it changes. All
+    ranks must draw from the iterator in step, to its end. ``bucket_bytes``: what a bucket holds. Raises UserError
+    listing the orphans where the policy's parameters are not those of the table.
     """
-    return export_tensors(chunks, architecture, topology, select=lambda parameter: parameter.detach())
+    return export_tensors(
+        chunks,
+        architecture,
+        topology,
+        select=lambda parameter: parameter.detach(),
+        bucket_bytes=bucket_bytes,
+        copies=copies,
+    )
 
 
 @torch.no_grad()
 def export_tensors(
-    chunks: Sequence[torch.nn.Module], architecture: Architecture, topology: Topology, *, select: Select
+    chunks: Sequence[torch.nn.Module],
+    architecture: Architecture,
+    topology: Topology,
+    *,
+    select: Select,
+    bucket_bytes: int = BUCKET_BYTES,
+    copies: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """As ``export_weights``, for another tensor of each parameter, such as its gradient."""
     entries = table(architecture)
     local = {name: select(parameter) for name, parameter in _parameters(chunks).items()}
     shards = _locate(local, topology)
     _refuse_orphans(entries, architecture, shards)
-    for entry in entries:
-        shard = shards[entry.megatron]
-        count = topology.tensor_size if entry.op.sharded else 1
-        if shard.stage == topology.pipeline_rank:
-            gathered = _gather(local[entry.megatron], count, topology)
-        else:
-            device = next(iter(local.values())).device
-            gathered = torch.empty((count, *shard.shape), dtype=shard.dtype, device=device)
-        if topology.pipeline_size > 1:
-            dist.broadcast(gathered, group=topology.pipeline_group(), group_src=shard.stage)
-        yield from zip(entry.published, map(_contiguous, entry.op.join(gathered.unbind())), strict=True)
+    for entry, gathered in transferred(entries, local, shards, topology, bucket_bytes):
+        parts = entry.op.join(gathered.unbind())
+        yield from zip(entry.published, map(_contiguous, parts) if copies else parts, strict=True)
 
 
 def import_weights(
@@ -122,14 +125,14 @@ def _parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Paramet
     return named
 
 
-def _locate(local: Mapping[str, torch.Tensor], topology: Topology) -> dict[str, _Shard]:
+def _locate(local: Mapping[str, torch.Tensor], topology: Topology) -> dict[str, Shard]:
     """The shards of all pipeline stages; of a tied pair of copies, the first stage's."""
-    own = {name: _Shard(topology.pipeline_rank, tensor.shape, tensor.dtype) for name, tensor in local.items()}
-    stages: list[dict[str, _Shard] | None] = [own]
+    own = {name: Shard(topology.pipeline_rank, tensor.shape, tensor.dtype) for name, tensor in local.items()}
+    stages: list[dict[str, Shard] | None] = [own]
     if topology.pipeline_size > 1:
         stages = [None] * topology.pipeline_size
         dist.all_gather_object(stages, own, group=topology.pipeline_group())
-    shards: dict[str, _Shard] = {}
+    shards: dict[str, Shard] = {}
     for stage in stages:
         assert stage is not None
         twice = shards.keys() & stage.keys()
@@ -138,7 +141,7 @@ def _locate(local: Mapping[str, torch.Tensor], topology: Topology) -> dict[str, 
     return shards
 
 
-def _refuse_orphans(entries: Iterable[Entry], architecture: Architecture, shards: Mapping[str, _Shard]) -> None:
+def _refuse_orphans(entries: Iterable[Entry], architecture: Architecture, shards: Mapping[str, Shard]) -> None:
     expected = [entry.megatron for entry in entries]
     copies = {TIED_COPY} if architecture.tied_embeddings else set()
     _refuse_difference("the policy", "the table", shards.keys() - copies, expected)
@@ -151,15 +154,6 @@ def _refuse_difference(left: str, right: str, names: Iterable[str], expected: It
             f"{left} and {right} do not match: "
             f"only in {left}: {sorted(names - expected)}; only in {right}: {sorted(expected - names)}"
         )
-
-
-def _gather(shard: torch.Tensor, count: int, topology: Topology) -> torch.Tensor:
-    """[count, *shard.shape]: the shards of all tensor-parallel ranks in rank order (the shard alone if count is 1)."""
-    if count == 1:
-        return shard.contiguous().unsqueeze(0)
-    gathered = torch.empty((count, *shard.shape), dtype=shard.dtype, device=shard.device)
-    dist.all_gather(list(gathered.unbind()), shard.contiguous(), group=topology.tensor_group())
-    return gathered
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:

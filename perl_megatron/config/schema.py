@@ -140,6 +140,8 @@ class RolloutConfig(Section):
     """vLLM on CUDA: the share of device memory that it may take."""
     cpu_cache_gib: float = Field(default=1.0, gt=0)
     """vLLM on CPU: size of its key-value cache in GiB, for each engine rank."""
+    sync_bucket_mib: int = Field(default=1024, ge=1)
+    """Weights go to the engine in buckets; an update needs the memory of two. One holds the largest weight twice."""
 
 
 class FilterConfig(Section):

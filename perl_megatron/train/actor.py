@@ -111,8 +111,11 @@ class Actor:
         return self._step(sequences, SupervisedLoss(sequences))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor), one at a time, on every rank."""
-        return stream.export_weights(self.modules, self.architecture, self._topology)
+        """(Hugging Face name, full tensor), one at a time, on every rank; to be read before the policy changes."""
+        bucket_bytes = self.config.rollout.sync_bucket_mib << 20
+        return stream.export_weights(
+            self.modules, self.architecture, self._topology, bucket_bytes=bucket_bytes, copies=False
+        )
 
     def save(self, directory: Path, step: int, extra: dict[str, Any]) -> Path:
         """Write a checkpoint below ``directory``; ``extra`` must be JSON. Returns the checkpoint's folder."""

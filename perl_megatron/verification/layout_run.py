@@ -127,7 +127,7 @@ def _gradients(actor: Actor, place: Topology) -> Named:
 
 
 def _collect(tensors: Iterable[tuple[str, Tensor]]) -> Named:
-    return {name: tensor.detach().cpu() for name, tensor in tensors}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
 
 
 def _tensors(arrays: Iterable[np.ndarray]) -> list[Tensor]:

@@ -36,6 +36,17 @@ def test_exported_tensors_own_their_memory(loaded):
         assert torch.equal(tensor, checkpoint[name]), name
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 100_000, 1 << 30])
+def test_buckets_of_any_size_carry_the_same(loaded, bucket_bytes):
+    chunks, architecture, layout, checkpoint = loaded
+    exported = dict(export_weights(chunks, architecture, layout, bucket_bytes=bucket_bytes, copies=False))
+    assert exported.keys() == set(checkpoint)
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in exported.items())
+    storages = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
+    gate = exported["model.layers.0.mlp.gate_proj.weight"]
+    assert gate.untyped_storage().data_ptr() in storages  # nothing was copied
+
+
 def test_checkpoint_orphans_are_listed(loaded):
     chunks, architecture, layout, checkpoint = loaded
     state = dict(checkpoint)

@@ -1,38 +1,13 @@
 """What only the tiles promise: bounded memory, and a token's result that depends on nothing else in its batch."""
 
-import weakref
-
 import pytest
 import torch
+from live_memory import LiveMemory
 from loss_case import make_case, ours
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from perl_megatron.kernels import tiles
 from perl_megatron.kernels.dispatch import score_tokens
 from perl_megatron.kernels.scores import ScoreOptions
-
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of all tensors that operations made and that are alive at once, at their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak = 0
-        self._alive = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else (result,):
-            if torch.is_tensor(each):
-                self._watch(each.untyped_storage())
-        return result
-
-    def _watch(self, storage):
-        key = storage._cdata
-        if key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            weakref.finalize(storage, self._alive.pop, key, None)
-        self.peak = max(self.peak, sum(self._alive.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
