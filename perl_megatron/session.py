@@ -227,6 +227,7 @@ class TrainingSession(Session):
             "sync/seconds": report.seconds,
             "sync/bytes": float(report.num_bytes),
             "sync/tensors": float(report.num_tensors),
+            "sync/attest_seconds": report.attest_seconds,
         }
 
     def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
@@ -240,6 +241,7 @@ class TrainingSession(Session):
                 **merge_updates(updates),
                 **metrics,
                 **mismatch_metrics(drawn.kept, self.config.algorithm),
+                **self.engine.take_cache_use().metrics(),
                 **self._sync_metrics,
                 **times,
                 "throughput/tokens_per_second": sampled / times["seconds/step"],
@@ -260,6 +262,7 @@ class TrainingSession(Session):
         with self.phases("evaluate"):
             self.sync_weights(step)
             evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
+            self.engine.take_cache_use()  # belongs to no step
         self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
         self.phases.take()  # its time belongs to no step
 

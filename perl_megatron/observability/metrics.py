@@ -77,8 +77,13 @@ CATALOGUE: tuple[Metric, ...] = (
             ("importance/masked", "1"),
         )
     ),
+    Metric(
+        "rollout/prefix_hit_rate", "1", "share of prompt tokens, of all responses, that the engine had in its cache"
+    ),
+    Metric("rollout/image_hit_rate", "1", "share of images, of all responses, that the engine did not encode again"),
     Metric("sync/seconds", "s", "time to bring the weights into the engine"),
     Metric("sync/bytes", "B", "size of the weights brought into the engine"),
+    Metric("sync/attest_seconds", "s", "time to compare the engine's weights with what it was sent"),
     Metric("sync/tensors", "tensors", "number of weights brought into the engine"),
     # Time and memory
     Metric("seconds/step", "s", "wall time of the whole step"),

@@ -11,7 +11,7 @@ Shapes: B prompts, S longest prompt, N sequences, V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from perl_megatron.checkpoint.qwen25_vl_table import published_name
 from perl_megatron.config.schema import RolloutConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.model.mrope import position_ids
+from perl_megatron.rollout.cache_use import CacheUse
+from perl_megatron.rollout.digest import digest_weights
 from perl_megatron.rollout.engine import Sampling, SyncReport
-from perl_megatron.rollout.ledger import WeightLedger, digest_weights
+from perl_megatron.rollout.ledger import WeightLedger
 from perl_megatron.rollout.sampling import draw, log_distribution
 from perl_megatron.runtime import collective, platform, rng
 from perl_megatron.types import EncodedPrompt, Rollout, View
@@ -60,6 +62,7 @@ class EmbeddedEngine:
         self._max_sequences = config.max_concurrent_sequences
         self._device = platform.device()
         self.weight_version = 0
+        self._cache_use = CacheUse()
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             model_path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
@@ -75,8 +78,11 @@ class EmbeddedEngine:
         mine = list(range(collective.rank(), len(views), collective.world_size()))
         with torch.no_grad():
             sampled = self._sample_views(mine, prompts, sampling, seeds)
-        shares = collective.gather_objects([sampled[view] for view in mine])
-        by_view = collective.interleave(shares, len(views))
+        use = CacheUse.of_prompts([prompts[view] for view in mine], sampling.num_rollouts)
+        use = replace(use, encoded_images=len({key for view in mine for key in prompts[view].image_keys}))
+        gathered = collective.gather_objects(([sampled[view] for view in mine], use))
+        self._cache_use = sum((use for _, use in gathered), self._cache_use)
+        by_view = collective.interleave([share for share, _ in gathered], len(views))
         return [
             self._rollout(view, tokens, log_probs)
             for view, responses in zip(views, by_view, strict=True)
@@ -94,6 +100,11 @@ class EmbeddedEngine:
                 own[name].copy_(tensor)
         self.weight_version = version
         return ledger.close(version)
+
+    def take_cache_use(self) -> CacheUse:
+        """See ``RolloutEngine``; prompts are computed for every response."""
+        use, self._cache_use = self._cache_use, CacheUse()
+        return use
 
     def sleep(self) -> None:
         """Move the model to host memory (on a CPU it is there)."""

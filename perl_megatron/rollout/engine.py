@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from perl_megatron.kernels.scores import BANNED_BIAS
+from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
 BANNED_LOGIT_BIAS = BANNED_BIAS
@@ -45,6 +46,8 @@ class SyncReport:
     num_bytes: int
     num_tensors: int
     version: int
+    attest_seconds: float = 0.0
+    """Of comparing what the engine holds with what it was sent."""
 
 
 class RolloutEngine(Protocol):
@@ -72,6 +75,10 @@ class RolloutEngine(Protocol):
         Every weight of the model must come exactly once, else ValueError names those that do not; the engine is then
         unusable. Everything that was cached under the old weights is dropped, and the engine is awake afterwards.
         """
+        ...
+
+    def take_cache_use(self) -> CacheUse:
+        """What was found in caches by all calls of ``generate`` since the last one of this; the same on every rank."""
         ...
 
     def sleep(self) -> None:

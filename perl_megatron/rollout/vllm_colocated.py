@@ -7,10 +7,11 @@ torchrun it is one in-process engine.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import random
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,17 @@ from perl_megatron.config.schema import RolloutConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
-from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, INSTALL_VLLM, Sampling, SyncReport, vllm_obstacle
-from perl_megatron.rollout.ledger import WeightLedger, digest_weights
+from perl_megatron.rollout import vllm_holdings, vllm_start
+from perl_megatron.rollout.attestation import Attestor, add_up, uncovered
+from perl_megatron.rollout.cache_use import CacheUse
+from perl_megatron.rollout.digest import digest
+from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, Sampling, SyncReport
+from perl_megatron.rollout.ledger import WeightLedger
+from perl_megatron.rollout.vllm_counters import VllmCounters
+from perl_megatron.rollout.vllm_start import preserved_process
 from perl_megatron.runtime import collective, environment, platform, rng
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.types import EncodedPrompt, Rollout, View
-
-MAX_TEMPERATURE = 2.0
-"""vLLM refuses more."""
-
-
-CPU_BATCHED_TOKENS = 8192
-"""Prompt tokens of one step on a CPU, at least."""
 
 
 class VllmColocatedEngine:
@@ -59,7 +59,7 @@ class VllmColocatedEngine:
         ``max_model_length`` bounds prompt plus response in tokens, and ``max_images`` the images of a prompt. Raises
         UserError if vLLM cannot run here or a setting does not suit it.
         """
-        _check(config, topology, tensor_parallel_size)
+        vllm_start.check(config, topology, tensor_parallel_size)
         environment.prepare_vllm(cuda=platform.is_cuda())
         self._encoder = encoder
         self._dtype = dtype
@@ -70,11 +70,11 @@ class VllmColocatedEngine:
         # Some tied checkpoints store the output layer too; the stream, as the model, has only the embedding.
         self._tied = read_architecture(model_path).tied_embeddings
         self._names = frozenset(self._checkpoint) - ({"lm_head.weight"} if self._tied else frozenset())
-        self._digest: str | None = None
-        self.weight_version = 0
-        with _preserved_process():
-            self._llm = _start(
-                _arguments(
+        self._attestation, self._full_every = config.attestation, config.full_attestation_every
+        self._num_updates = self.weight_version = 0
+        with preserved_process():
+            self._llm = vllm_start.start(
+                vllm_start.arguments(
                     config,
                     encoder=encoder,
                     model_path=model_path,
@@ -83,48 +83,61 @@ class VllmColocatedEngine:
                     max_model_length=max_model_length,
                     max_images=max_images,
                 )
-                | _layout(topology.world_size, tensor_parallel_size)
+                | vllm_start.layout(topology.world_size, tensor_parallel_size)
             )
+        self._model: torch.nn.Module = self._llm.apply_model(lambda model: model)[0]
+        self._attestor: Attestor | None = None if self._attestation == "off" else self._new_attestor()
+        self._counters = VllmCounters(self._llm, self._model)
+        self._cache_use = CacheUse()
 
     def generate(
         self, views: Sequence[View], prompts: Sequence[EncodedPrompt], sampling: Sampling, *, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See ``RolloutEngine``; one request for each view, all submitted together."""
         assert len(views) == len(prompts) == len(seeds)
-        mine = range(self._replica, len(views), self._num_replicas)
+        mine = shares_of_replicas(views, self._num_replicas)[self._replica]
         requests = [self._request(prompts[index]) for index in mine]
         parameters = [self._sampling_parameters(sampling, seeds[index]) for index in mine]
-        with _preserved_process():
+        with preserved_process():
             # What is cached from another call would change the float rounding of this one, and so now and then a token.
             self._drop_caches()
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
-        rollouts = [
-            [self._rollout(views[index], completion) for completion in output.outputs]
-            for index, output in zip(mine, outputs, strict=True)
-        ]
+        rollouts = {}
         for index, output in zip(mine, outputs, strict=True):
             assert np.array_equal(output.prompt_token_ids, prompts[index].token_ids), (
                 "vLLM expanded the images otherwise"
             )
-        shares = collective.gather_objects(rollouts if self._leads_replica else None)
-        by_view = collective.interleave([share for share in shares if share is not None], len(views))
-        return [rollout for of_view in by_view for rollout in of_view]
+            rollouts[index] = [self._rollout(views[index], completion) for completion in output.outputs]
+        cached_tokens, encoded_images = self._counters.take()
+        use = CacheUse.of_prompts([prompts[index] for index in mine], sampling.num_rollouts)
+        use = replace(use, cached_tokens=cached_tokens, encoded_images=encoded_images)
+        by_view: dict[int, list[Rollout]] = {}
+        for share, use_of_share in collective.gather_objects(
+            (rollouts, use) if self._leads_replica else ({}, CacheUse())
+        ):
+            by_view |= share
+            self._cache_use += use_of_share
+        return [rollout for index in range(len(views)) for rollout in by_view[index]]
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
         """Reload the weights in place from the stream; see ``RolloutEngine``."""
         ledger = WeightLedger(self._names, dtype=self._dtype)
-        with _preserved_process():
+        stream = ledger.watch(weights)
+        if self._attestor is not None:
+            stream = self._attestor.watch(stream, version=version, full=self._attests_all())
+        with preserved_process():
             if platform.is_cuda():
                 self._llm.wake_up(tags=["weights"])
             self._llm.sleep(level=0)  # no request may run while the weights are a mixture
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": ledger.watch(weights)})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
             report = ledger.close(version)
             if self._tied and not platform.is_cuda():
                 self._llm.apply_model(_repack_output_layer)
+            report = replace(report, attest_seconds=self._attest(version))
             self._drop_caches()
             self.wake()
-        self._digest = ledger.digest()
         self.weight_version = version
+        self._num_updates += 1
         return report
 
     def sleep(self) -> None:
@@ -137,16 +150,56 @@ class VllmColocatedEngine:
         self._llm.wake_up(tags=["weights", "kv_cache", "scheduling"] if platform.is_cuda() else ["scheduling"])
 
     def digest(self) -> str:
-        """Digest of the weights that vLLM was given last (it keeps them fused and repacked)."""
-        if self._digest is None:
-            self._digest = digest_weights(self._names, self._checkpoint.__getitem__, dtype=self._dtype)
-        return self._digest
+        """Digest of what vLLM computes with, read back from all ranks."""
+        attestor = self._attestor or self._new_attestor()
+        with preserved_process():
+            sums = add_up(collective.gather_objects(attestor.sums()))
+        return digest({name: self._checkpoint.info(name).shape for name in self._names}, sums)
+
+    def take_cache_use(self) -> CacheUse:
+        """See ``RolloutEngine``."""
+        use, self._cache_use = self._cache_use, CacheUse()
+        return use
 
     def close(self) -> None:
         """Stop vLLM; the trainer's process group stays."""
         self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        del self._llm, self._model, self._attestor, self._counters
         gc.collect()
+
+    def _new_attestor(self) -> Attestor:
+        """Knows where all weights are, on all ranks together; UserError if a number is nowhere, or one is unknown."""
+        model = self._model
+        attestor = Attestor(vllm_holdings.holdings(model, tied=self._tied), lambda: vllm_holdings.buffers(model))
+        places = [place for places in collective.gather_objects(attestor.places()) for place in places]
+        problems = uncovered({name: self._checkpoint.info(name).shape for name in self._names}, places)
+        if problems:
+            raise UserError(
+                f"vLLM's parameters are not understood: {'; '.join(problems[:5])}",
+                where="rollout.attestation",
+                fix="rollout.attestation=off, or another version of vLLM",
+            )
+        return attestor
+
+    def _attests_all(self) -> bool:
+        every = self._full_every
+        return self._attestation == "full" or (every > 0 and self._num_updates % every == 0)
+
+    def _attest(self, version: int) -> float:
+        """Seconds; UserError, on all ranks, if any of them holds other numbers than were sent."""
+        if self._attestor is None:
+            return 0.0
+        begin = time.perf_counter()
+        by_rank = collective.gather_objects(self._attestor.problems())
+        problems = [f"{text} (process {rank})" for rank, texts in enumerate(by_rank) for text in texts]
+        if problems:
+            raise UserError(
+                f"after weight update {version} vLLM holds other numbers than it was sent, in {len(problems)} places: "
+                f"{'; '.join(problems[:5])}",
+                where="rollout.engine",
+                fix="nothing sampled from these weights may be trained on; rollout.engine=embedded does without vLLM",
+            )
+        return time.perf_counter() - begin
 
     def _drop_caches(self) -> None:
         """Forget prompts' keys and values, processed images, and vision features (the engine's and the workers')."""
@@ -192,6 +245,19 @@ class VllmColocatedEngine:
         )
 
 
+def shares_of_replicas(views: Sequence[View], num_replicas: int) -> list[list[int]]:
+    """The views of each replica, by index: neighbouring views of one record together, where there are enough records.
+
+    Views of a record share images, whose features a replica computes once.
+    """
+    starts = [index for index, view in enumerate(views) if index == 0 or view.record_id != views[index - 1].record_id]
+    if len(starts) < num_replicas:
+        starts = list(range(len(views)))
+    bounds = [*starts, len(views)]
+    edges = [bounds[len(starts) * replica // num_replicas] for replica in range(num_replicas + 1)]
+    return [list(range(first, end)) for first, end in pairwise(edges)]
+
+
 def _repack_output_layer(model: torch.nn.Module) -> None:
     """Make a tied output layer follow the embedding that was reloaded.
 
@@ -201,128 +267,3 @@ def _repack_output_layer(model: torch.nn.Module) -> None:
     """
     head = model.get_submodule("language_model.lm_head")
     head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr,operator]
-
-
-def _check(config: RolloutConfig, topology: Topology, tensor_parallel_size: int) -> None:
-    obstacle = vllm_obstacle(cuda=platform.is_cuda())
-    if obstacle is not None:
-        raise UserError(obstacle, where="rollout.engine", fix=f"{INSTALL_VLLM}, or set rollout.engine=embedded")
-    if config.temperature > MAX_TEMPERATURE:
-        raise UserError(
-            f"vLLM samples at a temperature of at most {MAX_TEMPERATURE}, not {config.temperature}",
-            where="rollout.temperature",
-            fix="lower it, or set rollout.engine=embedded",
-        )
-    assert topology.world_size % tensor_parallel_size == 0, (topology.world_size, tensor_parallel_size)
-
-
-def _arguments(
-    config: RolloutConfig,
-    *,
-    encoder: PromptEncoder,
-    model_path: Path | str,
-    seed: int,
-    dtype: torch.dtype,
-    max_model_length: int,
-    max_images: int,
-) -> dict[str, Any]:
-    """vLLM's arguments, but for the layout of the ranks."""
-    size = {"shortest_edge": encoder.min_pixels, "longest_edge": encoder.max_pixels}
-    device: dict[str, Any] = (
-        {"gpu_memory_utilization": config.gpu_memory_fraction, "enable_sleep_mode": True}
-        if platform.is_cuda()
-        else {
-            "kv_cache_memory_bytes": int(config.cpu_cache_gib * 2**30),
-            "enforce_eager": True,
-            # A prompt cut over two steps makes vLLM rewind its seeded generator, which a CPU generator cannot do.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_length),
-            # The cache's size is given: no need to run the largest possible images once at the start.
-            "skip_mm_profiling": True,
-        }
-    )
-    return device | {
-        "model": str(model_path),
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": seed,
-        "max_model_len": max_model_length,
-        "max_num_seqs": config.max_concurrent_sequences,
-        "limit_mm_per_prompt": {"image": max_images, "video": 0},
-        "mm_processor_kwargs": {"size": size},  # the encoder's bounds: an image must not be resized a second time
-        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
-        "enable_prefix_caching": True,  # the rollouts of a view share its prompt
-        "use_tqdm_on_load": False,
-        "mm_processor_cache_gb": 0,  # each image is sent once a call; the cache would only hold memory
-    }
-
-
-def _layout(world_size: int, tensor_parallel_size: int) -> dict[str, Any]:
-    if world_size == 1:
-        return {}
-    layout: dict[str, Any] = {
-        "tensor_parallel_size": tensor_parallel_size,
-        "distributed_executor_backend": "external_launcher",
-    }
-    num_replicas = world_size // tensor_parallel_size
-    return layout | ({"data_parallel_size": num_replicas} if num_replicas > 1 else {})
-
-
-def _start(arguments: dict[str, Any]) -> Any:
-    try:
-        from vllm import LLM
-
-        _spare_process_group()
-        if not platform.is_cuda():
-            _register_model_class()
-    except ImportError as error:
-        raise UserError(
-            f"vLLM cannot be imported: {error}",
-            where="rollout.engine",
-            fix=f"{INSTALL_VLLM}, or set rollout.engine=embedded",
-        ) from error
-    return LLM(**arguments)
-
-
-def _spare_process_group() -> None:
-    """Keep vLLM, when it shuts down or is collected, from destroying the process group that the trainer made."""
-    from vllm.distributed import parallel_state
-    from vllm.v1.engine import core
-
-    if torch.distributed.is_initialized() and hasattr(core, "cleanup_dist_env_and_memory"):
-        core.cleanup_dist_env_and_memory = parallel_state.destroy_model_parallel
-
-
-def _register_model_class() -> None:
-    """Show vLLM the model's class in this process.
-
-    It would look at the class in a process of its own (so as not to initialise CUDA here), where torchvision cannot be
-    imported beside a CPU torch (see ``runtime/torchvision_schema.py``), and where each rank spends ten seconds.
-    """
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-
-    ModelRegistry.register_model("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration)
-
-
-@contextlib.contextmanager
-def _preserved_process() -> Iterator[None]:
-    """Leave the trainer's process as it was.
-
-    vLLM seeds all global generators on start and draws from torch's in every step, makes ``torch.set_num_threads`` a
-    function that does nothing (CPU), and changes the environment.
-    """
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    grad_enabled, default_dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if platform.is_cuda() else []
-    try:
-        with torch.random.fork_rng(devices=devices), environment.vllm_leaves_alone():
-            yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-        torch.set_grad_enabled(grad_enabled)
-        torch.set_default_dtype(default_dtype)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

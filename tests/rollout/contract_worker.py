@@ -8,6 +8,7 @@ engines are also compared with transformers.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from corruptions import complaints, with_stale_features
 from tiny_checkpoint import make_view
 
 from perl_megatron.checkpoint.hf_files import open_checkpoint
@@ -123,11 +125,11 @@ def start(name: str, layout: topology.Topology, tensor_parallel: int, encoder: P
         from perl_megatron.rollout.embedded import EmbeddedEngine
 
         return EmbeddedEngine(config, encoder=encoder, model_path=encoder.model_path, dtype=torch.float32)
-    from perl_megatron.rollout import vllm_colocated
+    from perl_megatron.rollout import vllm_colocated, vllm_start
 
     # 16 prompts do not fit into one step of max_model_length tokens. None may be cut in two: vLLM would have to rewind
     # its seeded generators, which CPU generators cannot do.
-    vllm_colocated.CPU_BATCHED_TOKENS = 0
+    vllm_start.CPU_BATCHED_TOKENS = 0
     return vllm_colocated.VllmColocatedEngine(
         config,
         encoder=encoder,
@@ -178,8 +180,14 @@ def measure(folder: Path, name: str, layout: topology.Topology, tensor_parallel:
     def run(sampling: Sampling, seeds: Sequence[int] = seeds) -> list[Rollout]:
         return engine.generate(views, prompts, sampling, seeds=seeds)
 
-    report: dict[str, object] = {"name": engine.name, "version": engine.weight_version, "digest_a": engine.digest()}
-    compared = {"sampled": (run(SAMPLED), SAMPLED), "greedy": (run(GREEDY), GREEDY), "cool": (run(COOL), COOL)}
+    report: dict[str, object] = {"prompts": [[len(each.token_ids), len(each.image_keys)] for each in prompts]}
+    report |= {"name": engine.name, "version": engine.weight_version, "digest_a": engine.digest()}
+    sampled = run(SAMPLED)
+    report["cache_use"] = dataclasses.asdict(engine.take_cache_use())
+    long = make_view(images[:1], question="Which digit is in image 1? " * 15)
+    engine.generate([long], [encoder.encode(long)], SAMPLED, seeds=[15])
+    report["cache_use_long"] = dataclasses.asdict(engine.take_cache_use())
+    compared = {"sampled": (sampled, SAMPLED), "greedy": (run(GREEDY), GREEDY), "cool": (run(COOL), COOL)}
     report |= {"again": dump(run(SAMPLED)), "other_seeds": dump(run(SAMPLED, [21, 22, 23, 24]))}
 
     sync = engine.update_weights(weights(folder / "b"), version=7)
@@ -190,7 +198,16 @@ def measure(folder: Path, name: str, layout: topology.Topology, tensor_parallel:
     engine.sleep()
     engine.wake()
     engine.update_weights(weights(folder / "a"), version=9)
-    report |= {"restored": dump(run(SAMPLED)), "digest_restored": engine.digest(), "refusals": refusals(engine, folder)}
+    report |= {"restored": dump(run(SAMPLED)), "digest_restored": engine.digest()}
+    if name == "vllm":
+        is_last = layout.rank == layout.world_size - 1
+        brought, other = (lambda: weights(folder / "b")), (lambda: weights(folder / "a"))
+        report["complaints"] = complaints(engine, brought, other, corrupts=is_last)
+        report["attested"] = dump(run(GREEDY))
+        if layout.world_size == 1:  # one of several replicas might wait for another that failed
+            stale = with_stale_features(engine, other, run, GREEDY)
+            report["stale"] = stale if isinstance(stale, str) else dump(stale)
+    report["refusals"] = refusals(engine, folder)
     engine.close()
     report["state_kept"] = process_state() == before
     children = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]

@@ -157,6 +157,51 @@ def test_digests_tell_weights_apart_and_agree_between_engines(alone, two_ranks):
     assert alone["vllm"]["digest_a"] == alone["vllm"]["digest_restored"] != alone["vllm"]["digest_b"]
 
 
+PLACES = {
+    "a_row_of_a_fused_shard": "model.layers.1.self_attn.k_proj.weight",
+    "a_shard_of_the_vision_tower": "visual.blocks.0.attn.qkv.weight",
+    "a_bias_of_the_merger": "visual.merger.mlp.0.bias",
+    "rotary_angles": "the buffer ",
+    "an output layer that stays old": "model.embed_tokens.weight",
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize("layout", ["alone", "two_ranks", "two_replicas"])
+def test_a_corrupted_shard_stops_the_run_and_is_named(layout, request):
+    """Of the last rank alone, and on all ranks; without a corruption the same update goes through."""
+    report = request.getfixturevalue(layout)["vllm"]
+    complaints = dict(report["complaints"])
+    assert complaints.pop("nothing") == ""
+    assert complaints.keys() == PLACES.keys()
+    for kind, complaint in complaints.items():
+        assert "vLLM holds other numbers than it was sent, in" in complaint
+        assert PLACES[kind] in complaint, kind
+        assert f"(process {0 if layout == 'alone' else 1})" in complaint
+    assert tokens(report["attested"]) == tokens(report["updated"])
+
+
+@each_engine
+def test_prompts_and_images_are_computed_once(report):
+    """Three rollouts of four views, which all show the first image; three of a view with a long prompt.
+
+    vLLM's cache is of whole blocks, 128 tokens on a CPU, which only the long prompt fills.
+    """
+    use, prompts, long = report["cache_use"], report["prompts"], report["cache_use_long"]
+    assert use["prompt_tokens"] == 3 * sum(tokens for tokens, _ in prompts)
+    assert use["images"] == 3 * sum(images for _, images in prompts) == 30
+    assert use["encoded_images"] == 4
+    assert 3 * 128 < long["prompt_tokens"] < 3 * 182
+    assert (use["cached_tokens"], long["cached_tokens"]) == (0, 2 * 128 if report["name"] == "vllm" else 0)
+
+
+@needs_vllm
+def test_features_of_old_weights_would_not_go_unnoticed(alone):
+    """If nothing cached is dropped in an update, vLLM fails, or samples other tokens than with the same weights."""
+    stale = alone["vllm"]["stale"]
+    assert "Encoder cache miss" in stale if isinstance(stale, str) else tokens(stale) != tokens(alone["vllm"]["greedy"])
+
+
 def assert_same_results(report, expected):
     for kind in ("sampled", "greedy", "cool", "updated", "long"):
         assert tokens(report[kind]) == tokens(expected[kind]), kind
