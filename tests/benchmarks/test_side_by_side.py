@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from perl_megatron.rollout.engine import vllm_obstacle
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from side_by_side import make_row, report, run_in_turn  # noqa: E402
+
+VLLM = vllm_obstacle(cuda=False)
+needs_vllm = pytest.mark.skipif(VLLM is not None, reason=str(VLLM))
 
 
 def test_a_row_compares_medians():
@@ -104,3 +109,31 @@ def test_the_loss_benchmark_compares_with_each_peer_that_is_installed(tmp_path):
     assert times >= {"matrix products", "naive", "Liger", "TRL"}  # cut-cross-entropy needs triton
     assert {row["peer"] for row in rows if row["unit"] == "GiB"} == times - {"matrix products"} | {"100 MB"}
     assert all(row["ours"] > 0 and row["peer_value"] > 0 for row in rows if row["unit"] == "s")
+
+
+def quick_rows(name, tmp_path):
+    """(rows, output) of a benchmark's quick case."""
+    command = [sys.executable, str(BENCHMARKS / name), "--quick", "--json", str(tmp_path / "rows.json")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads((tmp_path / "rows.json").read_text()), run.stdout
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_update_benchmark_takes_updates_apart(tmp_path):
+    rows, _ = quick_rows("sync.py", tmp_path)
+    assert [row["peer"] for row in rows] == ["memory copy", "memory copy", "update"] * 2 + ["few layers"]
+    assert all(row["ours"] > 0 and row["peer_value"] > 0 for row in rows)
+    update, export, attestation = (row["ours"] for row in rows[:3])
+    assert export + attestation < update
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_rollout_benchmark_samples_the_same_on_both_sides(tmp_path):
+    """It ends with an error where one side samples more."""
+    rows, output = quick_rows("rollout.py", tmp_path)
+    assert [(row["case"], row["peer"]) for row in rows] == [("1000 tokens", "bare vLLM")]
+    assert rows[0]["ours"] > 0
+    assert "'rollout/image_hit_rate': 0.9" in output
