@@ -23,7 +23,7 @@ def train(session: TrainingSession) -> None:
         session.evaluate(step)
     while step < config.run.steps and not session.stop_requested():
         alpha = swap_probability(config.permutation, step, config.run.steps)
-        with phases("sync"):
+        with session.saved_on_user_error(step), phases("sync"):
             session.sync_weights(step)
         with session.saved_on_user_error(step), phases("generate"):
             drawn = session.collector.collect(step, alpha)

@@ -259,7 +259,7 @@ class TrainingSession(Session):
         """Held-out accuracy and flip rate of π_θ, unless measured at this step already."""
         if not self.evaluation_records or any_rank(self.journal.has(step, "evaluation/accuracy")):
             return
-        with self.phases("evaluate"):
+        with self.saved_on_user_error(step), self.phases("evaluate"):
             self.sync_weights(step)
             evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
             self.engine.take_cache_use()  # belongs to no step

@@ -1,14 +1,14 @@
 """Importance weights for responses that the engine sampled, and the trainer sees with other probabilities.
 
 The engine's kernels, data types and layout are not the trainer's, so tokens come from π_rollout, while the objective
-takes them for samples of π_old. The importance weight w = π_old / π_rollout mends that (decoupled PPO: Hilton et al.
+takes them for samples of π_old. The importance ratio v = π_old / π_rollout mends that (decoupled PPO: Hilton et al.
 2021, arXiv 2110.00641, where π_old is the proximal policy and π_rollout the behaviour policy). With the objective J_t
-of ``objective`` and the weights a_t of ``aggregation``:
+of ``objective``, the weights w_t of ``aggregation``, and u_t, which is v_t within bounds:
 
-    L = Σ_t a_t (-w_t J_t + β KL_t)
+    L = Σ_t w_t (-u_t J_t + β KL_t)
 
-w is a constant: it has no gradient, stands outside the clip, and leaves the KL term alone. It is bounded, because a few
-large weights would be the whole gradient. The a_t stay as they are: a token of weight 0 still counts in the number of
+u is a constant: it has no gradient, stands outside the clip, and leaves the KL term alone. It is bounded, because a few
+large weights would be the whole gradient. The w_t stay as they are: a token with u = 0 still counts in the number of
 tokens, as in TRL, so that leaving out one token does not raise the weight of all others (veRL's rejection sampling
 takes it out of the denominator too).
 
@@ -29,10 +29,10 @@ Correction = Literal["truncated", "masked"]
 
 
 def importance_ratio(logprob_old: np.ndarray, logprob_rollout: np.ndarray, level: Level) -> np.ndarray:
-    """w = π_old / π_rollout before it is bounded, of every token or of the whole response.
+    """v = π_old / π_rollout, of every token or of the whole response.
 
-        'token':     w_t = exp(logprob_old_t - logprob_rollout_t)
-        'sequence':  w_t = exp(Σ_s (logprob_old_s - logprob_rollout_s))    the same for all t
+        'token':     v_t = exp(logprob_old_t - logprob_rollout_t)
+        'sequence':  v_t = exp(Σ_s (logprob_old_s - logprob_rollout_s))    the same for all t
 
     Only the second one makes an expectation over responses exact, but its spread grows with their length; the first one
     leaves out how likely the tokens before t were (Liu, Li et al. 2025, "When Speed Kills Stability: Demystifying RL
@@ -56,10 +56,10 @@ def importance_ratio(logprob_old: np.ndarray, logprob_rollout: np.ndarray, level
 
 
 def bounded_weights(ratio: np.ndarray, correction: Correction, *, low: float, high: float) -> np.ndarray:
-    """The weights that the policy loss is multiplied by, from ``importance_ratio``.
+    """The weights u that the policy loss is multiplied by, from v = ``importance_ratio``.
 
-        'truncated':  min(w, high)
-        'masked':     w where low ≤ w ≤ high, else 0
+        'truncated':  min(v, high)
+        'masked':     v where low ≤ v ≤ high, else 0
 
     Truncated (TIS) is Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training",
     fengyao.notion.site/off-policy-rl; it bounds the variance, for which a weight far below 1 is no danger. Masked is

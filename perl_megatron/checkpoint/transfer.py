@@ -1,7 +1,8 @@
 """Parameters of a replica to all of its ranks: gathered over tensor-parallel ranks, sent to all pipeline stages.
 
-Three parts are in flight, each in one phase: being gathered, being sent, being used. Collectives of each group are
-started in the same order on all of its ranks.
+Consecutive parameters make a part, and three parts are in flight, each in one phase: being gathered, being sent, being
+used. A part has half of ``bucket_bytes``, so that with the copies that a user makes of single tensors two buckets are
+enough. Each parameter is a collective of its own; those of a group are started in the same order on all of its ranks.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class _Part:
         if is_own:
             mine = local[entry.megatron].contiguous()
             group = topology.tensor_group()
-            self._works.append(dist.all_gather(list(gathered.unbind()), mine, group=group, async_op=True))
+            # Not `all_gather`, which gathers into memory of its own and copies from there.
+            self._works.append(dist.all_gather_into_tensor(gathered.flatten(0, 1), mine, group=group, async_op=True))
         return gathered
 
     def send(self) -> None:

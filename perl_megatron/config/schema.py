@@ -200,11 +200,11 @@ class AlgorithmConfig(Section):
     the engine sampled with. The latter saves a forward pass; the clip bounds then act on the gap between engine and
     trainer too, and it is not measured."""
     importance_correction: Literal["off", "truncated", "masked"] = "off"
-    """Weighs the policy loss by w = π_old / π_rollout, because the engine's probabilities are not the trainer's:
-    'truncated' by min(w, importance_high), 'masked' by w between the bounds and by 0 outside. Only with
+    """Weighs the policy loss by v = π_old / π_rollout, because the engine's probabilities are not the trainer's:
+    'truncated' by min(v, importance_high), 'masked' by v between the bounds and by 0 outside. Only with
     old_policy=trainer."""
     importance_level: Literal["token", "sequence"] = "token"
-    """Whether w is the ratio of each token or of the whole response, whose spread grows with its length."""
+    """Whether v is the ratio of each token or of the whole response, whose spread grows with its length."""
     importance_low: float = Field(default=0.5, ge=0, le=1)
     """'masked': smaller ratios are left out of the policy loss (default: as veRL, 1 / importance_high)."""
     importance_high: float = Field(default=2.0, ge=1)

@@ -127,6 +127,7 @@ class Tiles:
         """Of the shape of ``z``, in its dtype or ``dtype``; overwritten by the next call."""
         if self._scratch is None:
             self._scratch = torch.empty_like(self._logits, dtype=dtype)
+        assert self._scratch.dtype == (dtype or self.dtype), "one kind of scratch for a batch"
         return self._scratch[: z.numel()].view(z.shape)
 
     def transposed_scratch(self, z: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ numbers.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perl_megatron.rollout.digest import as_matrix, checksum
+from perl_megatron.errors import UserError
+from perl_megatron.rollout.digest import as_matrix, checksum, comparable
 from perl_megatron.runtime.rng import derive_seed
 
 SAMPLED_COLUMNS = 2
@@ -58,13 +60,33 @@ class Holding:
 
 @dataclass(frozen=True)
 class Place:
-    """A part of a published tensor that a rank holds."""
+    """A part of a published tensor that a rank holds: what ranks tell each other of a segment of a holding."""
 
     published: str
     first_row: int
     num_rows: int
     first_column: int
     num_columns: int
+
+    def overlaps(self, other: Place) -> bool:
+        """Whether both, of one tensor, have a number in common."""
+        rows = self.first_row < other.first_row + other.num_rows and other.first_row < self.first_row + self.num_rows
+        before = self.first_column + self.num_columns <= other.first_column
+        behind = other.first_column + other.num_columns <= self.first_column
+        return rows and not before and not behind
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What was sent of a segment: some columns, or the checksum of all."""
+
+    numbers: Tensor | int
+    all_finite: bool = True
+    """Of what a checksum was made of."""
+
+    def is_finite(self) -> bool:
+        """Neither NaN nor infinity, as far as it is known."""
+        return bool(self.numbers.isfinite().all()) if isinstance(self.numbers, Tensor) else self.all_finite
 
 
 class Attestor:
@@ -77,74 +99,84 @@ class Attestor:
 
     def __init__(self, holdings: Sequence[Holding], buffers: Callable[[], Mapping[str, Tensor]]):
         self._holdings = holdings
-        self._users: dict[str, list[tuple[Holding, Segment]]] = defaultdict(list)
+        self._holders: dict[str, list[tuple[Holding, Segment]]] = defaultdict(list)
+        """Of each published tensor."""
         for holding in holdings:
             for segment in holding.segments:
-                self._users[segment.published].append((holding, segment))
+                self._holders[segment.published].append((holding, segment))
         self._buffers = buffers
         self._buffer_sums = self._sum_buffers()
-        self._picks: dict[str, Tensor] = {}
+        self._columns: dict[str, Tensor] = {}
+        """By holding, those that are compared after this update."""
         self._due: Sequence[Holding] = ()
+        """What is compared after this update."""
+        self._num_updates = 0
         self._full = False
-        self._expected: dict[tuple[str, Segment], Tensor | int] = {}
+        self._sent: dict[tuple[str, Segment], _Sent] = {}
+        self.watch_seconds = 0.0
+        """What watching the last stream took, beside the stream."""
 
     def watch(self, weights: Iterable[tuple[str, Tensor]], *, version: int, full: bool) -> Iterator[tuple[str, Tensor]]:
         """Pass the stream of an update on, in the engine's dtype, and remember what to compare.
 
         ``full``: all numbers; else ``SAMPLED_COLUMNS``, others for each version, and half of the costly parameters.
         """
-        self._full = full
-        self._due = [each for number, each in enumerate(self._holdings) if full or _is_due(each, number + version)]
+        self._full, self._sent, self.watch_seconds = full, {}, 0.0
+        self._due = [each for number, each in enumerate(self._holdings) if full or self._is_due(each, number)]
+        self._num_updates += 1
+        if not full:
+            self._columns = {holding.name: _pick_columns(holding, version) for holding in self._due}
         due = {holding.name for holding in self._due}
-        self._expected = {}
         for name, tensor in weights:
-            matrix = as_matrix(tensor)
-            for holding, segment in self._users[name]:
-                if holding.name not in due:
-                    continue
-                rows = matrix[segment.first_row : segment.first_row + segment.num_rows]
-                if full:
-                    part = rows[:, holding.first_column : holding.first_column + holding.num_columns]
-                    self._expected[holding.name, segment] = checksum(part, segment.first_row, holding.first_column)
-                else:
-                    picks = self._picks[holding.name] = _pick(holding, version)
-                    self._expected[holding.name, segment] = rows[:, (picks + holding.first_column).to(rows.device)]
+            begin = time.perf_counter()
+            for holding, segment in self._holders.get(name, ()):
+                if holding.name in due:
+                    self._sent[holding.name, segment] = self._remember(as_matrix(tensor), holding, segment)
+            self.watch_seconds += time.perf_counter() - begin
             yield name, tensor
+
+    def _is_due(self, holding: Holding, number: int) -> bool:
+        return not holding.is_costly or (number + self._num_updates) % 2 == 0
+
+    def _remember(self, matrix: Tensor, holding: Holding, segment: Segment) -> _Sent:
+        rows = matrix[segment.first_row : segment.first_row + segment.num_rows]
+        if self._full:
+            part = rows[:, holding.first_column : holding.first_column + holding.num_columns]
+            return _Sent(checksum(part, segment.first_row, holding.first_column), bool(part.isfinite().all()))
+        part = rows[:, (self._columns[holding.name] + holding.first_column).to(rows.device)]
+        return _Sent(part)
 
     def problems(self) -> list[str]:
         """After the update: what does not hold the numbers that were sent, in words. Empty if all does."""
         found = []
         for holding in self._due:
             held = self._sums(holding) if self._full else self._samples(holding)
-            found += [
-                f"{segment.published}: its rows {segment.first_row} to {segment.first_row + segment.num_rows - 1}, "
-                f"columns {holding.first_column} to {holding.first_column + holding.num_columns - 1}, "
-                f"in the engine's {holding.name}"
-                for segment in holding.segments
-                if not _equal(held[segment], self._expected.get((holding.name, segment)))
-            ]
+            for segment in holding.segments:
+                sent = self._sent.get((holding.name, segment))
+                if sent is None or not _equal(held[segment], sent.numbers):
+                    found.append(_describe(holding, segment, sent))
         now = self._sum_buffers()
         found += [f"the buffer {name}" for name in sorted(now) if now[name] != self._buffer_sums.get(name)]
-        self._expected = {}
+        self._sent = {}
         return found
 
-    def sums(self) -> dict[Place, int]:
-        """The checksum of each part of a published tensor that this rank holds, from the engine's own numbers."""
-        found = {}
-        for holding in self._holdings:
-            for segment, value in self._sums(holding).items():
-                found[_place(holding, segment)] = value
-        return found
+    def sums(self) -> list[tuple[Place, int]]:
+        """The checksum of each part of a published tensor that this rank holds, from the engine's own numbers.
+
+        A part that two parameters hold comes twice.
+        """
+        return [
+            (_place(holding, segment), value)
+            for holding in self._holdings
+            for segment, value in self._sums(holding).items()
+        ]
 
     def places(self) -> list[Place]:
         """What this rank holds."""
         return [_place(holding, segment) for holding in self._holdings for segment in holding.segments]
 
     def _samples(self, holding: Holding) -> dict[Segment, Tensor]:
-        picks = self._picks.get(holding.name)
-        if picks is None:
-            return {segment: torch.empty(0) for segment in holding.segments}
-        held = holding.read(picks)
+        held = holding.read(self._columns[holding.name])
         return {segment: segment.of(held) for segment in holding.segments}
 
     @staticmethod
@@ -165,28 +197,36 @@ class Attestor:
 def uncovered(shapes: Mapping[str, Sequence[int]], places: Iterable[Place]) -> list[str]:
     """What of the published tensors ``shapes`` no rank holds, or some rank holds that is not published, in words.
 
-    ``places`` are those of all ranks of a replica; the same part may be held by several, and parts that are not the
-    same do not overlap.
+    ``places`` are those of all ranks of a replica; several may hold the same part.
     """
-    held: dict[str, int] = dict.fromkeys(shapes, 0)
+    held: dict[str, list[Place]] = {name: [] for name in shapes}
     problems = []
-    for place in sorted(set(places), key=lambda place: (place.published, place.first_row, place.first_column)):
+    for place in dict.fromkeys(places):
         if place.published not in held:
             problems.append(f"{place.published} is not among the published weights")
-        else:
-            held[place.published] += place.num_rows * place.num_columns
+            continue
+        others = held[place.published]
+        problems += [f"{place} and {other} overlap" for other in others if place.overlaps(other)]
+        others.append(place)
     for name, shape in shapes.items():
-        size = torch.Size(shape).numel()
-        if held[name] != size:
-            problems.append(f"{held[name]} of the {size} numbers of {name} are held")
+        size, number = torch.Size(shape).numel(), sum(place.num_rows * place.num_columns for place in held[name])
+        if number != size:
+            problems.append(f"{number} of the {size} numbers of {name} are held")
     return problems
 
 
-def add_up(sums: Iterable[Mapping[Place, int]]) -> dict[str, int]:
-    """The checksum of each published tensor, from those that all ranks of a replica hold."""
+def add_up(sums: Iterable[tuple[Place, int]]) -> dict[str, int]:
+    """The checksum of each published tensor, from those that all ranks hold.
+
+    Raises:
+        UserError: two that hold the same part of a tensor hold different numbers.
+    """
     merged: dict[Place, int] = {}
-    for of_rank in sums:
-        merged |= of_rank
+    for place, value in sums:
+        if merged.setdefault(place, value) != value:
+            raise UserError(
+                f"two copies of {place} differ", where="rollout.engine", fix="its weights have to be brought again"
+            )
     totals: dict[str, int] = defaultdict(int)
     for place, value in merged.items():
         totals[place.published] += value
@@ -197,18 +237,24 @@ def _place(holding: Holding, segment: Segment) -> Place:
     return Place(segment.published, segment.first_row, segment.num_rows, holding.first_column, holding.num_columns)
 
 
-def _is_due(holding: Holding, turn: int) -> bool:
-    return not holding.is_costly or turn % 2 == 0
+def _pick_columns(holding: Holding, version: int) -> Tensor:
+    """int64 [SAMPLED_COLUMNS], counted from this rank's first."""
+    columns = [derive_seed(version, holding.name, index) % holding.num_columns for index in range(SAMPLED_COLUMNS)]
+    return torch.tensor(columns, dtype=torch.int64)
 
 
-def _pick(holding: Holding, version: int) -> Tensor:
-    """int64 [SAMPLED_COLUMNS], columns counted from this rank's first."""
-    picks = [derive_seed(version, holding.name, index) % holding.num_columns for index in range(SAMPLED_COLUMNS)]
-    return torch.tensor(picks, dtype=torch.int64)
+def _equal(held: Tensor | int, sent: Tensor | int) -> bool:
+    if isinstance(held, Tensor) and isinstance(sent, Tensor):
+        sent = sent.to(held.device)
+        return held.shape == sent.shape and bool((comparable(held) == comparable(sent)).all())
+    return isinstance(held, int) and held == sent
 
 
-def _equal(held: Tensor | int, expected: Tensor | int | None) -> bool:
-    if isinstance(held, Tensor) and isinstance(expected, Tensor):
-        # Not `torch.equal`: a product that asked for a zero may have given the other one.
-        return held.shape == expected.shape and bool((held == expected.to(held.device)).all())
-    return isinstance(held, int) and held == expected
+def _describe(holding: Holding, segment: Segment, sent: _Sent | None) -> str:
+    where = (
+        f"{segment.published}: its rows {segment.first_row} to {segment.first_row + segment.num_rows - 1}, columns "
+        f"{holding.first_column} to {holding.first_column + holding.num_columns - 1}, in the engine's {holding.name}"
+    )
+    if sent is None:
+        return f"{where} (nothing was sent)"
+    return where if sent.is_finite() else f"{where} (what was sent is not finite: the policy itself is broken)"

@@ -62,7 +62,7 @@ class EmbeddedEngine:
         self._max_sequences = config.max_concurrent_sequences
         self._device = platform.device()
         self.weight_version = 0
-        self._cache_use = CacheUse()
+        self._cache_use, self._cached_tokens = CacheUse(), 0
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             model_path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
@@ -79,7 +79,8 @@ class EmbeddedEngine:
         with torch.no_grad():
             sampled = self._sample_views(mine, prompts, sampling, seeds)
         use = CacheUse.of_prompts([prompts[view] for view in mine], sampling.num_rollouts)
-        use = replace(use, encoded_images=len({key for view in mine for key in prompts[view].image_keys}))
+        encoded_images = len({key for view in mine for key in prompts[view].image_keys})
+        use = replace(use, cached_tokens=self._cached_tokens, encoded_images=encoded_images)
         gathered = collective.gather_objects(([sampled[view] for view in mine], use))
         self._cache_use = sum((use for _, use in gathered), self._cache_use)
         by_view = collective.interleave([share for share, _ in gathered], len(views))
@@ -102,7 +103,7 @@ class EmbeddedEngine:
         return ledger.close(version)
 
     def take_cache_use(self) -> CacheUse:
-        """See ``RolloutEngine``; prompts are computed for every response."""
+        """See ``RolloutEngine``; a batch computes each prompt once."""
         use, self._cache_use = self._cache_use, CacheUse()
         return use
 
@@ -144,6 +145,7 @@ class EmbeddedEngine:
         self, mine: Sequence[int], prompts: Sequence[EncodedPrompt], sampling: Sampling, seeds: Sequence[int]
     ) -> dict[int, list[tuple[list[int], list[float]]]]:
         """(token ids, log-probabilities) of each rollout of each view in ``mine``."""
+        self._cached_tokens = 0
         features = self._vision_features([prompts[view] for view in mine])
         # Prompts of similar length share a batch, so that little is padded.
         ordered = sorted(mine, key=lambda view: (len(prompts[view].token_ids), view))
@@ -173,6 +175,8 @@ class EmbeddedEngine:
     ) -> None:
         """Sample the batch to its end; the sequences are filled in."""
         views = list(dict.fromkeys(sequence.view for sequence in batch))
+        lengths = [len(prompts[sequence.view].token_ids) for sequence in batch]
+        self._cached_tokens += sum(lengths) - sum(len(prompts[view].token_ids) for view in views)
         rows_N = torch.tensor([views.index(sequence.view) for sequence in batch], device=self._device)
         logits_BV, cache, mask_BS, next_B = self._prefill([prompts[view] for view in views], features)
         cache.batch_select_indices(rows_N)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
 from perl_megatron.rollout import vllm_holdings, vllm_start
-from perl_megatron.rollout.attestation import Attestor, add_up, uncovered
+from perl_megatron.rollout.attestation import Attestor, Place, add_up, uncovered
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.digest import digest
 from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, Sampling, SyncReport
@@ -153,7 +154,7 @@ class VllmColocatedEngine:
         """Digest of what vLLM computes with, read back from all ranks."""
         attestor = self._attestor or self._new_attestor()
         with preserved_process():
-            sums = add_up(collective.gather_objects(attestor.sums()))
+            sums = add_up(pair for of_rank in collective.gather_objects(attestor.sums()) for pair in of_rank)
         return digest({name: self._checkpoint.info(name).shape for name in self._names}, sums)
 
     def take_cache_use(self) -> CacheUse:
@@ -171,8 +172,11 @@ class VllmColocatedEngine:
         """Knows where all weights are, on all ranks together; UserError if a number is nowhere, or one is unknown."""
         model = self._model
         attestor = Attestor(vllm_holdings.holdings(model, tied=self._tied), lambda: vllm_holdings.buffers(model))
-        places = [place for places in collective.gather_objects(attestor.places()) for place in places]
-        problems = uncovered({name: self._checkpoint.info(name).shape for name in self._names}, places)
+        shapes = {name: self._checkpoint.info(name).shape for name in self._names}
+        places: dict[int, list[Place]] = defaultdict(list)
+        for replica, of_rank in collective.gather_objects((self._replica, attestor.places())):
+            places[replica] += of_rank
+        problems = [problem for of_replica in places.values() for problem in uncovered(shapes, of_replica)]
         if problems:
             raise UserError(
                 f"vLLM's parameters are not understood: {'; '.join(problems[:5])}",
@@ -189,8 +193,8 @@ class VllmColocatedEngine:
         """Seconds; UserError, on all ranks, if any of them holds other numbers than were sent."""
         if self._attestor is None:
             return 0.0
-        begin = time.perf_counter()
-        by_rank = collective.gather_objects(self._attestor.problems())
+        begin = time.perf_counter() - self._attestor.watch_seconds
+        by_rank = collective.gather_objects(_without_raising(self._attestor.problems))
         problems = [f"{text} (process {rank})" for rank, texts in enumerate(by_rank) for text in texts]
         if problems:
             raise UserError(
@@ -243,6 +247,14 @@ class VllmColocatedEngine:
             text=self._encoder.decode(token_ids),
             weight_version=self.weight_version,
         )
+
+
+def _without_raising(find_problems: Callable[[], list[str]]) -> list[str]:
+    """An error is a problem too: a rank that raised alone would leave the others waiting for it."""
+    try:
+        return find_problems()
+    except Exception as error:
+        return [f"what vLLM holds could not be read: {type(error).__name__}: {error}"]
 
 
 def shares_of_replicas(views: Sequence[View], num_replicas: int) -> list[list[int]]:

@@ -35,4 +35,5 @@ class VllmCounters:
     def _count_images(self, tower: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
         del tower, output
         grids = options["grid_thw"] if "grid_thw" in options else arguments[1]
-        self._num_images += len(grids)
+        # With CUDA graphs of the tower (not vLLM's default) images come without grids and are not counted.
+        self._num_images += 0 if grids is None else len(grids)

@@ -110,8 +110,8 @@ def _rows(published: str, module: Any) -> list[tuple[str, int, int, int]]:
     elif isinstance(module, RowParallelLinear):
         return [(published, 0, 0, module.output_size)]
     else:
-        count = module.output_size // module.tp_size
-        return [(published, module.tp_rank * count, 0, count)]
+        count = getattr(module, "output_size_per_partition", module.output_size)
+        return [(published, module.tp_rank * count if count != module.output_size else 0, 0, count)]
     parts = _FUSED.get(last)
     names = [f"{stem}.{part}" for part in parts] if parts else [published] * len(totals)
     found, held, stacked = [], 0, 0

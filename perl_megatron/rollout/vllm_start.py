@@ -76,7 +76,7 @@ def arguments(
         "enable_prefix_caching": True,  # the rollouts of a view share its prompt
         "use_tqdm_on_load": False,
         "disable_log_stats": False,  # counts hits of the prefix cache
-        "mm_processor_cache_gb": 0,  # each image is sent once a call; the cache would only hold memory
+        "mm_processor_cache_gb": 0,  # an image is prepared again for each of its few views: little against memory held
     }
 
 

@@ -30,7 +30,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self.now = self.most = 0
-        for name in ("all_gather", "broadcast"):
+        for name in ("all_gather_into_tensor", "broadcast"):
             setattr(dist, name, self._watched(getattr(dist, name)))
 
     def _watched(self, start: Any) -> Any:

@@ -5,7 +5,7 @@ import torch
 from live_memory import LiveMemory
 from loss_case import make_case, ours
 
-from perl_megatron.kernels import tiles
+from perl_megatron.kernels import native, tiles
 from perl_megatron.kernels.dispatch import score_tokens
 from perl_megatron.kernels.scores import ScoreOptions
 
@@ -33,6 +33,17 @@ def test_memory_at_its_peak_is_what_the_documentation_says(dtype, entropy, monke
     )
     assert found.peak <= expected + tokens * 200
     assert expected < logits / 4 < reference.peak
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="no native loss kernels here")
+def test_memory_of_one_tile_of_tokens_in_cpp():
+    """In their true tiles: logits, their gradient and its transpose; no tile of the weight or of its gradient."""
+    tokens, hidden, vocabulary = 1024, 64, 4 * tiles.NATIVE_SIDE
+    case = make_case(tokens=tokens, hidden=hidden, vocabulary=vocabulary, dtype=torch.bfloat16)
+    with LiveMemory() as found:
+        ours(case, "tiled")
+    expected = 2 * (tokens + vocabulary) * hidden * 2 + tokens * hidden * 4 + tokens * tiles.NATIVE_SIDE * (4 + 2 + 2)
+    assert expected / 2 < found.peak <= expected + tokens * 200
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,23 +30,30 @@ def a_bias_of_the_merger(model: nn.Module) -> None:
     model.get_parameter("visual.merger.mlp.0.bias").data[3] += 1
 
 
+def a_single_number(model: nn.Module) -> None:
+    """Of layer 0's output projection: seen when all numbers are compared."""
+    vllm_colocated_repack(model)
+    repack(model, "language_model.model.layers.0.self_attn.o_proj", None, column=-1)
+
+
 def rotary_angles(model: nn.Module) -> None:
     """A buffer, as is lost when an engine sleeps too deeply."""
     name = next(name for name in vllm_holdings.buffers(model) if "cos_sin" in name)
     model.get_buffer(name).zero_()
 
 
-def repack(model: nn.Module, name: str, part: str | None) -> None:
-    """Change a row of a linear layer, by its own loading."""
+def repack(model: nn.Module, name: str, part: str | None, column: int | slice = slice(None)) -> None:
+    """Change a row of a linear layer, or one number of it, by its own loading."""
     module: Any = model.get_submodule(name)
     (holding,) = (each for each in vllm_holdings.holdings(model, tied=True) if each.name == f"{name}.weight")
     weight = holding.read(torch.arange(holding.num_columns)).contiguous()
     (segment,) = [each for each in holding.segments if part is None or part in each.published][-1:]
-    weight[segment.first_held_row + segment.num_rows - 1] *= 2
+    weight[segment.first_held_row + segment.num_rows - 1, column] *= 2
     module.weight = nn.Parameter(weight, requires_grad=False)
     module.quant_method.process_weights_after_loading(module)
 
 
+vllm_colocated_repack = vllm_colocated._repack_output_layer
 CORRUPTIONS: dict[str, Callable[[nn.Module], None]] = {
     each.__name__: each
     for each in (a_row_of_a_fused_shard, a_shard_of_the_vision_tower, a_bias_of_the_merger, rotary_angles)
@@ -89,7 +96,12 @@ def complaints(engine: Any, stream: Stream, other: Stream, *, corrupts: bool) ->
     assert complaint(engine, other) == ""
     with instead_of_the_repacked_output_layer(lambda model: None):
         found["an output layer that stays old"] = complaint(engine, stream)
+    engine._attestation = "full"
+    with instead_of_the_repacked_output_layer(a_single_number if corrupts else repack_output_layer):
+        found["a single number"] = complaint(engine, stream)
     found["nothing"] = complaint(engine, stream)
+    engine._attestation = "sample"
+    found["nothing"] += complaint(engine, stream)
     return found
 
 

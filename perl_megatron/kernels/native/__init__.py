@@ -1,4 +1,4 @@
-"""The inner loops of ``tiled`` in C++, for processors with AVX-512 or AMX: optional, built with the package.
+"""The inner loops of ``tiled`` in C++, for processors with bfloat16 in AVX-512: optional, built with the package.
 
 ``products.cpp``: products of bfloat16 matrices with float32 sums; ``softmax.cpp``: the passes over a tile of logits.
 Built where a C++ compiler and torch are at hand, used where the processor multiplies bfloat16 numbers. Everywhere else,
@@ -24,8 +24,8 @@ def why_not() -> str | None:
 @cache
 def why_not_loaded() -> str | None:
     """Why they cannot be used in this process; None: they can."""
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "the processor has no bfloat16 products (AVX-512 or AMX)"
+    if not torch.cpu._is_avx512_bf16_supported():  # processors with AMX have it too
+        return "the processor has no bfloat16 numbers in AVX-512"
     if not LIBRARY.is_file():
         return "perl_megatron was installed without them (that takes torch and a C++ compiler)"
     try:
@@ -33,8 +33,10 @@ def why_not_loaded() -> str | None:
     except OSError as error:
         return f"{LIBRARY.name} was built for another torch: {error}"
     try:
-        multiply(torch.empty(2, 2), torch.ones(2, 2).bfloat16(), torch.ones(2, 2).bfloat16(), add=False)
-    except RuntimeError as error:  # ONEDNN_MAX_CPU_ISA may be set below the processor
+        ones, result, row = torch.ones(2, 2), torch.empty(2, 2, dtype=torch.bfloat16), torch.ones(2)
+        multiply(result, ones.bfloat16(), ones.bfloat16(), add=False)
+        gradient_tile(ones, row.long(), row, row, None, row, result, torch.empty_like(result))
+    except RuntimeError as error:  # ONEDNN_MAX_CPU_ISA may be set below the processor; the library may be an older one
         return str(error).splitlines()[0]
     return None
 
