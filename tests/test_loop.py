@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from perl_megatron.collect import Drawn
 from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
 from perl_megatron.loop import train
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import EncodedPrompt, Group, Record, Rollout, View
@@ -51,15 +53,14 @@ def drawn_group() -> Drawn:
     return Drawn(kept=[Group(record, (View("r", 0, (), (), "?", "7", "number"),), (prompt,), rollouts)])
 
 
-def run(**algorithm: Any) -> tuple[NotingActor, list[Rollout]]:
-    """One step of training."""
+def make_session(actor: NotingActor, drawn: Drawn, **algorithm: Any) -> SimpleNamespace:
+    """Of one step."""
     config = Config.model_validate({"model": {"path": "unused"}, "run": {"steps": 1}, "algorithm": algorithm})
-    actor, drawn = NotingActor(), drawn_group()
 
     def ignore(*args: Any) -> None:
         pass
 
-    session = SimpleNamespace(
+    return SimpleNamespace(
         config=config,
         actor=actor,
         collector=SimpleNamespace(collect=lambda step, alpha: drawn),
@@ -73,8 +74,33 @@ def run(**algorithm: Any) -> tuple[NotingActor, list[Rollout]]:
         evaluate_and_save_if_due=ignore,
         finish=ignore,
     )
-    train(session)  # type: ignore[arg-type]
+
+
+def run(**algorithm: Any) -> tuple[NotingActor, list[Rollout]]:
+    """One step of training."""
+    actor, drawn = NotingActor(), drawn_group()
+    train(make_session(actor, drawn, **algorithm))  # type: ignore[arg-type]
     return actor, drawn.kept[0].rollouts
+
+
+def test_steps_are_saved_where_an_update_of_the_engine_fails() -> None:
+    session, saved = make_session(NotingActor(), drawn_group()), []
+
+    @contextmanager
+    def saved_on_user_error(step: int) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            saved.append(step)
+            raise
+
+    def fail(step: int) -> None:
+        raise UserError("the engine holds other numbers")
+
+    session.saved_on_user_error, session.sync_weights = saved_on_user_error, fail
+    with pytest.raises(UserError, match="other numbers"):
+        train(session)  # type: ignore[arg-type]
+    assert saved == [0]
 
 
 def test_by_default_the_trainer_recomputes_and_nothing_is_weighted() -> None:
