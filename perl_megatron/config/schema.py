@@ -144,7 +144,7 @@ class RolloutConfig(Section):
     """Weights go to the engine in buckets; an update needs the memory of two. One holds the largest weight twice."""
     attestation: Literal["off", "sample", "full"] = "sample"
     """What of vLLM's weights is compared with what it was sent after every update: two columns of each (on a CPU, where
-    that costs more, of half of them in turn), or all."""
+    that costs more, of a quarter of them in turn), or all."""
     full_attestation_every: int = Field(default=50, ge=0)
     """With 'sample': all numbers are compared after the first update and every so many (0: never)."""
 

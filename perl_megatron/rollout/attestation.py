@@ -22,6 +22,10 @@ from perl_megatron.runtime.rng import derive_seed
 
 SAMPLED_COLUMNS = 2
 """Of each parameter and rank; every row has a number in each, so all rows of all shards are looked at."""
+SAMPLED_BUFFER_ROWS = 64
+"""Of a buffer, every so many."""
+TURNS = 4
+"""Updates after which every parameter was looked at, where reading one is costly."""
 READ_COLUMNS = 256
 """Of a parameter, read together when all numbers are compared."""
 
@@ -55,7 +59,7 @@ class Holding:
     read: Callable[[Tensor], Tensor]
     """(int64 [k], columns counted from this rank's first) → [rows, k], the numbers that the engine computes with."""
     is_costly: bool = False
-    """Whether reading a column goes over all columns: it is then sampled after every second update."""
+    """Whether reading a column goes over all columns: it is then sampled after one of ``TURNS`` updates."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Attestor:
             for segment in holding.segments:
                 self._holders[segment.published].append((holding, segment))
         self._buffers = buffers
-        self._buffer_sums = self._sum_buffers()
+        self._buffer_sums = {full: self._sum_buffers(full=full) for full in (False, True)}
         self._columns: dict[str, Tensor] = {}
         """By holding, those that are compared after this update."""
         self._due: Sequence[Holding] = ()
@@ -119,7 +123,8 @@ class Attestor:
     def watch(self, weights: Iterable[tuple[str, Tensor]], *, version: int, full: bool) -> Iterator[tuple[str, Tensor]]:
         """Pass the stream of an update on, in the engine's dtype, and remember what to compare.
 
-        ``full``: all numbers; else ``SAMPLED_COLUMNS``, others for each version, and half of the costly parameters.
+        ``full``: all numbers; else ``SAMPLED_COLUMNS``, others for each version, and of the costly parameters only
+        those whose turn it is.
         """
         self._full, self._sent, self.watch_seconds = full, {}, 0.0
         self._due = [each for number, each in enumerate(self._holdings) if full or self._is_due(each, number)]
@@ -136,7 +141,7 @@ class Attestor:
             yield name, tensor
 
     def _is_due(self, holding: Holding, number: int) -> bool:
-        return not holding.is_costly or (number + self._num_updates) % 2 == 0
+        return not holding.is_costly or (number + self._num_updates) % TURNS == 0
 
     def _remember(self, matrix: Tensor, holding: Holding, segment: Segment) -> _Sent:
         rows = matrix[segment.first_row : segment.first_row + segment.num_rows]
@@ -155,8 +160,8 @@ class Attestor:
                 sent = self._sent.get((holding.name, segment))
                 if sent is None or not _equal(held[segment], sent.numbers):
                     found.append(_describe(holding, segment, sent))
-        now = self._sum_buffers()
-        found += [f"the buffer {name}" for name in sorted(now) if now[name] != self._buffer_sums.get(name)]
+        now, before = self._sum_buffers(full=self._full), self._buffer_sums[self._full]
+        found += [f"the buffer {name}" for name in sorted(now) if now[name] != before.get(name)]
         self._sent = {}
         return found
 
@@ -190,8 +195,11 @@ class Attestor:
                 sums[segment] += checksum(part, segment.first_row, holding.first_column + first)
         return {segment: value % (1 << 64) for segment, value in sums.items()}
 
-    def _sum_buffers(self) -> dict[str, int]:
-        return {name: checksum(as_matrix(buffer)) for name, buffer in self._buffers().items() if buffer.numel()}
+    def _sum_buffers(self, *, full: bool) -> dict[str, int]:
+        """Of all rows, or of every ``SAMPLED_BUFFER_ROWS``th: tables of rotary angles are large."""
+        step = 1 if full else SAMPLED_BUFFER_ROWS
+        filled = {name: buffer for name, buffer in self._buffers().items() if buffer.numel()}
+        return {name: checksum(as_matrix(buffer)[::step]) for name, buffer in filled.items()}
 
 
 def uncovered(shapes: Mapping[str, Sequence[int]], places: Iterable[Place]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from perl_megatron.errors import UserError
 from perl_megatron.rollout import vllm_colocated, vllm_holdings
+from perl_megatron.rollout.attestation import TURNS
 from perl_megatron.rollout.engine import Sampling
 from perl_megatron.types import Rollout
 
@@ -106,8 +107,8 @@ def complaints(engine: Any, stream: Stream, other: Stream, *, corrupts: bool) ->
 
 
 def complaint(engine: Any, stream: Stream) -> str:
-    """The message with which one of two updates ends; '' if both succeed. Packed parameters take turns."""
-    for version in (50, 51):
+    """The message with which one of some updates ends; '' if all succeed. Packed parameters take turns."""
+    for version in range(50, 50 + TURNS):
         try:
             engine.update_weights(stream(), version=version)
         except UserError as error:
