@@ -104,8 +104,7 @@ AVX512 void round_rows(const float* from, int64_t rows, int64_t columns, BFloat1
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t n = 0; n < columns; n += LANES) {
       const __mmask16 mask = lanes_left(columns - n);
-      const __m512 value = _mm512_maskz_loadu_ps(mask, from + i * columns + n);
-      _mm256_mask_storeu_epi16(to + i * stride_to + n, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+      store(to + i * stride_to + n, mask, _mm512_maskz_loadu_ps(mask, from + i * columns + n));
     }
   }
 }

@@ -75,11 +75,6 @@ void add_tile(const at::Tensor& z, const at::Tensor& column, at::Tensor maximum,
   });
 }
 
-AVX512 inline void store(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
-AVX512 inline void store(at::BFloat16* to, __mmask16 mask, __m512 value) {
-  _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
-}
-
 template <typename Out>
 AVX512 void gradient_row(const float* z, int64_t columns, int64_t column, float maximum, float constant,
                          float by_entropy, float by_log_prob, Out* to) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <c10/util/BFloat16.h>
 #include <immintrin.h>
 
 #include <cstdint>
@@ -12,6 +13,12 @@ constexpr int64_t LANES = 16;  // of 32 bits
 
 // Which lanes to take of `left` numbers.
 inline __mmask16 lanes_left(int64_t left) { return left >= LANES ? 0xFFFF : static_cast<__mmask16>((1 << left) - 1); }
+
+// As they are, or rounded to bfloat16.
+AVX512 inline void store(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
+AVX512 inline void store(at::BFloat16* to, __mmask16 mask, __m512 value) {
+  _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+}
 
 // Lane j of vector i becomes lane i of vector j: halves of ever larger groups of lanes change places.
 AVX512 inline void transpose(__m512i (&vectors)[LANES]) {
