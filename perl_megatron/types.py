@@ -124,8 +124,8 @@ class Rollout:
     finish_reason: str
     """'stop' (the model ended its turn) or 'length' (cut at the token limit)."""
     text: str
-    weight_version: int
-    """The version of the weights that sampled it."""
+    weight_versions: np.ndarray
+    """int64 [R]: the version of the weights that sampled each token."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward: float | None = None
     logprob_old: np.ndarray | None = None

@@ -15,6 +15,7 @@ from perl_megatron.errors import UserError
 from perl_megatron.rollout.engine import Sampling
 from perl_megatron.types import EncodedPrompt, PermutationContract, Record, ReferenceRule, Rollout, View
 
+VERSIONS = np.zeros(2, np.int64)
 RIGHT, WRONG = "<think>.</think>\\boxed{7}", "<think>.</think>\\boxed{0}"
 
 
@@ -29,7 +30,7 @@ class ScriptedEngine:
     ) -> list[Rollout]:
         self.seeds += seeds
         return [
-            Rollout(view.index, np.array([1, 2]), np.zeros(2, np.float32), "stop", self.answer(view, number), 0)
+            Rollout(view.index, np.array([1, 2]), np.zeros(2, np.float32), "stop", self.answer(view, number), VERSIONS)
             for view in views
             for number in range(sampling.num_rollouts)
         ]

@@ -6,6 +6,7 @@ The images that a rollout saw lie beside them once each, by content hash: `rollo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def row(step: int, group: Group, rollout: Rollout, *, kept: bool) -> dict[str, A
         "response": rollout.text,
         "num_tokens": len(rollout.token_ids),
         "finish_reason": rollout.finish_reason,
-        "weight_version": rollout.weight_version,
+        "weight_versions": _spans(rollout.weight_versions),
         "reward": rollout.reward,
         "reward_parts": rollout.reward_parts,
         "advantage": rollout.advantage,
@@ -84,6 +85,12 @@ def row(step: int, group: Group, rollout: Rollout, *, kept: bool) -> dict[str, A
         "logprob_gap_max": _largest_gap(rollout),
         "importance_mean": _mean(rollout.importance),
     }
+
+
+def _spans(versions: np.ndarray) -> list[list[int]]:
+    """[version, first token, end] of each run of tokens that the same weights sampled."""
+    edges = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
+    return [[int(versions[first]), first, end] for first, end in pairwise(edges) if end > first]
 
 
 def _mean(values: np.ndarray | None) -> float | None:

@@ -114,6 +114,7 @@ class Attestor:
         """By holding, those that are compared after this update."""
         self._due: Sequence[Holding] = ()
         """What is compared after this update."""
+        self._due_names: frozenset[str] = frozenset()
         self._num_updates = 0
         self._full = False
         self._sent: dict[tuple[str, Segment], _Sent] = {}
@@ -121,24 +122,32 @@ class Attestor:
         """What watching the last stream took, beside the stream."""
 
     def watch(self, weights: Iterable[tuple[str, Tensor]], *, version: int, full: bool) -> Iterator[tuple[str, Tensor]]:
-        """Pass the stream of an update on, in the engine's dtype, and remember what to compare.
+        """Pass the stream of an update on, in the engine's dtype, and remember what to compare: see ``expect``."""
+        self.expect(version=version, full=full)
+        for name, tensor in weights:
+            self.see(name, tensor)
+            yield name, tensor
 
-        ``full``: all numbers; else ``SAMPLED_COLUMNS``, others for each version, and of the costly parameters only
-        those whose turn it is.
+    def expect(self, *, version: int, full: bool) -> None:
+        """A stream begins, whose tensors ``see`` will be shown.
+
+        ``full``: all numbers are compared; else ``SAMPLED_COLUMNS``, others for each version, and of the costly
+        parameters only those whose turn it is.
         """
         self._full, self._sent, self.watch_seconds = full, {}, 0.0
         self._due = [each for number, each in enumerate(self._holdings) if full or self._is_due(each, number)]
         self._num_updates += 1
         if not full:
             self._columns = {holding.name: _pick_columns(holding, version) for holding in self._due}
-        due = {holding.name for holding in self._due}
-        for name, tensor in weights:
-            begin = time.perf_counter()
-            for holding, segment in self._holders.get(name, ()):
-                if holding.name in due:
-                    self._sent[holding.name, segment] = self._remember(as_matrix(tensor), holding, segment)
-            self.watch_seconds += time.perf_counter() - begin
-            yield name, tensor
+        self._due_names = frozenset(holding.name for holding in self._due)
+
+    def see(self, name: str, tensor: Tensor) -> None:
+        """Remember what to compare of a published tensor, in the engine's dtype."""
+        begin = time.perf_counter()
+        for holding, segment in self._holders.get(name, ()):
+            if holding.name in self._due_names:
+                self._sent[holding.name, segment] = self._remember(as_matrix(tensor), holding, segment)
+        self.watch_seconds += time.perf_counter() - begin
 
     def _is_due(self, holding: Holding, number: int) -> bool:
         return not holding.is_costly or (number + self._num_updates) % TURNS == 0

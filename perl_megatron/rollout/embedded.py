@@ -138,7 +138,7 @@ class EmbeddedEngine:
             logprob_rollout=np.array(log_probs, dtype=np.float32),
             finish_reason="stop" if stopped else "length",
             text=self._encoder.decode(tokens),
-            weight_version=self.weight_version,
+            weight_versions=np.full(len(tokens), self.weight_version, dtype=np.int64),
         )
 
     def _sample_views(

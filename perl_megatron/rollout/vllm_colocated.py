@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.digest import digest
 from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, Sampling, SyncReport
 from perl_megatron.rollout.ledger import WeightLedger
+from perl_megatron.rollout.shares import shares_of
 from perl_megatron.rollout.vllm_counters import VllmCounters
 from perl_megatron.rollout.vllm_start import preserved_process
 from perl_megatron.runtime import collective, environment, platform, rng
@@ -96,7 +96,7 @@ class VllmColocatedEngine:
     ) -> list[Rollout]:
         """See ``RolloutEngine``; one request for each view, all submitted together."""
         assert len(views) == len(prompts) == len(seeds)
-        mine = shares_of_replicas(views, self._num_replicas)[self._replica]
+        mine = shares_of(views, self._num_replicas)[self._replica]
         requests = [self._request(prompts[index]) for index in mine]
         parameters = [self._sampling_parameters(sampling, seeds[index]) for index in mine]
         with preserved_process():
@@ -133,7 +133,7 @@ class VllmColocatedEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
             report = ledger.close(version)
             if self._tied and not platform.is_cuda():
-                self._llm.apply_model(_repack_output_layer)
+                vllm_holdings.repack_output_layer(self._model)
             report = replace(report, attest_seconds=self._attest(version))
             self._drop_caches()
             self.wake()
@@ -245,7 +245,7 @@ class VllmColocatedEngine:
             logprob_rollout=np.array([candidates[token].logprob for token, candidates in pairs], dtype=np.float32),
             finish_reason=completion.finish_reason,
             text=self._encoder.decode(token_ids),
-            weight_version=self.weight_version,
+            weight_versions=np.full(len(token_ids), self.weight_version, dtype=np.int64),
         )
 
 
@@ -255,27 +255,3 @@ def _without_raising(find_problems: Callable[[], list[str]]) -> list[str]:
         return find_problems()
     except Exception as error:
         return [f"what vLLM holds could not be read: {type(error).__name__}: {error}"]
-
-
-def shares_of_replicas(views: Sequence[View], num_replicas: int) -> list[list[int]]:
-    """The views of each replica, by index: neighbouring views of one record together, where there are enough records.
-
-    Views of a record share images, whose features a replica computes once.
-    """
-    starts = [index for index, view in enumerate(views) if index == 0 or view.record_id != views[index - 1].record_id]
-    if len(starts) < num_replicas:
-        starts = list(range(len(views)))
-    bounds = [*starts, len(views)]
-    edges = [bounds[len(starts) * replica // num_replicas] for replica in range(num_replicas + 1)]
-    return [list(range(first, end)) for first, end in pairwise(edges)]
-
-
-def _repack_output_layer(model: torch.nn.Module) -> None:
-    """Make a tied output layer follow the embedding that was reloaded.
-
-    On a CPU vLLM multiplies by a repacked copy of each matrix. Its reload repacks the layers that got a weight; a tied
-    output layer shares the embedding's weight and gets none of its own, so its copy stays that of the old policy
-    (seen with vLLM 0.32: log-probabilities off by up to 0.2 nats after a few updates).
-    """
-    head = model.get_submodule("language_model.lm_head")
-    head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr,operator]

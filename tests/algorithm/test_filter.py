@@ -23,7 +23,7 @@ def group(*parts, truncated=0, rewards=None):
                 logprob_rollout=np.zeros(1, np.float32),
                 finish_reason="length" if index >= len(parts) - truncated else "stop",
                 text="",
-                weight_version=0,
+                weight_versions=np.zeros(1, dtype=np.int64),
                 reward_parts=scored,
                 reward=total(scored, RewardConfig()) if rewards is None else rewards[index],
             )

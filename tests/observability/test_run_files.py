@@ -81,9 +81,8 @@ def make_group(record_id: str, *, rewards=(1.0, 0.0), trained: bool = True) -> G
     )
     rollouts = []
     for index, reward in enumerate(rewards):
-        rollout = Rollout(
-            index, np.array([5, 6]), np.array([-1.0, -2.0], np.float32), "stop", "<b>", 3, {"accuracy": reward}, reward
-        )
+        tokens, log_probs, versions = np.array([5, 6]), np.array([-1.0, -2.0], np.float32), np.array([3, 4])
+        rollout = Rollout(index, tokens, log_probs, "stop", "<b>", versions, {"accuracy": reward}, reward)
         if trained:
             rollout.logprob_old, rollout.advantage = np.array([-1.0, -2.5], np.float32), 0.7
             rollout.importance = np.array([1.0, 0.5])
@@ -109,6 +108,7 @@ def test_recorder(tmp_path):
         0.5,
     )
     assert rows[0]["importance_mean"] == 0.75
+    assert rows[0]["weight_versions"] == [[3, 0, 1], [4, 1, 2]]
     assert (rows[2]["advantage"], rows[2]["logprob_gap_max"], rows[2]["logprob_ref_mean"]) == (None, None, None)
     assert rows[2]["importance_mean"] is None
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["key0.png", "key1.png"]

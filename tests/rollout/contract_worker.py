@@ -152,7 +152,7 @@ def dump(rollouts: Sequence[Rollout]) -> list[dict[str, object]]:
             "types": [str(rollout.token_ids.dtype), str(rollout.logprob_rollout.dtype)],
             "finish": rollout.finish_reason,
             "text": rollout.text,
-            "version": rollout.weight_version,
+            "versions": rollout.weight_versions.tolist(),
         }
         for rollout in rollouts
     ]

@@ -130,7 +130,8 @@ def test_an_update_changes_results_to_those_of_the_new_weights(report):
 
 @each_engine
 def test_rollouts_carry_the_version_of_their_weights(report):
-    versions = [{rollout["version"] for rollout in report[kind]} for kind in ("sampled", "updated", "long", "restored")]
+    kinds = ("sampled", "updated", "long", "restored")
+    versions = [{version for rollout in report[kind] for version in rollout["versions"]} for kind in kinds]
     assert versions == [{0}, {7}, {8}, {9}]
 
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from tiny_checkpoint import make_view
 
-from perl_megatron.rollout.vllm_colocated import shares_of_replicas
+from perl_megatron.rollout.shares import shares_of
 
 
 def views_of(*sizes):
@@ -28,4 +28,4 @@ def views_of(*sizes):
     ],
 )
 def test_views_of_a_record_stay_together(sizes, num_replicas, expected):
-    assert shares_of_replicas(views_of(*sizes), num_replicas) == expected
+    assert shares_of(views_of(*sizes), num_replicas) == expected
