@@ -113,6 +113,16 @@ def build_engine(
     obstacle = vllm_obstacle(cuda=platform.is_cuda())
     if topology.rank == 0 and config.rollout.engine == "auto" and obstacle is not None:
         logger.warning("rollouts by the embedded engine: %s", obstacle)
+    if derived.engine == "server":
+        from perl_megatron.rollout.server_engine import ServerEngine
+
+        return ServerEngine(
+            config.rollout,
+            encoder=encoder,
+            model_path=config.model.path,
+            dtype=getattr(torch, config.model.dtype),
+            max_model_length=derived.max_sequence_tokens,
+        )
     if derived.engine == "vllm" and (config.rollout.engine == "vllm" or obstacle is None):
         from perl_megatron.rollout.vllm_colocated import VllmColocatedEngine
 

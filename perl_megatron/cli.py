@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, plan, verify, verify-weights, doctor.
+"""The command `perl-megatron`: train, sft, eval, serve, plan, verify, verify-weights, doctor.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -62,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("train", "permuted GRPO", run_job),
         ("sft", "supervised warm start on the records' demonstrations", run_job),
         ("eval", "held-out accuracy and flip rate of model.path", run_job),
+        ("serve", "a vLLM server of model.path, for runs with rollout.engine=server", run_serve),
         ("plan", "batch arithmetic and topology, without starting anything", run_plan),
     ):
         command = commands.add_parser(name, help=description, description=description)
@@ -76,6 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--master-port", type=int, help="rendezvous port of the processes (default: a free one)"
             )
+        if name == "serve":
+            command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+            command.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+            text = "images that a prompt may have (default: as many as the config's questions have)"
+            command.add_argument("--max-images", type=positive, metavar="N", help=text)
+            command.add_argument("--log-requests", action="store_true", help="print a line for every request")
         if name == "plan":
             command.add_argument("--processes", type=int, help="number of processes (default: the fewest that fit)")
             command.add_argument("--json", action="store_true", help="print JSON")
@@ -183,6 +190,21 @@ def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
     plan = make_plan(loaded.config, derived)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return 0
+
+
+def run_serve(options: argparse.Namespace, argv: list[str]) -> int:
+    """Be a server until the process is told to end."""
+    config = load_config(options.config, options.overrides).config
+    from perl_megatron.runtime import environment
+
+    environment.prepare_process()  # before torch is imported
+    from perl_megatron.runtime import platform
+
+    platform.install()  # before anything imports transformers
+    from perl_megatron import serving
+
+    how = {"max_images": options.max_images, "log_requests": options.log_requests}
+    return serving.serve(config, host=options.host, port=options.port, **how)
 
 
 def run_verify(options: argparse.Namespace, argv: list[str]) -> int:

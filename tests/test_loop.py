@@ -46,7 +46,16 @@ class NotingActor:
 def drawn_group() -> Drawn:
     record = Record("r", (), "?", "7")
     rollouts = [
-        Rollout(0, np.arange(3), SAMPLED.copy(), "stop", "", np.zeros(3, np.int64), {"accuracy": reward, "format": 1.0}, reward)
+        Rollout(
+            0,
+            np.arange(3),
+            SAMPLED.copy(),
+            "stop",
+            "",
+            np.zeros(3, np.int64),
+            {"accuracy": reward, "format": 1.0},
+            reward,
+        )
         for reward in (0.0, 1.0)
     ]
     prompt = EncodedPrompt(np.array([1]), (1,), (), np.zeros((0, 3), np.int64), ())

@@ -28,7 +28,9 @@ def group_of(num_images: int, log_ratios: dict[bool, list[list[float]]]) -> Grou
     for view in views:
         for difference in log_ratios[view.permuted]:
             sampled = np.linspace(-1, -2, len(difference))
-            rollout = Rollout(view.index, np.arange(len(difference)), sampled, "stop", "", np.zeros(len(difference), np.int64))
+            rollout = Rollout(
+                view.index, np.arange(len(difference)), sampled, "stop", "", np.zeros(len(difference), np.int64)
+            )
             rollout.logprob_old = sampled + difference
             rollouts.append(rollout)
     return Group(record, views, (), rollouts)

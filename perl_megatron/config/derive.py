@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.derive_engine import Engine, engine_replicas, engine_tensor_size, resolve_engine
 from perl_megatron.config.derive_model import check_fp8, check_objective, check_parts, check_psutil
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
 from perl_megatron.config.schema import Config
@@ -32,11 +32,11 @@ class Derived:
     """Model chunks of each pipeline stage."""
     stage_layers: tuple[int, ...]
     """Language-model layers of each pipeline stage."""
-    engine: Literal["vllm", "embedded"]
+    engine: Engine
     engine_tensor_size: int
-    """Processes that one engine replica is spread over."""
+    """Processes of the run that one engine replica is spread over; 1 with servers, which have their own."""
     engine_replicas: int
-    """Engine replicas, which share each step's questions."""
+    """Engine replicas, or servers, which share each step's questions."""
     views_per_question: int
     """n_s + 1."""
     rollouts_per_view: int
@@ -62,20 +62,6 @@ class Derived:
     """Longest prompt plus longest response."""
 
 
-def resolve_engine(config: Config) -> Literal["vllm", "embedded"]:
-    """The engine that `rollout.engine` means on this machine. UserError where vLLM is asked for but not installed."""
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if config.rollout.engine == "vllm" and not has_vllm:
-        raise UserError(
-            "vLLM is not installed",
-            where="rollout.engine = vllm",
-            fix="pip install 'perl-megatron[cpu]' or '[gpu]', or set rollout.engine=embedded",
-        )
-    if config.rollout.engine == "embedded" or not has_vllm:
-        return "embedded"
-    return "vllm"
-
-
 def derive(
     config: Config, *, world_size: int, architecture: ArchitectureNumbers, command: Command = "train"
 ) -> Derived:
@@ -96,7 +82,7 @@ def derive(
     if command == "train":
         _check_training(config, data_size)
     parallel, rollout = config.parallel, config.rollout
-    engine_tensor = _engine_tensor_size(config, engine, world_size, architecture)
+    engine_tensor = engine_tensor_size(config, engine, world_size, architecture)
     views = config.permutation.num_permuted + 1
     group_size = views * rollout.num_rollouts
     if command == "sft":
@@ -120,7 +106,7 @@ def derive(
         stage_layers=stage_layers(parallel, architecture.num_layers),
         engine=engine,
         engine_tensor_size=engine_tensor,
-        engine_replicas=world_size // engine_tensor,
+        engine_replicas=engine_replicas(config, engine, world_size // engine_tensor),
         views_per_question=views,
         rollouts_per_view=rollout.num_rollouts,
         group_size=group_size,
@@ -164,25 +150,6 @@ def _require_file(key: str, path: Path) -> None:
             where=key,
             fix=f"paths in a config are relative to the current directory, {Path.cwd()}",
         )
-
-
-def _engine_tensor_size(
-    config: Config, engine: Literal["vllm", "embedded"], world_size: int, architecture: ArchitectureNumbers
-) -> int:
-    """Processes of one engine: the embedded one is whole in every process."""
-    if engine == "embedded":
-        return 1
-    size = config.rollout.tensor_parallel or config.parallel.tensor
-    numbers = (world_size, architecture.num_heads, architecture.num_kv_heads)
-    if any(number % size for number in numbers):
-        possible = [other for other in range(1, world_size + 1) if not any(number % other for number in numbers)]
-        raise UserError(
-            f"an engine over {size} processes does not divide the {world_size} processes of the run and the policy's "
-            f"{numbers[1]} attention and {numbers[2]} key-value heads",
-            where=f"rollout.tensor_parallel = {config.rollout.tensor_parallel}",
-            fix=f"sizes that do: {join_numbers(possible)}",
-        )
-    return size
 
 
 def _check_sections(config: Config) -> None:

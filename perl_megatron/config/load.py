@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -166,7 +166,11 @@ def _as_text(info: FieldInfo, text: str) -> str | Path:
 
 
 def _takes_text(info: FieldInfo) -> bool:
-    return bool({info.annotation, *get_args(info.annotation)} & {str, Path})
+    return not _is_list(info) and bool({info.annotation, *get_args(info.annotation)} & {str, Path})
+
+
+def _is_list(info: FieldInfo) -> bool:
+    return get_origin(info.annotation) is tuple
 
 
 def _unknown_key(key: str, origin: str) -> UserError:

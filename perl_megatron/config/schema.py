@@ -7,15 +7,22 @@ The help text, docs and error messages are made from the descriptions here. Batc
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
     """A part of the configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def _as_texts(value: object) -> object:
+    """A list of texts may be written as one, with commas, which is shorter on a command line."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
 
 
 class RunConfig(Section):
@@ -119,8 +126,27 @@ class PermutationConfig(Section):
 class RolloutConfig(Section):
     """Sampling of responses."""
 
-    engine: Literal["auto", "vllm", "embedded"] = "auto"
-    """'vllm': colocated in the trainer's processes; 'embedded': transformers; 'auto': vllm where it is installed."""
+    engine: Literal["auto", "vllm", "server", "embedded"] = "auto"
+    """'vllm': colocated in the trainer's processes; 'server': the vLLM servers of rollout.servers; 'embedded':
+    transformers; 'auto': vllm where it is installed."""
+    servers: Annotated[tuple[str, ...], BeforeValidator(_as_texts)] = ()
+    """Addresses of vLLM servers (`http://host:8000`), started by `perl-megatron serve` or otherwise; they share the
+    questions, and those that fail are done without until they are back."""
+    api_key_file: Path | None = None
+    """File whose first line is the servers' key: `perl-megatron serve` demands it, the trainer sends it."""
+    request_deadline: float = Field(default=900.0, gt=0)
+    """Seconds in which a server has to answer for a view; then another one is asked for the same."""
+    health_deadline: float = Field(default=60.0, gt=0)
+    """Seconds without an answer to `/health` after which a server is taken for hung; they are also what a server may
+    take over a message without much work in it."""
+    sync_deadline: float = Field(default=900.0, gt=0)
+    """Seconds in which servers have to have taken an update of the weights; also how long is waited for a server to be
+    there at all."""
+    weight_transfer: Literal["direct", "disk"] = "direct"
+    """How weights get to servers: 'direct' through vLLM's weight transfer (NCCL, on CPUs gloo), 'disk' as a Hugging
+    Face folder in rollout.shared_folder."""
+    shared_folder: Path | None = None
+    """For 'disk': a folder that the trainer's first process and all servers see under this path."""
     questions_per_step: int = Field(default=128, ge=1)
     """Informative questions (groups) that make up one training step."""
     num_rollouts: int = Field(default=6, ge=1)
@@ -133,7 +159,7 @@ class RolloutConfig(Section):
     """Responses are cut at this length."""
     tensor_parallel: int | None = Field(default=None, ge=1)
     """vLLM: processes that one engine is spread over; the others form further engines, which share the questions. None:
-    parallel.tensor."""
+    parallel.tensor, or 1 in a server."""
     max_concurrent_sequences: int = Field(default=64, ge=1)
     """Sequences that an engine works on at once."""
     gpu_memory_fraction: float = Field(default=0.5, gt=0, lt=1)

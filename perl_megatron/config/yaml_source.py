@@ -100,11 +100,13 @@ def _scalar(node: yaml.ScalarNode, place: str) -> Any:
 
 
 def dump_scalar(value: Any) -> str:
-    """The value on one line of YAML that `plain` reads back equal."""
+    """The value, or a tuple of such, on one line of YAML that `plain` reads back equal (as a list)."""
     if isinstance(value, str | Path):
         return yaml.safe_dump(str(value), default_style='"', width=math.inf, allow_unicode=True).rstrip("\n")
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(dump_scalar, value))}]"
     return repr(value)

@@ -17,6 +17,8 @@ MAY_CHANGE = frozenset(
         *("run.steps", "run.save_every", "run.keep_checkpoints", "run.record_rollouts", "run.collective_timeout"),
         *("run.name", "run.directory", "parallel", "evaluation", "data.evaluation", "rollout.engine"),
         *("rollout.tensor_parallel", "rollout.max_concurrent_sequences", "rollout.gpu_memory_fraction"),
+        *("rollout.servers", "rollout.api_key_file", "rollout.weight_transfer", "rollout.shared_folder"),
+        *("rollout.request_deadline", "rollout.health_deadline", "rollout.sync_deadline"),
         *("rollout.cpu_cache_gib", "filter.max_refills", "supervised.steps", "optimizer.micro_batch_sequences"),
         *("optimizer.learning_rate", "optimizer.min_learning_rate", "model.recompute"),
     )

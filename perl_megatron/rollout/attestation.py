@@ -250,6 +250,14 @@ def add_up(sums: Iterable[tuple[Place, int]]) -> dict[str, int]:
     return dict(totals)
 
 
+def without_raising(find_problems: Callable[[], list[str]]) -> list[str]:
+    """An error is a problem too: a rank that raised alone would leave the others waiting for it."""
+    try:
+        return find_problems()
+    except Exception as error:
+        return [f"what vLLM holds could not be read: {type(error).__name__}: {error}"]
+
+
 def _place(holding: Holding, segment: Segment) -> Place:
     return Place(segment.published, segment.first_row, segment.num_rows, holding.first_column, holding.num_columns)
 

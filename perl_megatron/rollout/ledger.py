@@ -33,9 +33,13 @@ class WeightLedger:
             self._num_bytes += cast.nbytes
             yield name, cast
 
-    def close(self, version: int) -> SyncReport:
-        """The report of a stream that has ended; ValueError lists the weights that did not come."""
+    def check_complete(self) -> None:
+        """ValueError lists the weights that did not come."""
         missing = sorted(self._expected - self._came)
         if missing:
             raise ValueError(f"{len(missing)} weights did not come: {', '.join(missing[:20])}")
+
+    def close(self, version: int) -> SyncReport:
+        """The report of a stream that has ended; ValueError lists the weights that did not come."""
+        self.check_complete()
         return SyncReport(time.perf_counter() - self._started, self._num_bytes, len(self._came), version)

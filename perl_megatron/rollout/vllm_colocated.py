@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
 from perl_megatron.rollout import vllm_holdings, vllm_start
-from perl_megatron.rollout.attestation import Attestor, Place, add_up, uncovered
+from perl_megatron.rollout.attestation import Attestor, Place, add_up, uncovered, without_raising
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.digest import digest
 from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, Sampling, SyncReport
@@ -132,8 +132,7 @@ class VllmColocatedEngine:
             self._llm.sleep(level=0)  # no request may run while the weights are a mixture
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
             report = ledger.close(version)
-            if self._tied and not platform.is_cuda():
-                vllm_holdings.repack_output_layer(self._model)
+            vllm_holdings.renew_output_layer(self._model, tied=self._tied)
             report = replace(report, attest_seconds=self._attest(version))
             self._drop_caches()
             self.wake()
@@ -194,7 +193,7 @@ class VllmColocatedEngine:
         if self._attestor is None:
             return 0.0
         begin = time.perf_counter() - self._attestor.watch_seconds
-        by_rank = collective.gather_objects(_without_raising(self._attestor.problems))
+        by_rank = collective.gather_objects(without_raising(self._attestor.problems))
         problems = [f"{text} (process {rank})" for rank, texts in enumerate(by_rank) for text in texts]
         if problems:
             raise UserError(
@@ -247,11 +246,3 @@ class VllmColocatedEngine:
             text=self._encoder.decode(token_ids),
             weight_versions=np.full(len(token_ids), self.weight_version, dtype=np.int64),
         )
-
-
-def _without_raising(find_problems: Callable[[], list[str]]) -> list[str]:
-    """An error is a problem too: a rank that raised alone would leave the others waiting for it."""
-    try:
-        return find_problems()
-    except Exception as error:
-        return [f"what vLLM holds could not be read: {type(error).__name__}: {error}"]

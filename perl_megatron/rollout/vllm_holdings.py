@@ -43,15 +43,16 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_buffers())
 
 
-def repack_output_layer(model: nn.Module) -> None:
-    """Make a tied output layer follow the embedding that was reloaded.
+def renew_output_layer(model: nn.Module, *, tied: bool) -> None:
+    """After an update, make a tied output layer follow the embedding that was reloaded.
 
     On a CPU vLLM multiplies by a repacked copy of each matrix. Its reload repacks the layers that got a weight; a tied
     output layer shares the embedding's weight and gets none of its own, so its copy stays that of the old policy
     (seen with vLLM 0.32: log-probabilities off by up to 0.2 nats after a few updates).
     """
     head = model.get_submodule("language_model.lm_head")
-    head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr,operator]
+    if tied and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr,operator]
 
 
 def _of_module(name: str, module: Any, *, tied: bool) -> Iterator[Holding]:

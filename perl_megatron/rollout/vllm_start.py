@@ -99,7 +99,7 @@ def start(arguments: dict[str, Any]) -> Any:
 
         _spare_process_group()
         if not platform.is_cuda():
-            _register_model_class()
+            register_model_class()
     except ImportError as error:
         raise UserError(
             f"vLLM cannot be imported: {error}",
@@ -118,7 +118,7 @@ def _spare_process_group() -> None:
         core.cleanup_dist_env_and_memory = parallel_state.destroy_model_parallel
 
 
-def _register_model_class() -> None:
+def register_model_class() -> None:
     """Show vLLM the model's class in this process.
 
     It would look at the class in a process of its own (so as not to initialise CUDA here), where torchvision cannot be

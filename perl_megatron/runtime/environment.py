@@ -27,6 +27,18 @@ _VLLM = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
+_VLLM_SERVER = {
+    # The routes by which weights are brought and workers are called.
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # Below that it warns, after every update, of the layers that have no weights.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+_SERVER_KEY = "VLLM_API_KEY"
+"""vLLM's own name for it."""
+
 _VLLM_CPU = {
     # Leave the trainer's threads where they are; binding would put every rank on its own cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -43,6 +55,24 @@ def prepare_process() -> None:
 def prepare_vllm(*, cuda: bool) -> None:
     """Set what vLLM reads; call it before vLLM is imported."""
     _set_defaults(_VLLM if cuda else _VLLM | _VLLM_CPU)
+
+
+def prepare_vllm_server(*, cuda: bool) -> None:
+    """Set what a server of vLLM's reads; call it before vLLM is imported."""
+    _set_defaults(_VLLM_SERVER if cuda else _VLLM_SERVER | _VLLM_CPU)
+
+
+def set_server_key(key: str | None) -> None:
+    """Let a server in this process demand ``key``; its workers inherit it, which a command line would show to all."""
+    if key is None:
+        os.environ.pop(_SERVER_KEY, None)
+    else:
+        os.environ[_SERVER_KEY] = key
+
+
+def server_key() -> str | None:
+    """What `set_server_key` set."""
+    return os.environ.get(_SERVER_KEY)
 
 
 @contextlib.contextmanager

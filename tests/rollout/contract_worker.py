@@ -12,8 +12,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from perl_megatron.runtime import environment
 
@@ -23,12 +24,15 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from corruptions import complaints, with_stale_features
+from corruptions import Corruptor, complaints, with_stale_features
+from servers import wait_for_server
 from tiny_checkpoint import make_view
 
 from perl_megatron.checkpoint.hf_files import open_checkpoint
+from perl_megatron.checkpoint.published_shapes import published_shapes
 from perl_megatron.config.schema import ParallelConfig, RolloutConfig
 from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.model.architecture import read_architecture
 from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, RolloutEngine, Sampling
 from perl_megatron.runtime import collective, platform, topology
 from perl_megatron.types import Rollout, View
@@ -102,8 +106,19 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """In the order of a policy's."""
     checkpoint = open_checkpoint(path)
-    return ((name, checkpoint[name]) for name in checkpoint)
+    return ((name, checkpoint[name]) for name in published_shapes(read_architecture(path)))
+
+
+class Again:
+    """Weights that can be drawn again, as those of a trainer."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return weights(self.path)
 
 
 def process_state() -> dict[str, object]:
@@ -121,6 +136,8 @@ def process_state() -> dict[str, object]:
 
 def start(name: str, layout: topology.Topology, tensor_parallel: int, encoder: PromptEncoder) -> RolloutEngine:
     config = RolloutConfig(max_concurrent_sequences=16, cpu_cache_gib=0.25)
+    if name.startswith("server"):
+        return start_server_engine(name, config, encoder)
     if name == "embedded":
         from perl_megatron.rollout.embedded import EmbeddedEngine
 
@@ -141,6 +158,47 @@ def start(name: str, layout: topology.Topology, tensor_parallel: int, encoder: P
         max_model_length=192,
         max_images=4,
     )
+
+
+def start_server_engine(name: str, config: RolloutConfig, encoder: PromptEncoder) -> RolloutEngine:
+    """'server|direct|ADDRESSES' or 'server|disk|ADDRESSES|FOLDER'; all servers are waited for."""
+    from perl_megatron.rollout.server_engine import ServerEngine
+
+    environment.prepare_vllm(cuda=False)  # its end of the weight transfer is imported here
+    _, transfer, addresses, *folder = name.split("|")
+    settings = {"engine": "server", "servers": tuple(addresses.split(",")), "weight_transfer": transfer}
+    settings |= {"sync_deadline": 120.0, "shared_folder": Path(folder[0]) if folder else None}
+    for address in addresses.split(","):
+        wait_for_server(address)
+    return ServerEngine(
+        config.model_copy(update=settings),
+        encoder=encoder,
+        model_path=encoder.model_path,
+        dtype=torch.float32,
+        max_model_length=192,
+    )
+
+
+def corruption_switches(
+    name: str, engine: Any, layout: topology.Topology
+) -> tuple[Callable[[str], None], Callable[[str], None]]:
+    """``switch`` and ``attest`` of ``complaints``: the last process that holds weights is corrupted."""
+    if name == "vllm":
+        model = engine._llm.apply_model(lambda model: model)[0]
+        corruptor = Corruptor(model, corrupts=layout.rank == layout.world_size - 1)
+        return corruptor.switch, lambda mode: setattr(engine, "_attestation", mode)
+    addresses = [server.address for server in engine._servers]
+
+    def switch(kind: str) -> None:
+        for address in addresses if layout.rank == 0 else ():
+            engine._clients[address].call("corrupt", kind, address == addresses[-1])
+        collective.barrier()
+
+    def attest(mode: str) -> None:
+        if engine._pusher is not None:
+            engine._pusher._config = engine._pusher._config.model_copy(update={"attestation": mode})
+
+    return switch, attest
 
 
 def dump(rollouts: Sequence[Rollout]) -> list[dict[str, object]]:
@@ -190,21 +248,20 @@ def measure(folder: Path, name: str, layout: topology.Topology, tensor_parallel:
     compared = {"sampled": (sampled, SAMPLED), "greedy": (run(GREEDY), GREEDY), "cool": (run(COOL), COOL)}
     report |= {"again": dump(run(SAMPLED)), "other_seeds": dump(run(SAMPLED, [21, 22, 23, 24]))}
 
-    sync = engine.update_weights(weights(folder / "b"), version=7)
+    sync = engine.update_weights(Again(folder / "b"), version=7)
     updated = run(GREEDY)
     report |= {"sync": [sync.num_bytes, sync.num_tensors, sync.version, sync.seconds > 0], "digest_b": engine.digest()}
-    engine.update_weights(weights(folder / "flat"), version=8)
+    engine.update_weights(Again(folder / "flat"), version=8)
     report["long"] = dump(run(LONG))
     engine.sleep()
     engine.wake()
-    engine.update_weights(weights(folder / "a"), version=9)
+    engine.update_weights(Again(folder / "a"), version=9)
     report |= {"restored": dump(run(SAMPLED)), "digest_restored": engine.digest()}
-    if name == "vllm":
-        is_last = layout.rank == layout.world_size - 1
-        brought, other = (lambda: weights(folder / "b")), (lambda: weights(folder / "a"))
-        report["complaints"] = complaints(engine, brought, other, corrupts=is_last)
+    if name != "embedded":
+        brought, other = (lambda: Again(folder / "b")), (lambda: Again(folder / "a"))
+        report["complaints"] = complaints(engine, brought, other, *corruption_switches(name, engine, layout))
         report["attested"] = dump(run(GREEDY))
-        if layout.world_size == 1:  # one of several replicas might wait for another that failed
+        if name == "vllm" and layout.world_size == 1:  # one of several replicas might wait for another that failed
             stale = with_stale_features(engine, other, run, GREEDY)
             report["stale"] = stale if isinstance(stale, str) else dump(stale)
     report["refusals"] = refusals(engine, folder)
@@ -242,7 +299,7 @@ def refusals(engine: RolloutEngine, folder: Path) -> list[str]:
 def main() -> None:
     folder, output, tensor_parallel = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     layout = topology.initialize(ParallelConfig(tensor=tensor_parallel), seed=0, timeout_seconds=300)
-    reports = {name: measure(folder, name, layout, tensor_parallel) for name in sys.argv[4:]}
+    reports = {name.split("|")[0]: measure(folder, name, layout, tensor_parallel) for name in sys.argv[4:]}
     if layout.rank == 0:
         output.write_text(json.dumps(reports))
     topology.shutdown()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from perl_megatron.errors import UserError
-from perl_megatron.rollout import vllm_colocated, vllm_holdings
+from perl_megatron.rollout import vllm_holdings
 from perl_megatron.rollout.attestation import TURNS
 from perl_megatron.rollout.engine import Sampling
 from perl_megatron.types import Rollout
@@ -33,7 +32,6 @@ def a_bias_of_the_merger(model: nn.Module) -> None:
 
 def a_single_number(model: nn.Module) -> None:
     """Of layer 0's output projection: seen when all numbers are compared."""
-    vllm_colocated_repack(model)
     repack(model, "language_model.model.layers.0.self_attn.o_proj", None, column=-1)
 
 
@@ -54,55 +52,65 @@ def repack(model: nn.Module, name: str, part: str | None, column: int | slice = 
     module.quant_method.process_weights_after_loading(module)
 
 
-vllm_colocated_repack = vllm_colocated._repack_output_layer
 CORRUPTIONS: dict[str, Callable[[nn.Module], None]] = {
     each.__name__: each
     for each in (a_row_of_a_fused_shard, a_shard_of_the_vision_tower, a_bias_of_the_merger, rotary_angles)
 }
+NOTHING, STALE_OUTPUT, ONE_NUMBER = "nothing", "an output layer that stays old", "a single number"
+renew_output_layer = vllm_holdings.renew_output_layer
 
 
-@contextmanager
-def instead_of_the_repacked_output_layer(action: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Within an update, after the reload and before it is attested."""
-    original = vllm_colocated._repack_output_layer
-    vllm_colocated._repack_output_layer = action
-    try:
-        yield
-    finally:
-        vllm_colocated._repack_output_layer = original
+class Corruptor:
+    """Corrupts the model of this process in every update, after the reload and before it is attested.
+
+    Args:
+        corrupts: whether this process is to be corrupted; the others go on as ever, but for ``STALE_OUTPUT``.
+    """
+
+    def __init__(self, model: nn.Module, *, corrupts: bool):
+        self._model, self.corrupts = model, corrupts
+        self._buffers = {name: buffer.clone() for name, buffer in vllm_holdings.buffers(model).items()}
+
+    def switch(self, kind: str) -> None:
+        """From now on this kind; what an earlier one did to buffers, which no update mends, is undone."""
+        for name, buffer in vllm_holdings.buffers(self._model).items():
+            buffer.copy_(self._buffers[name])
+
+        def action(model: nn.Module, *, tied: bool) -> None:
+            if kind != STALE_OUTPUT:
+                renew_output_layer(model, tied=tied)
+            if self.corrupts and kind not in (NOTHING, STALE_OUTPUT):
+                (CORRUPTIONS | {ONE_NUMBER: a_single_number})[kind](model)
+
+        vllm_holdings.renew_output_layer = action
 
 
 Stream = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
-def complaints(engine: Any, stream: Stream, other: Stream, *, corrupts: bool) -> dict[str, str]:
-    """What the engine says to each corruption, of this rank's part if ``corrupts``; '' if nothing.
+def complaints(
+    engine: Any, stream: Stream, other: Stream, switch: Callable[[str], None], attest: Callable[[str], None]
+) -> dict[str, str]:
+    """What the engine says to each corruption; '' if nothing.
 
-    ``stream`` and ``other`` bring different weights; in the end the engine has those of ``stream``.
+    ``stream`` and ``other`` bring different weights; in the end the engine has those of ``stream``. ``switch`` is that
+    of the ``Corruptor`` of every process that holds weights, ``attest`` sets `rollout.attestation`.
     """
     found = {}
-    repack_output_layer = vllm_colocated._repack_output_layer
-    for name, corrupt in CORRUPTIONS.items():
-
-        def action(model: nn.Module, corrupt: Callable[[nn.Module], None] = corrupt) -> None:
-            repack_output_layer(model)
-            if corrupts:
-                corrupt(model)
-
-        buffers = [buffer.clone() for buffer in _buffers(engine).values()]
-        with instead_of_the_repacked_output_layer(action):
-            found[name] = complaint(engine, stream)
-        for buffer, before in zip(_buffers(engine).values(), buffers, strict=True):
-            buffer.copy_(before)
+    for kind in CORRUPTIONS:
+        switch(kind)
+        found[kind] = complaint(engine, stream)
+    switch(NOTHING)
     assert complaint(engine, other) == ""
-    with instead_of_the_repacked_output_layer(lambda model: None):
-        found["an output layer that stays old"] = complaint(engine, stream)
-    engine._attestation = "full"
-    with instead_of_the_repacked_output_layer(a_single_number if corrupts else repack_output_layer):
-        found["a single number"] = complaint(engine, stream)
-    found["nothing"] = complaint(engine, stream)
-    engine._attestation = "sample"
-    found["nothing"] += complaint(engine, stream)
+    switch(STALE_OUTPUT)
+    found[STALE_OUTPUT] = complaint(engine, stream)
+    attest("full")
+    switch(ONE_NUMBER)
+    found[ONE_NUMBER] = complaint(engine, stream)
+    switch(NOTHING)
+    found[NOTHING] = complaint(engine, stream)
+    attest("sample")
+    found[NOTHING] += complaint(engine, stream)
     return found
 
 
@@ -129,7 +137,3 @@ def with_stale_features(
         return f"{type(error).__name__}: {error}"
     finally:
         del engine._drop_caches
-
-
-def _buffers(engine: Any) -> dict[str, torch.Tensor]:
-    return vllm_holdings.buffers(engine._llm.apply_model(lambda model: model)[0])

@@ -1,10 +1,11 @@
-"""The engines' contract, the same for both. contract_worker.py measures in three launches; here it is judged."""
+"""The engines' contract, the same for all. contract_worker.py measures in three launches; here it is judged."""
 
 import json
 from pathlib import Path
 
 import pytest
 from launch_ranks import launch_ranks
+from servers import ServerProcess
 from tiny_checkpoint import make_images, make_policy
 
 from perl_megatron.rollout.engine import vllm_obstacle
@@ -13,7 +14,7 @@ WORKER = Path(__file__).with_name("contract_worker.py")
 MAX_TOKENS, LONG_TOKENS = 10, 40
 VLLM = vllm_obstacle(cuda=False)
 needs_vllm = pytest.mark.skipif(VLLM is not None, reason=str(VLLM))
-ENGINES = ["embedded", pytest.param("vllm", marks=needs_vllm)]
+ENGINES = ["embedded", pytest.param("vllm", marks=needs_vllm), pytest.param("server", marks=needs_vllm)]
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -28,6 +29,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def servers(folder):
+    """One server in one process, one tensor-parallel in two; they start while other engines are measured."""
+    servers = [ServerProcess(folder / "servers", folder / "a", tensor_parallel=size) for size in (1, 2)]
+    yield servers
+    for server in servers:
+        server.kill()
+
+
 def launch(folder, *, processes, tensor_parallel, engines):
     """Reports by engine."""
     output = folder / f"{processes}-{tensor_parallel}.json"
@@ -37,14 +47,22 @@ def launch(folder, *, processes, tensor_parallel, engines):
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
-    return launch(folder, processes=1, tensor_parallel=1, engines=["embedded"] + ["vllm"] * (VLLM is None))
+def alone(folder, request):
+    engines = ["embedded"]
+    if VLLM is None:
+        first, _ = request.getfixturevalue("servers")
+        engines += ["vllm", f"server|direct|{first.address}"]
+    return launch(folder, processes=1, tensor_parallel=1, engines=engines)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder):
-    """The embedded engine and vLLM tensor-parallel, on two ranks."""
-    return launch(folder, processes=2, tensor_parallel=2, engines=["embedded"] + ["vllm"] * (VLLM is None))
+def two_ranks(folder, request):
+    """The embedded engine, vLLM tensor-parallel, and two servers, one of them tensor-parallel, on two ranks."""
+    engines = ["embedded"]
+    if VLLM is None:
+        addresses = ",".join(server.address for server in request.getfixturevalue("servers"))
+        engines += ["vllm", f"server|disk|{addresses}|{folder / 'shared'}"]
+    return launch(folder, processes=2, tensor_parallel=2, engines=engines)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +77,15 @@ def report(alone, request):
 
 
 each_engine = pytest.mark.parametrize("report", ENGINES, indirect=True)
+
+
+def assert_alike(rollouts, expected, *, exactly=False):
+    """The same tokens, and log-probabilities but for float rounding."""
+    assert tokens(rollouts) == tokens(expected)
+    for rollout, reference in zip(rollouts, expected, strict=True):
+        assert rollout["logprobs"] == pytest.approx(reference["logprobs"], abs=0 if exactly else 1e-5)
+    if exactly:
+        assert rollouts == expected
 
 
 def tokens(rollouts):
@@ -76,7 +103,7 @@ def test_every_view_gets_its_rollouts_in_order(report):
 
 @each_engine
 def test_seeds_are_reproducible_and_rollouts_distinct(report):
-    assert report["again"] == report["sampled"]
+    assert_alike(report["again"], report["sampled"], exactly=report["name"] != "server")
     assert len({tuple(ids) for ids in tokens(report["sampled"])}) == 12
     assert not set(map(tuple, tokens(report["other_seeds"]))) & set(map(tuple, tokens(report["sampled"])))
 
@@ -169,17 +196,21 @@ PLACES = {
 
 
 @needs_vllm
-@pytest.mark.parametrize("layout", ["alone", "two_ranks", "two_replicas"])
-def test_a_corrupted_shard_stops_the_run_and_is_named(layout, request):
-    """Of the last rank alone, and on all ranks; without a corruption the same update goes through."""
-    report = request.getfixturevalue(layout)["vllm"]
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("alone", "vllm"), ("two_ranks", "vllm"), ("two_replicas", "vllm"), ("alone", "server"), ("two_ranks", "server")],
+)
+def test_a_corrupted_shard_stops_the_run_and_is_named(layout, name, request):
+    """Of the last rank or worker alone, and on all ranks; without a corruption the same update goes through."""
+    report = request.getfixturevalue(layout)[name]
+    place = "process" if name == "vllm" else "worker"
     complaints = dict(report["complaints"])
     assert complaints.pop("nothing") == ""
     assert complaints.keys() == PLACES.keys()
     for kind, complaint in complaints.items():
-        assert "vLLM holds other numbers than it was sent, in" in complaint
+        assert ("vLLM holds" if name == "vllm" else "servers hold") + " other numbers than" in complaint
         assert PLACES[kind] in complaint, kind
-        assert f"(process {0 if layout == 'alone' else 1})" in complaint
+        assert f"({place} {0 if layout == 'alone' else 1})" in complaint
     assert tokens(report["attested"]) == tokens(report["updated"])
 
 
@@ -194,7 +225,7 @@ def test_prompts_and_images_are_computed_once(report):
     assert use["images"] == 3 * sum(images for _, images in prompts) == 30
     assert use["encoded_images"] == 4
     assert 3 * 128 < long["prompt_tokens"] < 3 * 182
-    if report["name"] == "vllm":
+    if report["name"] != "embedded":
         assert (use["cached_tokens"], long["cached_tokens"]) == (0, 2 * 128)
     else:
         assert use["cached_tokens"] == 2 * use["prompt_tokens"] // 3
@@ -210,10 +241,8 @@ def test_features_of_old_weights_would_not_go_unnoticed(alone):
 
 def assert_same_results(report, expected):
     for kind in ("sampled", "greedy", "cool", "updated", "long"):
-        assert tokens(report[kind]) == tokens(expected[kind]), kind
-        for rollout, reference in zip(report[kind], expected[kind], strict=True):
-            assert rollout["logprobs"] == pytest.approx(reference["logprobs"], abs=1e-5)
-    assert report["again"] == report["sampled"]
+        assert_alike(report[kind], expected[kind])
+    assert_alike(report["again"], report["sampled"], exactly=report["name"] != "server")
     assert report["same_on_all_ranks"]
     assert report["state_kept"]
     assert report["children"] == []
@@ -221,7 +250,10 @@ def assert_same_results(report, expected):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_two_ranks_give_the_results_of_one(alone, two_ranks, name):
-    """The embedded engine shares the views; vLLM is tensor-parallel. Collectives work afterwards: (1 + 2) · 2."""
+    """The embedded engine and servers share views, vLLM is tensor-parallel; the servers' weights came over a folder.
+
+    Collectives work afterwards: (1 + 2) · 2.
+    """
     assert_same_results(two_ranks[name], alone[name])
     assert two_ranks[name]["sum_after"] == 6.0
 
@@ -230,3 +262,14 @@ def test_two_ranks_give_the_results_of_one(alone, two_ranks, name):
 def test_two_vllm_replicas_give_the_results_of_one(alone, two_replicas):
     assert_same_results(two_replicas["vllm"], alone["vllm"])
     assert two_replicas["vllm"]["sum_after"] == 3.0
+
+
+@needs_vllm
+def test_servers_sample_what_the_colocated_engine_does(alone):
+    assert_same_results(alone["server"], alone["vllm"])
+
+
+@needs_vllm
+def test_a_server_that_is_told_to_end_leaves_no_process_behind(servers, alone, two_ranks):
+    for server in servers:
+        assert server.end() == []

@@ -1,0 +1,127 @@
+"""One vLLM server, over HTTP: what the trainer asks of it beside rollouts.
+
+Errors of all kinds come as ``ServerFailure`` with the server's address and what it was asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from perl_megatron.errors import UserError
+
+
+class ServerFailure(Exception):
+    """A server did not do what it was asked; the text says what, not which server."""
+
+
+class ServerClient:
+    """Blocking calls, from any thread. Also vLLM's ``VLLMWeightSyncClient`` (four of the methods).
+
+    Args:
+        address: `http://host:port`.
+        key: what the server demands; None: nothing.
+        seconds: what a call may take; one that moves weights has ``sync_seconds``.
+    """
+
+    def __init__(self, address: str, *, key: str | None, seconds: float, sync_seconds: float):
+        self.address = address.rstrip("/")
+        self.seconds, self.sync_seconds = seconds, sync_seconds
+        # Not through a proxy of the environment: rollouts and weights stay in the cluster.
+        self._http = httpx.Client(base_url=self.address, headers=headers(key), trust_env=False)
+
+    def ask(self, path: str, *, seconds: float | None = None) -> Any:
+        """What the server says at a route, as JSON; None for no content."""
+        return self._send("GET", path, seconds=seconds)
+
+    def tell(self, path: str, body: Any = None, *, seconds: float | None = None, **query: str) -> Any:
+        """Make the server do something; its answer as JSON, None for no content."""
+        return self._send("POST", path, body=body, seconds=seconds, query=query)
+
+    def call(self, method: str, *arguments: Any, seconds: float | None = None) -> list[Any]:
+        """A method of ``WorkerExtension`` on all workers; their results, in rank order."""
+        body = {"method": method, "args": list(arguments)}
+        answer = self.tell("collective_rpc", body, seconds=self.sync_seconds if seconds is None else seconds)
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if not isinstance(results, list) or not results:
+            raise ServerFailure(f"{method}: its workers answered {str(answer)[:200]}")
+        return results
+
+    def metric(self, name: str) -> float:
+        """The sum of one of vLLM's counters over its engines."""
+        lines = str(self._send("GET", "metrics", as_text=True)).splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let the workers join the trainer."""
+        self.tell("init_weight_transfer_engine", {"init_info": init_info}, seconds=self.sync_seconds)
+
+    def start_weight_update(self) -> None:
+        """Weights are about to come."""
+        self.tell("start_weight_update", seconds=self.sync_seconds)
+
+    def update_weights(self, update_info: Any) -> None:
+        """Let the workers receive what is announced; returns when they have."""
+        self.tell("update_weights", {"update_info": update_info}, seconds=self.sync_seconds)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """All weights have come. The version is set later, when they have been attested."""
+        del weight_version
+        self.tell("finish_weight_update", {}, seconds=self.sync_seconds)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        seconds: float | None = None,
+        query: dict[str, str] | None = None,
+        as_text: bool = False,
+    ) -> Any:
+        limit = self.seconds if seconds is None else seconds
+        try:
+            reply = self._http.request(method, f"/{path}", json=body, params=query, timeout=limit)
+            refuse(reply, path)
+            if as_text:
+                return reply.text
+            return reply.json() if reply.content else None
+        except httpx.TimeoutException as error:
+            raise ServerFailure(f"/{path} was not answered within {limit:g} s") from error
+        except (httpx.HTTPError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise ServerFailure(f"/{path}: {describe(error)}") from error
+
+
+def headers(key: str | None) -> dict[str, str]:
+    """Of every request."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def refuse(reply: httpx.Response, path: str) -> None:
+    """ServerFailure for a reply that is no success; UserError where another server would refuse as well."""
+    if reply.status_code == 401:
+        raise UserError(
+            f"the server {reply.url.host}:{reply.url.port} does not take the key",
+            where="rollout.api_key_file",
+            fix="use the file that the server was started with",
+        )
+    if reply.status_code in (403, 404):
+        raise UserError(
+            f"the server {reply.url.host}:{reply.url.port} has no route /{path}: {reply.text[:200]}",
+            where="rollout.servers",
+            fix="start it with `perl-megatron serve`, or with the flags of docs/rollout.md",
+        )
+    if not reply.is_success:
+        raise ServerFailure(f"/{path} was answered with status {reply.status_code}: {reply.text[:300]}")
+
+
+def describe(error: Exception) -> str:
+    """An error in words, also one that has none."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

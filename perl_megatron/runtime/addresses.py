@@ -1,0 +1,47 @@
+"""Network addresses of this machine, and where others are."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from urllib.parse import urlsplit
+
+
+def address_towards(host: str) -> str:
+    """The address of this machine's interface on the way to ``host``, numeric; nothing is sent.
+
+    Raises:
+        OSError: the host is unknown, or there is no way to it.
+    """
+    family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host`` (a name or a numeric address); False for what cannot be resolved."""
+    try:
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
+
+
+def free_port(address: str) -> int:
+    """A port of this machine's ``address`` that nobody listens on right now."""
+    with socket.create_server((address, 0), family=_family(address)) as candidate:
+        return int(candidate.getsockname()[1])
+
+
+def host_of(url: str) -> str:
+    """The host of an http(s) address; ValueError for anything else."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise ValueError(f"{url!r} is not an address like http://host:8000")
+    _ = parts.port  # ValueError for one that is none
+    return parts.hostname
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
