@@ -23,15 +23,15 @@ class HandOver(Generic[Item]):
         """Whether either side gave up."""
         return self._is_given_up
 
-    def put(self, item: Item, *, until: float) -> bool:
-        """Hand over an item; False where the consumer gave up, or did not take the last one until ``until``.
-
-        ``until`` is a time of ``time.monotonic``.
-        """
+    def put(self, item: Item, *, seconds: float) -> bool:
+        """Hand over an item; False where the consumer gave up, or did not take the last one within ``seconds``."""
+        until = time.monotonic() + seconds
         with self._condition:
             while self._items and not self._is_given_up:
-                if not self._condition.wait(max(0.0, until - time.monotonic())) and time.monotonic() >= until:
+                left = until - time.monotonic()
+                if left <= 0:
                     return False
+                self._condition.wait(left)
             if self._is_given_up:
                 return False
             self._items.append(item)

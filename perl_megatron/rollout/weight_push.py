@@ -159,8 +159,12 @@ class WeightPusher:
             if update.attests:
                 update.sent.see(*item)
             for delivery in deliveries:
-                if delivery.is_taking and not delivery.weights.put(item, until=deadline):
-                    delivery.abandon("it did not take the weights in time (rollout.sync_deadline)")
+                if not delivery.is_taking:
+                    continue
+                # A server that hangs must not use up the time of the others.
+                seconds = min(self._config.health_deadline, deadline - time.monotonic())
+                if not delivery.weights.put(item, seconds=seconds):
+                    delivery.abandon(f"it took nothing for {self._config.health_deadline:g} s")
             yield item
         if missing := list(expected):
             raise ValueError(f"{len(missing)} weights did not come: {', '.join(missing[:20])}")
@@ -169,7 +173,8 @@ class WeightPusher:
     def _wait(deliveries: Sequence[Delivery], deadline: float) -> Pushed:
         pushed = Pushed()
         for delivery in deliveries:
-            delivery.join(max(0.0, deadline - time.monotonic()))
+            if delivery.failure is None:  # what was given up may hang for long
+                delivery.join(max(0.0, deadline - time.monotonic()))
             if delivery.is_alive():
                 delivery.abandon("it did not get done in time (rollout.sync_deadline)")
             address = delivery.client.address
