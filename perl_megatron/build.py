@@ -6,25 +6,32 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
+from perl_megatron.ahead import AheadCollector
+from perl_megatron.collect import GroupCollector
 from perl_megatron.config.architecture import read_architecture_numbers
 from perl_megatron.config.derive import Command, Derived, derive
 from perl_megatron.config.load import LoadedConfig
 from perl_megatron.config.schema import Config
 from perl_megatron.data.permutation import apply_order
+from perl_megatron.data.planner import swap_probability
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.records import Dataset, DroppedRecord, read_records
+from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.errors import UserError
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.reward.grade import check_expected
 from perl_megatron.rollout.engine import RolloutEngine, vllm_obstacle
+from perl_megatron.rollout.server_engine import ServerEngine
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
-from perl_megatron.session import SupervisedSession, TrainingSession
+from perl_megatron.session import SupervisedSession
 from perl_megatron.train.actor import Actor
+from perl_megatron.training_session import TrainingSession
 from perl_megatron.types import Record
 
 logger = logging.getLogger(__name__)
@@ -50,17 +57,20 @@ def build_training(
         evaluation_records = read_questions(config, config.data.evaluation, "data.evaluation", encoder)
     actor = Actor(config, topology, encoder, total_steps=derived.total_updates)
     engine = build_engine(config, derived, encoder, topology, (*records, *evaluation_records))
+    sampler = ShuffledSampler(len(records), config.run.seed)
     return TrainingSession(
         loaded,
         topology,
         actor,
         encoder,
         records,
+        sampler,
         total_steps=config.run.steps,
         resume=resume,
         stop=stop,
         memory=memory,
         engine=engine,
+        collector=build_collector(config, records, sampler, encoder, engine),
         evaluation_records=evaluation_records,
     )
 
@@ -89,6 +99,7 @@ def build_supervised(
         actor,
         encoder,
         with_demonstration,
+        ShuffledSampler(len(with_demonstration), config.run.seed),
         total_steps=config.supervised.steps,
         resume=resume,
         stop=stop,
@@ -114,8 +125,6 @@ def build_engine(
     if topology.rank == 0 and config.rollout.engine == "auto" and obstacle is not None:
         logger.warning("rollouts by the embedded engine: %s", obstacle)
     if derived.engine == "server":
-        from perl_megatron.rollout.server_engine import ServerEngine
-
         return ServerEngine(
             config.rollout,
             encoder=encoder,
@@ -141,6 +150,20 @@ def build_engine(
 
     return EmbeddedEngine(
         config.rollout, encoder=encoder, model_path=config.model.path, dtype=getattr(torch, config.model.dtype)
+    )
+
+
+def build_collector(
+    config: Config, records: Sequence[Record], sampler: ShuffledSampler, encoder: PromptEncoder, engine: RolloutEngine
+) -> GroupCollector | AheadCollector:
+    """Collects a step's groups, or with `rollout.max_staleness` also the next one's during the update."""
+    collector = GroupCollector(config, records, sampler, encoder, engine)
+    if config.rollout.max_staleness == 0:
+        return collector
+    steps, permutation = config.run.steps, config.permutation
+    # `derive` has refused other engines.
+    return AheadCollector(
+        collector, cast(ServerEngine, engine), lambda step: swap_probability(permutation, step, steps), steps
     )
 
 

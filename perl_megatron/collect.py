@@ -7,7 +7,7 @@ are counted globally and all ranks leave the refill loop together.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from perl_megatron.algorithm.advantage import group_advantages
@@ -18,6 +18,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.errors import UserError
 from perl_megatron.reward.score import score, total
+from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
 from perl_megatron.runtime.collective import shared_map
 from perl_megatron.runtime.rng import derive_seed
@@ -36,6 +37,8 @@ class Drawn:
     reasons: Counter[str] = field(default_factory=Counter)
     """Number of dropped groups by reason."""
     refills: int = 0
+    cache_use: CacheUse = field(default_factory=CacheUse)
+    """Of the engine, for all groups that were sampled."""
 
     @property
     def groups(self) -> list[Group]:
@@ -78,6 +81,7 @@ class GroupCollector:
             if len(drawn.kept) >= wanted or drawn.refills == self.config.filter.max_refills:
                 break
             drawn.refills += 1
+        drawn.cache_use = self.engine.take_cache_use()
         if not drawn.kept:
             raise UserError(
                 f"step {step}: all {sum(drawn.reasons.values())} groups were dropped: {dict(drawn.reasons)}",
@@ -85,6 +89,13 @@ class GroupCollector:
                 fix="widen the accuracy band, allow more refills, or check that the policy ever answers right",
             )
         return drawn
+
+    def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
+        """Nothing is ever under way between two calls of ``collect``."""
+
+    def sampler_state(self) -> dict[str, int]:
+        """Where a resumed run has to go on with the records."""
+        return self.sampler.state_dict()
 
     def _sample_groups(
         self, records: Sequence[Record], step: int, alpha: float, draw_indices: range, reasons: Counter[str]

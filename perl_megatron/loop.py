@@ -9,9 +9,10 @@ from perl_megatron.algorithm.importance import bounded_weights, importance_ratio
 from perl_megatron.collect import Drawn, assign_advantages
 from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.data.planner import swap_probability
-from perl_megatron.session import SupervisedSession, TrainingSession
+from perl_megatron.session import SupervisedSession
 from perl_megatron.step_metrics import rollout_metrics
 from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.training_session import TrainingSession
 from perl_megatron.types import Group
 
 
@@ -23,6 +24,8 @@ def train(session: TrainingSession) -> None:
         session.evaluate(step)
     while step < config.run.steps and not session.stop_requested():
         alpha = swap_probability(config.permutation, step, config.run.steps)
+        with session.saved_on_user_error(step), phases("generate"):
+            session.await_rollouts(step)  # begun during the last update, where rollout.max_staleness allows it
         with session.saved_on_user_error(step), phases("sync"):
             session.sync_weights(step)
         with session.saved_on_user_error(step), phases("generate"):

@@ -8,27 +8,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from perl_megatron.checkpoint.hf_files import save_checkpoint
 from perl_megatron.checkpoint.manifest import latest_checkpoint, on_rank_zero
-from perl_megatron.collect import Drawn, GroupCollector
 from perl_megatron.config.load import LoadedConfig
 from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.errors import UserError
-from perl_megatron.evaluation.evaluate import evaluate
 from perl_megatron.launch.failures import stop_status
 from perl_megatron.observability.journal import Journal
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.run_folder import RunFolder
-from perl_megatron.rollout.engine import RolloutEngine
 from perl_megatron.runtime.collective import any_rank, gather_objects
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
-from perl_megatron.step_metrics import mismatch_metrics
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import EncodedPrompt, Record
@@ -44,6 +39,7 @@ class Session:
         actor: Actor,
         encoder: PromptEncoder,
         records: Sequence[Record],
+        sampler: ShuffledSampler,
         *,
         total_steps: int,
         resume: bool,
@@ -53,7 +49,7 @@ class Session:
         self.config = loaded.config
         self.topology, self.actor, self.encoder = topology, actor, encoder
         self.records, self.total_steps = records, total_steps
-        self.sampler = ShuffledSampler(len(records), self.config.run.seed)
+        self.sampler = sampler
         self.folder = RunFolder.of(loaded.config)
         self._loaded, self._resume, self._stop = loaded, resume, stop
         self._memory = memory
@@ -111,9 +107,13 @@ class Session:
         if step == self._saved_step:
             return
         with self.phases("save"):
-            extra = {"step": step, "seconds": self.journal.seconds, "sampler": self.sampler.state_dict()}
+            extra = {"step": step, "seconds": self.journal.seconds, "sampler": self.sampler_state()}
             self.actor.save(self.folder.checkpoints, step, extra)
         self._saved_step = step
+
+    def sampler_state(self) -> dict[str, int]:
+        """Where a resumed run has to go on with the records."""
+        return self.sampler.state_dict()
 
     @contextmanager
     def saved_on_user_error(self, step: int) -> Iterator[None]:
@@ -144,7 +144,7 @@ class Session:
         """Write the policy as a Hugging Face folder."""
         if self._first_step == self.total_steps and any_rank(self.folder.export.exists()):
             return  # a finished run that was resumed has nothing new
-        weights, writes = self.actor.weights(), self.topology.rank == 0
+        weights, writes = iter(self.actor.weights()), self.topology.rank == 0
         fresh = self.folder.export.with_name("export.new")
         failure: str | None = None
         try:
@@ -199,103 +199,3 @@ class SupervisedSession(Session):
 
     def _prompt(self, record: Record) -> EncodedPrompt:
         return self.encoder.encode(apply_order(record, range(len(record.images)), 0))
-
-
-class TrainingSession(Session):
-    """Permuted GRPO: a session with an engine and held-out questions."""
-
-    def __init__(
-        self,
-        *args: Any,
-        engine: RolloutEngine,
-        evaluation_records: Sequence[Record],
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
-        self.engine, self.evaluation_records = engine, evaluation_records
-        self.collector = GroupCollector(self.config, self.records, self.sampler, self.encoder, engine)
-        self._sync_metrics: dict[str, float] = {}
-        self._synced_step = -1
-
-    def sync_weights(self, step: int) -> None:
-        """Bring π_θ after ``step`` steps into the engine, which then samples as π_old."""
-        if self._synced_step == step:
-            return
-        report = self.engine.update_weights(self.actor.weights(), version=step)
-        self._synced_step = step
-        self._sync_metrics = {
-            "sync/seconds": report.seconds,
-            "sync/bytes": float(report.num_bytes),
-            "sync/tensors": float(report.num_tensors),
-            "sync/attest_seconds": report.attest_seconds,
-        }
-
-    def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
-        """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""
-        self.journal.rollouts(step, drawn.kept, drawn.dropped)
-        times = self.phases.take()
-        sampled = sum(len(rollout.token_ids) for group in drawn.groups for rollout in group.rollouts)
-        self.journal.step(
-            step,
-            {
-                **merge_updates(updates),
-                **metrics,
-                **mismatch_metrics(drawn.kept, self.config.algorithm),
-                **self.engine.take_cache_use().metrics(),
-                **self._sync_metrics,
-                **times,
-                "throughput/tokens_per_second": sampled / times["seconds/step"],
-            },
-        )
-
-    def evaluate_and_save_if_due(self, step: int) -> None:
-        """Evaluate and checkpoint as often as the config says."""
-        every = self.config.evaluation.every
-        if every and step % every == 0:
-            self.evaluate(step)
-        self.save_if_due(step)
-
-    def evaluate(self, step: int) -> None:
-        """Held-out accuracy and flip rate of π_θ, unless measured at this step already."""
-        if not self.evaluation_records or any_rank(self.journal.has(step, "evaluation/accuracy")):
-            return
-        with self.saved_on_user_error(step), self.phases("evaluate"):
-            self.sync_weights(step)
-            evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
-            self.engine.take_cache_use()  # belongs to no step
-        self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
-        self.phases.take()  # its time belongs to no step
-
-    def finish(self, step: int) -> None:
-        """As every session; evaluates the final policy first."""
-        if step == self.total_steps:
-            self.evaluate(step)
-        super().finish(step)
-
-    def close(self) -> None:
-        """As every session; ends the engine too."""
-        super().close()
-        self.engine.close()
-
-    def _conclude(self) -> None:
-        self.journal.summarize(engine=self.engine.name, layout=self.layout())
-        self.journal.report()
-
-
-COUNTS = ("num_tokens", "num_sequences", "skipped_updates")
-
-
-def merge_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One row for the updates of a step: counts added up, maxima kept, the last learning rate, else the mean."""
-    merged = {}
-    for name in updates[0]:
-        values = [update[name] for update in updates]
-        if name in COUNTS:
-            merged[name] = sum(values)
-        elif name.endswith("_max"):
-            merged[name] = max(values)
-        elif name == "learning_rate":
-            merged[name] = values[-1]
-        else:
-            merged[name] = sum(values) / len(values)
-    return merged

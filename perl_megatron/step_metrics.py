@@ -39,6 +39,13 @@ def rollout_metrics(drawn: Drawn) -> dict[str, float]:
     return metrics
 
 
+def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
+    """How many updates of the policy ago the tokens of ``step`` (1-based) were sampled: 0 is on-policy."""
+    versions = np.concatenate([rollout.weight_versions for group in groups for rollout in group.rollouts])
+    age = step - 1 - versions
+    return {"rollout/staleness_mean": float(age.mean()), "rollout/staleness_max": float(age.max())}
+
+
 SHARES = {"truncated": "importance/truncated", "masked": "importance/masked"}
 """The metric that counts where a bound was met, for each `algorithm.importance_correction`."""
 

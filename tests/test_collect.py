@@ -12,6 +12,7 @@ from perl_megatron.collect import OVER_LONG, GroupCollector, assign_advantages
 from perl_megatron.config.schema import Config
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.errors import UserError
+from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.engine import Sampling
 from perl_megatron.types import EncodedPrompt, PermutationContract, Record, ReferenceRule, Rollout, View
 
@@ -24,6 +25,9 @@ class ScriptedEngine:
 
     def __init__(self, answer: Callable[[View, int], str]):
         self.answer, self.seeds = answer, []
+
+    def take_cache_use(self) -> CacheUse:
+        return CacheUse(images=len(self.seeds))
 
     def generate(
         self, views: Sequence[View], prompts: Sequence[EncodedPrompt], sampling: Sampling, *, seeds: Sequence[int]

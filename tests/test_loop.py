@@ -77,6 +77,7 @@ def make_session(actor: NotingActor, drawn: Drawn, **algorithm: Any) -> SimpleNa
         saved_on_user_error=lambda step: nullcontext(),
         restore=lambda: 0,
         stop_requested=lambda: False,
+        await_rollouts=ignore,
         sync_weights=ignore,
         evaluate=ignore,
         log_step=ignore,

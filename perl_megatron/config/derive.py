@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.derive_engine import Engine, engine_replicas, engine_tensor_size, resolve_engine
+from perl_megatron.config.derive_engine import (
+    Engine,
+    check_staleness,
+    engine_replicas,
+    engine_tensor_size,
+    resolve_engine,
+)
 from perl_megatron.config.derive_model import check_fp8, check_objective, check_parts, check_psutil
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
 from perl_megatron.config.schema import Config
@@ -81,6 +87,7 @@ def derive(
     engine = resolve_engine(config)
     if command == "train":
         _check_training(config, data_size)
+        check_staleness(config)
     parallel, rollout = config.parallel, config.rollout
     engine_tensor = engine_tensor_size(config, engine, world_size, architecture)
     views = config.permutation.num_permuted + 1

@@ -71,6 +71,25 @@ def check_serving(rollout: RolloutConfig) -> None:
         )
 
 
+def check_staleness(config: Config) -> None:
+    """UserError where old rollouts could not be sampled beside the update, or would be taken for new ones."""
+    if config.rollout.max_staleness == 0:
+        return
+    if config.rollout.engine != "server":
+        raise UserError(
+            "rollouts can be sampled during an update only where an engine has processors of its own",
+            where=f"rollout.max_staleness = {config.rollout.max_staleness}, rollout.engine = {config.rollout.engine}",
+            fix="set rollout.engine=server, or rollout.max_staleness=0",
+        )
+    if config.algorithm.old_policy == "trainer" and config.algorithm.importance_correction == "off":
+        raise UserError(
+            "the rollouts were sampled by an older policy, and with the trainer's recomputed log-probabilities as "
+            "log π_old nothing in the objective would know",
+            where="rollout.max_staleness = 1, algorithm.old_policy = trainer, algorithm.importance_correction = off",
+            fix="set algorithm.old_policy=engine, or algorithm.importance_correction=truncated (or masked)",
+        )
+
+
 def _check_servers(config: Config, *, has_vllm: bool) -> None:
     rollout = config.rollout
     if not rollout.servers:

@@ -145,6 +145,10 @@ class RolloutConfig(Section):
     weight_transfer: Literal["direct", "disk"] = "direct"
     """How weights get to servers: 'direct' through vLLM's weight transfer (NCCL, on CPUs gloo), 'disk' as a Hugging
     Face folder in rollout.shared_folder."""
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """0: strictly on-policy. 1: one-step-off: the rollouts of the next step are sampled during the update, by the
+    weights before it; needs rollout.engine=server, and an objective that knows: algorithm.old_policy=engine, or an
+    algorithm.importance_correction."""
     shared_folder: Path | None = None
     """For 'disk': a folder that the trainer's first process and all servers see under this path."""
     questions_per_step: int = Field(default=128, ge=1)

@@ -81,6 +81,8 @@ CATALOGUE: tuple[Metric, ...] = (
         "rollout/prefix_hit_rate", "1", "share of prompt tokens, of all responses, that the engine had in its cache"
     ),
     Metric("rollout/image_hit_rate", "1", "share of images, of all responses, that the engine did not encode again"),
+    Metric("rollout/staleness_mean", "steps", "mean age of the weights that sampled a token; 0 is on-policy"),
+    Metric("rollout/staleness_max", "steps", "maximum of that age; at most rollout.max_staleness"),
     Metric("sync/seconds", "s", "time to bring the weights into the engine"),
     Metric("sync/bytes", "B", "size of the weights brought into the engine"),
     Metric("sync/attest_seconds", "s", "time to compare the engine's weights with what it was sent"),

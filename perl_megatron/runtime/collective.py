@@ -5,7 +5,9 @@ All functions also work in one process without an initialised process group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,27 @@ import torch.distributed as dist
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group of these agreements", default=None)
+
+
+def new_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for agreements of another thread, by all ranks together; None in one process.
+
+    Two threads must not use one group: the ranks' calls would meet in another order.
+    """
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+@contextmanager
+def over(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """All agreements of this thread within the block go over ``group``."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
 
 
 def rank() -> int:
@@ -39,7 +62,7 @@ def gather_objects(mine: Result) -> list[Result]:
     if world_size() == 1:
         return [mine]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, mine)
+    dist.all_gather_object(gathered, mine, group=_group.get())
     return gathered
 
 
@@ -56,5 +79,6 @@ def any_rank(flag: bool) -> bool:
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        token = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(token)
+        group = _group.get()
+        token = torch.zeros(1, device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        dist.all_reduce(token, group=group)

@@ -5,7 +5,7 @@ Every method is collective: all ranks call it with the same arguments, and all g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,12 @@ class Actor:
         """One optimizer step of mean token cross-entropy over the responses; metrics as in ``update``, fewer."""
         return self._step(sequences, SupervisedLoss(sequences))
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor), one at a time, on every rank; to be read before the policy changes."""
-        bucket_bytes = self.config.rollout.sync_bucket_mib << 20
-        return stream.export_weights(
-            self.modules, self.architecture, self._topology, bucket_bytes=bucket_bytes, copies=False
-        )
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor), one at a time, on every rank; to be read before the policy changes.
+
+        What is returned can be iterated again, and then gives the weights of that time.
+        """
+        return _PolicyWeights(self)
 
     def save(self, directory: Path, step: int, extra: dict[str, Any]) -> Path:
         """Write a checkpoint below ``directory``; ``extra`` must be JSON. Returns the checkpoint's folder."""
@@ -171,3 +171,17 @@ class Actor:
     def _keep_log_prob(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Sums]:
         log_prob = self._scorer(batch, hidden, entropy=False).log_prob[: batch.num_tokens]
         return log_prob.sum(), {"log_prob": log_prob}
+
+
+class _PolicyWeights:
+    """The policy's weights, exported anew in every iteration."""
+
+    def __init__(self, actor: Actor):
+        self._actor = actor
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        actor = self._actor
+        bucket_bytes = actor.config.rollout.sync_bucket_mib << 20
+        return stream.export_weights(
+            actor.modules, actor.architecture, actor._topology, bucket_bytes=bucket_bytes, copies=False
+        )

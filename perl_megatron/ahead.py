@@ -1,0 +1,127 @@
+"""One-step-off training: the rollouts of the next step are sampled while the trainer updates.
+
+Those of step k + 1 are begun when the engine has the weights of step k, and are used one update later: they are one
+version old. The engine has to work on other processors than the trainer; while it samples, its weights stay.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from perl_megatron.collect import Drawn, GroupCollector
+from perl_megatron.rollout.server_engine import ServerEngine
+from perl_megatron.runtime import collective
+
+
+class AheadCollector:
+    """``GroupCollector`` whose next step is under way in a thread of its own; all ranks together.
+
+    Args:
+        collector: collects one step.
+        engine: the collector's.
+        alpha_of: the swap probability of a step.
+        num_steps: of the run; nothing is begun beyond.
+    """
+
+    def __init__(
+        self, collector: GroupCollector, engine: ServerEngine, alpha_of: Callable[[int], float], num_steps: int
+    ):
+        self._collector, self._alpha_of, self._num_steps = collector, alpha_of, num_steps
+        self._group = collective.new_group()
+        self._pending: _Pending | None = None
+        self._bring_last_weights = engine.bring_again
+        engine.bring_again = self._ask_for_weights
+
+    def collect(self, step: int, alpha: float) -> Drawn:
+        """The groups of ``step``, begun during the last one where there was one; the next step's are begun.
+
+        Raises:
+            UserError: as ``GroupCollector.collect``.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            drawn = self._collector.collect(step, alpha)
+        else:
+            assert pending.step == step, f"the groups of step {pending.step} are not those of step {step}"
+            drawn = pending.result()
+        if step + 1 < self._num_steps:
+            self._pending = _Pending(self._collector, step + 1, self._alpha_of(step + 1), self._group)
+        return drawn
+
+    def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
+        """Wait until nothing is under way; the engine may then be given other weights.
+
+        ``bring_weights`` is called, by all ranks, where servers lost their weights and have to be brought the current
+        ones before the rollouts can go on. Raises UserError where the rollouts failed.
+        """
+        if self._pending is not None:
+            self._pending.wait(bring_weights)
+
+    def sampler_state(self) -> dict[str, int]:
+        """Where a resumed run has to go on with the records: what is under way will be drawn again."""
+        return self._collector.sampler_state() if self._pending is None else self._pending.sampler_state
+
+    def _ask_for_weights(self) -> None:
+        """Called where servers lost their weights in the middle of sampling: only the main thread can bring them.
+
+        The trainer's own collectives would meet those of an export in this thread.
+        """
+        pending = self._pending
+        if pending is None or threading.current_thread() is not pending.thread:
+            self._bring_last_weights()
+        else:
+            pending.ask_for_weights()
+
+
+class _Pending:
+    """The groups of a step that are being collected."""
+
+    def __init__(self, collector: GroupCollector, step: int, alpha: float, group: object):
+        self.step = step
+        self.sampler_state = collector.sampler_state()
+        self._collector, self._alpha, self._group = collector, alpha, group
+        self._drawn: Drawn | None = None
+        self._error: BaseException | None = None
+        self._condition = threading.Condition()
+        self._wants_weights = self._is_done = False
+        # Not waited for where the run ends with an error: the other ranks may be gone.
+        self.thread = threading.Thread(target=self._run, name=f"rollouts of step {step}", daemon=True)
+        self.thread.start()
+
+    def wait(self, bring_weights: Callable[[], None]) -> None:
+        """Until it is done; raises what went wrong."""
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._is_done or self._wants_weights)
+                if self._is_done:
+                    break
+            bring_weights()
+            with self._condition:
+                self._wants_weights = False
+                self._condition.notify_all()
+        if self._error is not None:
+            raise self._error
+
+    def result(self) -> Drawn:
+        """What was drawn; ``wait`` comes first."""
+        assert self._drawn is not None, "the rollouts were not waited for"
+        return self._drawn
+
+    def ask_for_weights(self) -> None:
+        """From the thread: let whoever waits bring weights, and go on when they are there."""
+        with self._condition:
+            self._wants_weights = True
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: not self._wants_weights)
+
+    def _run(self) -> None:
+        try:
+            with collective.over(self._group):  # type: ignore[arg-type]
+                self._drawn = self._collector.collect(self.step, self._alpha)
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._condition:
+                self._is_done = True
+                self._condition.notify_all()

@@ -1,0 +1,129 @@
+"""A run of permuted GRPO in progress: a session with an engine and held-out questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from perl_megatron.ahead import AheadCollector
+from perl_megatron.collect import Drawn, GroupCollector
+from perl_megatron.evaluation.evaluate import evaluate
+from perl_megatron.rollout.engine import RolloutEngine
+from perl_megatron.runtime.collective import any_rank
+from perl_megatron.session import Session
+from perl_megatron.step_metrics import mismatch_metrics, staleness_metrics
+from perl_megatron.types import Record
+
+
+class TrainingSession(Session):
+    """Permuted GRPO: a session with an engine and held-out questions."""
+
+    def __init__(
+        self,
+        *args: Any,
+        engine: RolloutEngine,
+        collector: GroupCollector | AheadCollector,
+        evaluation_records: Sequence[Record],
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.engine, self.collector, self.evaluation_records = engine, collector, evaluation_records
+        self._sync_metrics: dict[str, float] = {}
+        self._synced_step = -1
+
+    def await_rollouts(self, step: int) -> None:
+        """Wait for the rollouts that were begun during the last update; the policy has made ``step`` steps.
+
+        UserError, on all ranks, where they failed.
+        """
+        self.collector.await_rollouts(lambda: self.sync_weights(step))
+
+    def sync_weights(self, step: int) -> None:
+        """Bring π_θ after ``step`` steps into the engine, which then samples as π_old."""
+        if self._synced_step == step:
+            return
+        report = self.engine.update_weights(self.actor.weights(), version=step)
+        self._synced_step = step
+        self._sync_metrics = {
+            "sync/seconds": report.seconds,
+            "sync/bytes": float(report.num_bytes),
+            "sync/tensors": float(report.num_tensors),
+            "sync/attest_seconds": report.attest_seconds,
+        }
+
+    def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
+        """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""
+        self.journal.rollouts(step, drawn.kept, drawn.dropped)
+        times = self.phases.take()
+        sampled = sum(len(rollout.token_ids) for group in drawn.groups for rollout in group.rollouts)
+        self.journal.step(
+            step,
+            {
+                **merge_updates(updates),
+                **metrics,
+                **mismatch_metrics(drawn.kept, self.config.algorithm),
+                **staleness_metrics(drawn.kept, step),
+                **drawn.cache_use.metrics(),
+                **self._sync_metrics,
+                **times,
+                "throughput/tokens_per_second": sampled / times["seconds/step"],
+            },
+        )
+
+    def evaluate_and_save_if_due(self, step: int) -> None:
+        """Evaluate and checkpoint as often as the config says."""
+        every = self.config.evaluation.every
+        if every and step % every == 0:
+            self.evaluate(step)
+        self.save_if_due(step)
+
+    def evaluate(self, step: int) -> None:
+        """Held-out accuracy and flip rate of π_θ, unless measured at this step already."""
+        if not self.evaluation_records or any_rank(self.journal.has(step, "evaluation/accuracy")):
+            return
+        with self.saved_on_user_error(step), self.phases("evaluate"):
+            self.await_rollouts(step)
+            self.sync_weights(step)
+            evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
+            self.engine.take_cache_use()  # belongs to no step
+        self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
+        self.phases.take()  # its time belongs to no step
+
+    def finish(self, step: int) -> None:
+        """As every session; evaluates the final policy first. What is under way is not used."""
+        self.await_rollouts(step)
+        if step == self.total_steps:
+            self.evaluate(step)
+        super().finish(step)
+
+    def close(self) -> None:
+        """As every session; ends the engine too."""
+        super().close()
+        self.engine.close()
+
+    def sampler_state(self) -> dict[str, int]:
+        """Where a resumed run has to go on with the records."""
+        return self.collector.sampler_state()
+
+    def _conclude(self) -> None:
+        self.journal.summarize(engine=self.engine.name, layout=self.layout())
+        self.journal.report()
+
+
+COUNTS = ("num_tokens", "num_sequences", "skipped_updates")
+
+
+def merge_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One row for the updates of a step: counts added up, maxima kept, the last learning rate, else the mean."""
+    merged = {}
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        if name in COUNTS:
+            merged[name] = sum(values)
+        elif name.endswith("_max"):
+            merged[name] = max(values)
+        elif name == "learning_rate":
+            merged[name] = values[-1]
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged
