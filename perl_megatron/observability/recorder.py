@@ -1,10 +1,12 @@
 """Every rollout of every step, as JSON lines that a person can read: `rollouts/step-000001.jsonl`.
 
-The images that a rollout saw lie beside them once each, by content hash: `rollouts/images/KEY.png`.
+The images that a rollout saw lie beside them once each, by content hash: `rollouts/images/KEY.png`. Token ids and
+log-probabilities are there one by one, so that `perl-megatron triage` can compute them again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -74,11 +76,15 @@ def row(step: int, group: Group, rollout: Rollout, *, kept: bool) -> dict[str, A
         "answer": view.answer,
         "response": rollout.text,
         "num_tokens": len(rollout.token_ids),
+        "prompt_token_ids": group.prompts[rollout.view_index].token_ids.tolist(),
+        "response_token_ids": rollout.token_ids.tolist(),
         "finish_reason": rollout.finish_reason,
         "weight_versions": _spans(rollout.weight_versions),
         "reward": rollout.reward,
         "reward_parts": rollout.reward_parts,
         "advantage": rollout.advantage,
+        "logprob_rollout": _values(rollout.logprob_rollout),
+        "logprob_old": _values(rollout.logprob_old),
         "logprob_rollout_mean": _mean(rollout.logprob_rollout),
         "logprob_old_mean": _mean(rollout.logprob_old),
         "logprob_ref_mean": _mean(rollout.logprob_ref),
@@ -91,6 +97,13 @@ def _spans(versions: np.ndarray) -> list[list[int]]:
     """[version, first token, end] of each run of tokens that the same weights sampled."""
     edges = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
     return [[int(versions[first]), first, end] for first, end in pairwise(edges) if end > first]
+
+
+def _values(log_probs: np.ndarray | None) -> list[float | None] | None:
+    """For JSON: float32 numbers come back exactly; None where nothing was computed or a number is not finite."""
+    if log_probs is None:
+        return None
+    return [value if math.isfinite(value) else None for value in log_probs.tolist()]
 
 
 def _mean(values: np.ndarray | None) -> float | None:

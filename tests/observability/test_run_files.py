@@ -109,12 +109,28 @@ def test_recorder(tmp_path):
     )
     assert rows[0]["importance_mean"] == 0.75
     assert rows[0]["weight_versions"] == [[3, 0, 1], [4, 1, 2]]
+    assert (rows[0]["prompt_token_ids"], rows[0]["response_token_ids"]) == ([0, 0, 0], [5, 6])
+    assert (rows[0]["logprob_rollout"], rows[0]["logprob_old"]) == ([-1.0, -2.0], [-1.0, -2.5])
+    assert rows[2]["logprob_old"] is None
     assert (rows[2]["advantage"], rows[2]["logprob_gap_max"], rows[2]["logprob_ref_mean"]) == (None, None, None)
     assert rows[2]["importance_mean"] is None
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["key0.png", "key1.png"]
     RolloutRecorder(tmp_path, resumed_step=1)
     assert recorder.path(1).exists()
     assert not recorder.path(2).exists()
+
+
+def test_recorded_log_probabilities_come_back_bit_for_bit(tmp_path):
+    group = make_group("a")
+    values = np.array([-1 / 3, -np.inf, -1e-42, np.nan, -123.456], np.float32)
+    group.rollouts[0].logprob_rollout, group.rollouts[0].token_ids = values, np.arange(5)
+    recorder = RolloutRecorder(tmp_path)
+    group.rollouts[0].logprob_old = None
+    recorder.record(1, kept=[group])
+    recorded = read_rows(recorder.path(1))[0]["logprob_rollout"]
+    assert [value is None for value in recorded] == [False, True, False, True, False]
+    finite = np.isfinite(values)
+    assert np.array([value for value in recorded if value is not None], np.float32).tobytes() == values[finite].tobytes()
 
 
 ROWS = [
