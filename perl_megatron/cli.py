@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, serve, plan, verify, verify-weights, doctor.
+"""The command `perl-megatron`: train, sft, eval, serve, plan, verify, verify-weights, triage, doctor.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -99,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="config.json of a checkpoint without config.json (default: the other's)",
     )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write every row")
+    add_triage(commands)
     doctor = commands.add_parser("doctor", help="versions, device, live fused paths, what to install")
     doctor.set_defaults(handler=run_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -129,6 +130,24 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
     verify.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     verify.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write every row with all its tensors")
+
+
+def add_triage(commands: argparse._SubParsersAction) -> None:
+    """The options of `triage`."""
+    description = (
+        "from recorded rollouts, says whether a mismatch between engine and trainer comes from token ids, pixels, "
+        "mRoPE positions, weights or kernels; status 1 where there is one"
+    )
+    triage = commands.add_parser("triage", help=description, description=description)
+    triage.set_defaults(handler=run_triage)
+    triage.add_argument("dump", type=Path, metavar="DUMP", help="run folder, or one file of its rollouts folder")
+    folder = "Hugging Face folder, torch_dist folder or training checkpoint"
+    text = f"the weights that sampled the rollouts: {folder} (default: the run's own of that version)"
+    triage.add_argument("--policy", type=Path, metavar="FOLDER", help=text)
+    text = "weights that may have been in use instead, beside those of the run; may be given several times"
+    triage.add_argument("--other-policy", type=Path, action="append", default=[], metavar="FOLDER", help=text)
+    triage.add_argument("--limit", type=positive, default=16, metavar="N", help="rollouts to look at (default: 16)")
+    triage.add_argument("--json", type=Path, metavar="FILE", help="write every hypothesis")
 
 
 def positive(text: str) -> int:
@@ -262,6 +281,23 @@ def run_verify_weights(options: argparse.Namespace, argv: list[str]) -> int:
     if options.json is not None:
         options.json.write_text(comparison.as_json() + "\n", encoding="utf-8")
     return 0 if comparison.equal else 1
+
+
+def run_triage(options: argparse.Namespace, argv: list[str]) -> int:
+    """Judge recorded rollouts; status 0 only where engine and trainer agree with transformers."""
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError("the folder does not exist", where=f"--json {options.json}", fix="create it first")
+    from perl_megatron.runtime import environment
+
+    environment.prepare_process()  # before torch is imported
+    from perl_megatron.runtime import platform
+
+    platform.set_threads()
+    platform.install()  # before anything imports transformers
+    from perl_megatron.triage import command
+
+    settings = {"policy": options.policy, "other_policies": options.other_policy, "limit": options.limit}
+    return 0 if command.run(options.dump, json_file=options.json, **settings) else 1
 
 
 def _live_loss_kernel() -> str | None:

@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"model"},
     {"checkpoint"},
     {"train", "rollout"},
-    {"evaluation", "verification"},
+    {"evaluation", "verification", "triage"},
     {"collect", "step_metrics", "session", "loop", "build", "jobs", "serving", "ahead", "training_session"},
     {"cli"},
     {"__main__"},
@@ -41,7 +41,7 @@ ROOMS = {
     "megatron": ["model/*.py", "train/*.py", "checkpoint/state*.py", "runtime/*.py"],
     "transformers": [
         *("data/processor.py", "model/*.py", "rollout/embedded.py", "checkpoint/hf_files.py"),
-        *("verification/tiny.py", "verification/reference.py"),
+        *("verification/tiny.py", "verification/reference.py", "triage/reference.py"),
     ],
     "math_verify": ["reward/math_worker.py"],
     "sentencepiece": ["data/tokenizer_check.py"],

@@ -132,6 +132,11 @@ class PromptEncoder:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return np.array([*ids, self.turn_end_id], dtype=np.int64)
 
+    @property
+    def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation of each colour channel, which pixels from 0 to 1 are normalized with."""
+        return self._image_processor.image_mean, self._image_processor.image_std
+
     def messages(self, view: View) -> list[dict[str, Any]]:
         """System and user message in transformers' form; an image's part is ``{"type": "image"}``, without pixels."""
         content: list[dict[str, Any]] = []
