@@ -6,7 +6,7 @@ P prompt tokens, R response tokens, I images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -66,6 +66,9 @@ class Case:
     rollout: RecordedRollout
     plain: ModelInput
 
+
+Change = Callable[[Case], ModelInput | None]
+"""What a fault makes of the right input; None for a rollout whose input it does not change."""
 
 Positions = Callable[[EncodedPrompt, np.ndarray], np.ndarray]
 """transformers' positions of a prompt and a response: int64 [3, P + R]."""
@@ -160,3 +163,25 @@ def _changed_image(path: Path, key: str, encoder: PromptEncoder) -> str | None:
         f"{path}: the image, which is {image.width}x{image.height} pixels when it is read now, does not have the "
         "recorded content: the file was changed, or it is resized again under the present pixel bounds"
     )
+
+
+def with_images(plain: ModelInput, images: Sequence[ImageInput], image_token_id: int) -> ModelInput | None:
+    """The prompt over other images (as many), their tokens and positions following; None where they are the same."""
+    if [each.key for each in images] == [each.key for each in plain.images]:
+        return None
+    prompt = expand(plain.prompt.compact_ids, images, image_token_id)
+    return replace(plain, prompt=prompt, images=tuple(images))
+
+
+def expand(compact: Sequence[int], images: Sequence[ImageInput], image_token_id: int) -> EncodedPrompt:
+    """Each image token as many times as its image has merged patches."""
+    ids: list[int] = []
+    starts: list[int] = []
+    for token in compact:
+        if token == image_token_id:
+            starts.append(len(ids))
+            ids += [token] * images[len(starts) - 1].num_tokens
+        else:
+            ids.append(token)
+    grids = np.array([each.grid for each in images], dtype=np.int64).reshape(-1, 3)
+    return EncodedPrompt(np.array(ids), tuple(compact), tuple(starts), grids, tuple(each.key for each in images))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from perl_megatron.config.schema import Config
@@ -12,13 +13,13 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.triage.cases import Case, make_cases
 from perl_megatron.triage.dump import Dump, RecordedRollout, newest_usable, open_dump, read_rollouts, spread
-from perl_megatron.triage.hypotheses import Hypothesis, input_hypotheses
+from perl_megatron.triage.hypotheses import hypotheses
 from perl_megatron.triage.judge import judge
-from perl_megatron.triage.policies import Policies, Policy, check_given, stale_mixes
+from perl_megatron.triage.policies import Policies, check_given
 from perl_megatron.triage.reference import Distribution, Precision
 from perl_megatron.triage.report import Report
 from perl_megatron.triage.scoring import Party, References, Scoring
-from perl_megatron.triage.verdicts import Cause, Verdict
+from perl_megatron.triage.verdicts import Verdict
 
 
 def run(path: Path, *, policy: Path | None, other_policies: Sequence[Path], limit: int, json_file: Path | None) -> bool:
@@ -51,14 +52,16 @@ def triage(path: Path, *, policy: Path | None, other_policies: Sequence[Path], l
     working: Precision = config.model.dtype
     cases, findings = make_cases(rollouts, encoder, dump.images, references[working].positions)
     scoring = Scoring(cases, references)
-    inputs = input_hypotheses(encoder, max((len(rollout.image_keys) for rollout in rollouts), default=0))
+    max_images = max(len(rollout.image_keys) for rollout in rollouts)
     verdicts: list[Verdict] = []
     not_judged: list[str] = []
     for party in _parties(cases, policies, config):
         if isinstance(party, str):
             not_judged.append(party)
-        else:
-            verdicts.append(judge(scoring, party, [*inputs, *weight_hypotheses(policies, party.policy, dtype)]))
+            continue
+        others = policies.candidates(party.policy)
+        possible = hypotheses(encoder, max_images, expected=party.policy, others=others, dtype=dtype)
+        verdicts.append(judge(scoring, party, possible))
     if not verdicts and not findings:
         raise UserError(
             f"there is nothing to judge: {'; '.join(not_judged)}", where=str(path), fix="give rollouts of another step"
@@ -66,6 +69,7 @@ def triage(path: Path, *, policy: Path | None, other_policies: Sequence[Path], l
     return Report(
         source=f"step {rollouts[0].step}, weights of version {rollouts[0].weight_version} ({dump.run.root})",
         num_rollouts=len(rollouts),
+        direct=direct_gap(cases),
         findings=tuple(findings),
         verdicts=tuple(verdicts),
         not_judged=tuple(not_judged),
@@ -91,13 +95,14 @@ def choose(dump: Dump, policies: Policies, given: Path | None, limit: int) -> li
     return spread([rollout for rollout in usable if rollout.weight_version == version], limit)
 
 
-def weight_hypotheses(policies: Policies, expected: Policy, dtype: torch.dtype) -> list[Hypothesis]:
-    """Each other policy at hand, whole and by parts, where its numbers are others."""
-    return [
-        Hypothesis(Cause.WEIGHTS, name, mix=mix)
-        for other in policies.candidates(expected)
-        for name, mix in stale_mixes(expected, other, dtype).items()
-    ]
+def direct_gap(cases: Sequence[Case]) -> tuple[float, float] | None:
+    """Largest and mean |engine − trainer| of a token; None where no rollout has both."""
+    pairs = [(case.rollout.logprob_rollout, case.rollout.logprob_old) for case in cases]
+    gaps = [np.abs(engine - trainer) for engine, trainer in pairs if engine is not None and trainer is not None]
+    if not gaps:
+        return None
+    joined = np.nan_to_num(np.concatenate(gaps), nan=np.inf)
+    return float(joined.max()), float(joined.mean())
 
 
 def _parties(cases: Sequence[Case], policies: Policies, config: Config) -> list[Party | str]:

@@ -8,7 +8,7 @@ spoils fewest of the others. Only if there is none, rounding of a lower precisio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -27,8 +27,8 @@ Gaps = dict[int, np.ndarray]
 """Case → float64 [R]."""
 
 
-def judge(scoring: Scoring, party: Party, hypotheses: Sequence[Hypothesis]) -> Verdict:
-    """The verdict on one party; hypotheses with weights are about this party's policy."""
+def judge(scoring: Scoring, party: Party, hypotheses: Iterable[Hypothesis]) -> Verdict:
+    """The verdict on one party; ``hypotheses``, about its policy, are asked for only where there is a mismatch."""
     tolerance = scoring.tolerance(party, party.precision)
     plain = _try_on(scoring, party, RIGHT, party.members)
     wrong = [index for index, gaps in plain.items() if not tolerance.holds(gaps)]

@@ -140,9 +140,8 @@ class Reference:
         embeds_SH = self._model.get_input_embeddings()(ids)
         if inputs.images:
             mask = torch.from_numpy(_is_image(prompt, len(ids))).to(self._device)
-            embeds_SH = embeds_SH.masked_scatter(
-                mask[:, None], torch.cat([self._image(each) for each in inputs.images])
-            )
+            features = torch.cat([self._image(each) for each in inputs.images])
+            embeds_SH = embeds_SH.masked_scatter(mask[:, None], features)
         positions = self.positions(prompt, response) if inputs.positions is None else inputs.positions
         hidden_SH = self._model.model.language_model(
             inputs_embeds=embeds_SH[None],

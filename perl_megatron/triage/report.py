@@ -26,6 +26,8 @@ class Report:
     source: str
     """Which rollouts, in words."""
     num_rollouts: int
+    direct: tuple[float, float] | None
+    """Largest and mean |engine − trainer| of a token."""
     findings: tuple[Finding, ...]
     """About the records themselves."""
     verdicts: tuple[Verdict, ...]
@@ -43,6 +45,7 @@ class Report:
             "agrees": self.agrees,
             "source": self.source,
             "num_rollouts": self.num_rollouts,
+            "engine_against_trainer": None if self.direct is None else [_number(value) for value in self.direct],
             "findings": [{"cause": finding.cause.value, "text": finding.text} for finding in self.findings],
             "not_judged": list(self.not_judged),
             "parties": {verdict.party: _verdict(verdict) for verdict in self.verdicts},
@@ -58,6 +61,9 @@ class Report:
             console.print(text, highlight=False, markup=False)
 
         say(f"{self.num_rollouts} rollouts of {self.source}, against transformers.")
+        if self.direct is not None:
+            largest, mean = self.direct
+            say(f"engine against trainer: the gap of log-probabilities is {_gaps(largest, mean)}.")
         for finding in self.findings:
             say(f"record: {finding.cause.value}. {finding.text}")
         for text in self.not_judged:
@@ -73,18 +79,22 @@ class Report:
 def _sentences(verdict: Verdict) -> Sequence[str]:
     plain, (largest, mean) = verdict.plain, verdict.tolerances
     allowed = f"rounding in {verdict.precision} allows {largest:.1e} and {mean:.1e}"
-    gaps = f"the gap of log-probabilities is {plain.largest:.1e} at most and {plain.mean:.1e} on average ({allowed})"
+    gaps = f"the gap is {_gaps(plain.largest, plain.mean)} ({allowed})"
     head = f"{verdict.party}, which should have {verdict.policy}:"
     if not verdict.causes:
         return [f"{head} no mismatch in {verdict.num_rollouts} rollouts; {gaps}."]
     names = " or ".join(cause.value for cause in verdict.causes)
     lines = [
-        f"{head} {names.upper()}.",
+        f"{head} MISMATCH, cause: {names}.",
         f"  {verdict.num_mismatched} of {verdict.num_rollouts} rollouts do not agree; {gaps}.",
         f"  {_explanation(verdict)}",
     ]
     lines += [f"  next ({cause.value}): {ADVICE[cause]}." for cause in verdict.causes]
     return [*lines, f"  where: {verdict.where}."]
+
+
+def _gaps(largest: float, mean: float) -> str:
+    return f"{largest:.1e} at most and {mean:.1e} on average"
 
 
 def _explanation(verdict: Verdict) -> str:
@@ -94,12 +104,12 @@ def _explanation(verdict: Verdict) -> str:
     if verdict.causes == (Cause.KERNELS,):
         return (
             f"No hypothesis about the input or the weights reproduces the numbers, but {best.name} is as large: "
-            f"{best.largest:.1e} at most and {best.mean:.1e} on average."
+            f"{_gaps(best.largest, best.mean)}."
         )
     others = "".join(f"; or: {other.name}" for other in verdict.winners[1:])
     return (
-        f"{best.explained} of {verdict.num_mismatched} are reproduced by: {best.name} (then {best.largest:.1e} at most "
-        f"and {best.mean:.1e} on average){others}."
+        f"{best.explained} of {verdict.num_mismatched} are reproduced by: {best.name} (then "
+        f"{_gaps(best.largest, best.mean)}){others}."
         + (" These cannot be told apart." if others else "")
         + (" The other rollouts are not explained by it." if best.explained < verdict.num_mismatched else "")
     )
@@ -110,7 +120,8 @@ def _table(verdict: Verdict) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("cause")
     table.add_column("hypothesis")
-    for name in ("largest gap", "mean gap", "rollouts", "explained", "spoilt"):
+    # Contradicted: rollouts that agree as they are, and would not under the hypothesis.
+    for name in ("largest gap", "mean gap", "rollouts", "explained", "contradicted"):
         table.add_column(name, justify="right", no_wrap=True)
     for each in verdict.tested[: SHOWN + 1]:
         numbers = (f"{each.largest:.1e}", f"{each.mean:.1e}", str(each.num_rollouts))
