@@ -1,7 +1,7 @@
 """How far a party's log-probabilities may be from the reference's: what rounding alone does to the reference.
 
     allowed = ``MULTIPLE`` · |reference in the party's precision − exact reference|
-              + ``FLOOR`` · last place of the largest log-probability in that precision
+              + ``FLOOR`` · last place of the largest log-probability in float32, as which it is recorded
 
 The exact reference is a precision above the party's: float64 for float32, float32 for bfloat16. ``MULTIPLE``: two
 correct programs round at other places. Two numbers have to be small enough: the largest gap of a token, held against
@@ -40,14 +40,13 @@ class Tolerance:
     Args:
         errors: of the rounded reference against the exact one, float64 [R] for each rollout.
         largest: the largest finite |log-probability| of the exact reference.
-        epsilon: distance of 1 from the next number of the party's precision.
     """
 
-    def __init__(self, errors: Sequence[np.ndarray], *, largest: float, epsilon: float):
+    def __init__(self, errors: Sequence[np.ndarray], *, largest: float):
         joined = np.concatenate(list(errors))
         # A token that rounding moves out of the nucleus says nothing about the size of rounding errors.
         self._errors = joined[np.isfinite(joined)]
-        self._floor = FLOOR * epsilon * largest
+        self._floor = FLOOR * float(np.finfo(np.float32).eps) * largest
 
     def largest(self) -> float:
         """Of one token."""

@@ -92,9 +92,7 @@ class Scoring:
         """What rounding in ``precision`` allows the party."""
         exact = np.concatenate([self._right(party, EXACT[precision], index)[:, 0] for index in party.members])
         largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0))
-        # Log-probabilities are written in float32, or in the bfloat16 that 8-bit products are rounded to.
-        epsilon = torch.finfo(torch.float32 if precision == "float32" else torch.bfloat16).eps
-        return Tolerance(self.errors(party, precision), largest=largest, epsilon=epsilon)
+        return Tolerance(self.errors(party, precision), largest=largest)
 
     def _right(self, party: Party, precision: Precision, index: int) -> np.ndarray:
         scores = self._scores(party.policy, precision, RIGHT, index)

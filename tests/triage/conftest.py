@@ -1,5 +1,15 @@
 import pytest
+import torch
 from recorded_run import Transformers, make_policies, record_run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from several threads, which only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
