@@ -100,10 +100,10 @@ def _spans(versions: np.ndarray) -> list[list[int]]:
 
 
 def _values(log_probs: np.ndarray | None) -> list[float | None] | None:
-    """For JSON: float32 numbers come back exactly; None where nothing was computed or a number is not finite."""
+    """For JSON: nine digits, which give float32 numbers back bit for bit; None where a number is not finite."""
     if log_probs is None:
         return None
-    return [value if math.isfinite(value) else None for value in log_probs.tolist()]
+    return [float(f"{value:.9g}") if math.isfinite(value) else None for value in log_probs.tolist()]
 
 
 def _mean(values: np.ndarray | None) -> float | None:

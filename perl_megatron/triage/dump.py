@@ -115,15 +115,20 @@ def newest_usable(dump: Dump, usable: Callable[[RecordedRollout], bool]) -> list
 
 
 def spread(rollouts: Sequence[RecordedRollout], limit: int) -> list[RecordedRollout]:
-    """At most ``limit`` of them, taking turns: numbers of images, original and permuted views, then records.
+    """At most ``limit`` of them: first those that have the trainer's log-probabilities too, then the others.
 
-    Those with the trainer's log-probabilities come before those without.
+    Among both, numbers of images, original and permuted views, and records take turns.
     """
+    both = [rollout for rollout in rollouts if rollout.logprob_old is not None]
+    others = [rollout for rollout in rollouts if rollout.logprob_old is None]
+    return [*_in_turns(both), *_in_turns(others)][:limit]
+
+
+def _in_turns(rollouts: Sequence[RecordedRollout]) -> list[RecordedRollout]:
     strata: dict[tuple[int, bool], dict[str, list[RecordedRollout]]] = defaultdict(lambda: defaultdict(list))
-    for rollout in sorted(rollouts, key=lambda each: each.logprob_old is None):
+    for rollout in rollouts:
         strata[len(rollout.image_keys), rollout.permuted][rollout.record].append(rollout)
-    turns = [_take_turns(list(records.values())) for _, records in sorted(strata.items())]
-    return _take_turns(turns)[:limit]
+    return _take_turns([_take_turns(list(records.values())) for _, records in sorted(strata.items())])
 
 
 def _take_turns(queues: Sequence[Sequence[RecordedRollout]]) -> list[RecordedRollout]:
@@ -159,4 +164,5 @@ def _rollout(row: dict[str, Any], where: str) -> RecordedRollout:
 
 
 def _log_probs(values: list[float | None] | None) -> np.ndarray | None:
-    return None if values is None else np.array(values, dtype=np.float64)  # None becomes NaN
+    # By way of float32, which they were written as; None becomes NaN.
+    return None if values is None else np.array(values, dtype=np.float32).astype(np.float64)

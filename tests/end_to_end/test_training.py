@@ -6,13 +6,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from small_job import ENVIRONMENT, REPOSITORY, SmallJob
+from small_job import ENVIRONMENT, REPOSITORY, SmallJob, call
 
 from perl_megatron.rollout.engine import vllm_obstacle
 
@@ -186,6 +187,19 @@ def test_evaluation_of_the_export(job: SmallJob, reference: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     again = (job.work / "runs" / "again.evaluation.jsonl").read_text()
     assert again == (reference / "evaluations" / "step-000004.jsonl").read_text()
+
+
+def test_triage_of_a_run(job: SmallJob, reference: Path) -> None:
+    """Engine and trainer of a real run agree with transformers, on weights that the run itself made."""
+    file = job.work / "triage.json"
+    result = call([sys.executable, "-m", "perl_megatron", "triage", str(reference), "--json", str(file)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "16 rollouts of step 3, weights of version 2" in result.stdout
+    report = json.loads(file.read_text())
+    assert report["agrees"]
+    judged = {party: (verdict["num_rollouts"], verdict["causes"]) for party, verdict in report["parties"].items()}
+    assert judged == {"engine": (16, []), "trainer": (16, [])}
+    assert 0 < report["engine_against_trainer"][0] < 1e-4
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:

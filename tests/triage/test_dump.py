@@ -36,7 +36,8 @@ def test_a_row_comes_back(run):
     assert list(rollout.image_keys) == row["images"]
     assert rollout.prompt_ids.tolist() == row["prompt_token_ids"]
     assert rollout.response_ids.tolist() == row["response_token_ids"]
-    assert rollout.logprob_rollout.tolist() == row["logprob_rollout"]
+    assert rollout.logprob_rollout.tolist() == np.float32(row["logprob_rollout"]).tolist()
+    assert rollout.logprob_rollout.dtype == np.float64
     assert rollout.weight_version == 0
 
 
@@ -99,12 +100,12 @@ def test_the_limit_spreads_over_images_views_and_records(run):
 
 
 def test_rollouts_with_both_parties_come_first(run):
-    run.rewrite(lambda row: {"logprob_old": None if row["record"] != "three" else row["logprob_old"]})
-    run.rewrite(lambda row: {"logprob_old": None} if row["response"] == run.rows[-3]["response"] else {})
-    rollouts = read_rollouts(run.file)
-    same_kind = [each for each in rollouts if len(each.image_keys) == 3 and not each.permuted]
-    first = next(each for each in spread(rollouts, 16) if len(each.image_keys) == 3 and not each.permuted)
-    assert (first.logprob_old is not None) == any(each.logprob_old is not None for each in same_kind)
+    run.rewrite(lambda row: {"logprob_old": None} if row["record"] == "two" else {})
+    chosen = spread(read_rollouts(run.file), 8)
+    assert [each.logprob_old is None for each in chosen] == [False] * 6 + [True] * 2
+    assert [each.permuted for each in chosen[-2:]] == [False, True]
+    report = look(run.root)
+    assert [each.num_rollouts for each in report.verdicts] == [10, 6]
 
 
 def test_a_response_without_tokens_is_passed_over(run):
@@ -133,8 +134,3 @@ def test_weights_of_another_version_than_the_engines(run, policies):
     report = look(run.root)
     assert [each.party for each in report.verdicts] == ["engine"]
     assert report.not_judged == ("trainer: its weights, version 2, are no longer there",)
-
-
-def test_log_probabilities_are_float64(run):
-    rollout = read_rollouts(run.file)[0]
-    assert rollout.logprob_rollout.dtype == np.float64

@@ -2,7 +2,16 @@
 
 import json
 
+import pytest
+
 from perl_megatron.cli import main
+from perl_megatron.runtime import platform
+
+
+@pytest.fixture(autouse=True)
+def threads_stay(monkeypatch):
+    """The command takes all cores, for the whole process."""
+    monkeypatch.setattr(platform, "set_threads", lambda: 1)
 
 
 def test_status_0_without_a_mismatch(first_step, tmp_path, capsys):
