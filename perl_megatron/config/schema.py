@@ -41,7 +41,7 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many checkpoints to keep."""
     record_rollouts: bool = True
-    """Whether all rollouts are written to `rollouts/` (JSON lines, about 20 bytes for each token of a prompt or response);
+    """Whether all rollouts are written to `rollouts/` (JSON lines: about 7 bytes a prompt token, 35 a response token);
     `perl-megatron triage` needs them."""
     collective_timeout: float = Field(default=1800.0, gt=0)
     """Seconds before a stuck collective ends the job."""

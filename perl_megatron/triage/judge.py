@@ -2,8 +2,9 @@
 
 A party agrees on a rollout if the reference, with the recorded ids and images, transformers' positions and the expected
 weights, gives its log-probabilities up to rounding (``gaps``). On the other rollouts every hypothesis is tried: first
-on a few of each kind, and those that reproduce one of these on all. The best explains most rollouts, and among those
-spoils fewest of the others. Only if there is none, rounding of a lower precision is looked at.
+on a few of each kind, and those that reproduce one of these on all. The best explains most rollouts, and contradicts
+fewest of the others. If it explains less than half of them, which may be chance where rounding is coarse, it is none;
+then rounding of a lower precision is looked at.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ LOWER: dict[Precision, Precision] = {"float32": "bfloat16", "bfloat16": "float8"
 NUM_PROBES = 4
 """Rollouts on which all hypotheses are tried."""
 
+ENOUGH = 0.5
+"""A verdict explains at least this share of the rollouts that do not agree."""
+
 Gaps = dict[int, np.ndarray]
 """Case → float64 [R]."""
 
@@ -36,7 +40,7 @@ def judge(scoring: Scoring, party: Party, hypotheses: Iterable[Hypothesis]) -> V
     if wrong:
         tests = [_test(scoring, party, hypothesis, plain, wrong, tolerance) for hypothesis in hypotheses]
         found = sorted((each for each in tests if each), key=lambda each: (each.rank, each.mean))
-    winners = [each for each in found if each.explained and each.rank == found[0].rank]
+    winners = [each for each in found if each.rank == found[0].rank and each.explained >= ENOUGH * len(wrong)]
     causes = tuple(dict.fromkeys(each.cause for each in winners if each.cause))
     if wrong and not winners:
         rounding = _lower_precision(scoring, party, plain, wrong)

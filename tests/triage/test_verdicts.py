@@ -247,6 +247,13 @@ def test_a_run_in_bfloat16(policies, tmp_path):
     assert causes(report) == {"engine": ["kernels"], "trainer": []}
     assert [each.name for each in verdict(report, "engine").winners] == ["rounding of float8"]
 
+    # Where the config says that the trainer multiplies in 8 bits, that is its rounding, and not the engine's.
+    config = quantized.root / "config.yaml"
+    config.write_text(config.read_text().replace('fp8: "none"', 'fp8: "e4m3"'))
+    report = look(quantized.rewrite(lambda row: {TRAINER: row[ENGINE]}))
+    assert verdict(report, "trainer").precision == "float8"
+    assert causes(report) == {"engine": ["kernels"], "trainer": []}
+
 
 def counted(row):
     length = len(row["prompt_token_ids"]) + len(row["response_token_ids"])
@@ -293,6 +300,31 @@ def test_a_real_engine_with_old_weights(second_step, policies, tmp_path):
     report = look(run, policy=policies[1])
     assert causes(report) == {"engine": ["weights"], "trainer": []}
     assert verdict(report, "engine").winners[0].name.startswith("output layer")
+
+
+def test_a_fault_of_a_few_is_no_verdict_on_all(first_step, teacher, tmp_path):
+    """Eight rollouts with numbers from nowhere, two with text positions: what explains two of ten is no verdict."""
+
+    def log_probs(row):
+        counts = row["record"] == "two" and row["view"]
+        return teacher.log_probs(row, positions=counted(row)) if counts else [-9.0] * len(row[ENGINE])
+
+    found = verdict(look(broken(first_step, tmp_path, ENGINE, log_probs)), "engine")
+    assert found.num_mismatched == 10
+    assert [cause.value for cause in found.causes] == ["unexplained"]
+    assert (found.tested[1].cause.value, found.tested[1].explained) == ("mRoPE positions", 2)
+
+
+def test_a_fault_of_most_is_a_verdict_with_its_count(first_step, teacher, tmp_path):
+    def log_probs(row):
+        nowhere = row["record"] == "two" and row["view"]
+        return [-9.0] * len(row[ENGINE]) if nowhere else teacher.log_probs(row, positions=counted(row))
+
+    report = look(broken(first_step, tmp_path, ENGINE, log_probs))
+    assert causes(report) == {"engine": ["mRoPE positions"], "trainer": []}
+    (winner,) = verdict(report, "engine").winners
+    assert (winner.explained, verdict(report, "engine").num_mismatched) == (6, 8)
+    assert "The other rollouts are not explained by it." in report.render()
 
 
 def test_numbers_that_are_not_finite_are_a_mismatch(first_step, tmp_path):
