@@ -86,13 +86,19 @@ def choose(dump: Dump, policies: Policies, given: Path | None, limit: int) -> li
     usable = newest_usable(dump, lambda rollout: policies.has(rollout.weight_version))
     if not usable:
         raise UserError(
-            "the weights that sampled these rollouts are no longer there; of this run there are versions "
-            + ", ".join(map(str, policies.versions)),
+            "the weights that sampled these rollouts are no longer there, or changed in the middle of each response; "
+            f"of this run there are versions {', '.join(map(str, policies.versions))}",
             where=f"{dump.files[0]} to {dump.files[-1].name}" if len(dump.files) > 1 else str(dump.files[0]),
             fix="give them with --policy FOLDER, or another step; run.save_every and run.keep_checkpoints keep more",
         )
-    version = max(rollout.weight_version for rollout in usable)
+    version = max(version_of(rollout) for rollout in usable)
     return spread([rollout for rollout in usable if rollout.weight_version == version], limit)
+
+
+def version_of(rollout: RecordedRollout) -> int:
+    """The one version of a usable rollout."""
+    assert rollout.weight_version is not None, "rollouts of several versions are not usable"
+    return rollout.weight_version
 
 
 def direct_gap(cases: Sequence[Case]) -> tuple[float, float] | None:
@@ -110,7 +116,7 @@ def _parties(cases: Sequence[Case], policies: Policies, config: Config) -> list[
     if not cases:
         return ["engine and trainer: the images of all rollouts were changed"]
     rollout = cases[0].rollout
-    engine = policies.expected(rollout.weight_version)
+    engine = policies.expected(version_of(rollout))
     everything = tuple(range(len(cases)))
     parties: list[Party | str] = [Party("engine", engine, config.model.dtype, everything)]
     members = tuple(index for index in everything if cases[index].rollout.logprob_old is not None)

@@ -37,8 +37,8 @@ class RecordedRollout:
     """int64 [P]."""
     response_ids: np.ndarray
     """int64 [R]."""
-    weight_version: int
-    """Of the weights that sampled it."""
+    weight_version: int | None
+    """Of the weights that sampled all of its tokens; None where they changed in the middle of the response."""
     logprob_rollout: np.ndarray | None
     """float64 [R], the engine's; NaN where it was not finite."""
     logprob_old: np.ndarray | None
@@ -100,9 +100,10 @@ def read_rollouts(file: Path) -> list[RecordedRollout]:
     return [rollout for rollout in rollouts if len(rollout.response_ids)]
 
 
-def weight_version(row: dict[str, Any]) -> int:
-    """The version of the weights that sampled a recorded rollout."""
-    return int(row["weight_version"])
+def weight_version(row: dict[str, Any]) -> int | None:
+    """The version of the weights that sampled a recorded rollout; None where there were several."""
+    versions = {int(version) for version, _, _ in row["weight_versions"]}
+    return versions.pop() if len(versions) == 1 else None
 
 
 def newest_usable(dump: Dump, usable: Callable[[RecordedRollout], bool]) -> list[RecordedRollout]:
@@ -137,7 +138,7 @@ def _take_turns(queues: Sequence[Sequence[RecordedRollout]]) -> list[RecordedRol
 
 
 def _rollout(row: dict[str, Any], where: str) -> RecordedRollout:
-    needed = ("prompt_token_ids", "response_token_ids", "logprob_rollout", "logprob_old")
+    needed = ("prompt_token_ids", "response_token_ids", "weight_versions", "logprob_rollout", "logprob_old")
     missing = [name for name in needed if name not in row]
     if missing:
         raise UserError(f"the rollout was recorded without {', '.join(missing)}", where=where, fix=RECORD_AGAIN)

@@ -77,9 +77,9 @@ class Policies:
         """Versions whose weights the run has left on disk, ascending."""
         return sorted(self._paths)
 
-    def has(self, version: int) -> bool:
-        """Whether the weights of a version are at hand."""
-        return self._given is not None or version in self._paths
+    def has(self, version: int | None) -> bool:
+        """Whether the weights of a version are at hand; None is no version."""
+        return version is not None and (self._given is not None or version in self._paths)
 
     def expected(self, version: int) -> Policy:
         """The weights of a version that is at hand."""
@@ -103,9 +103,9 @@ class Policies:
         return Policy(name, open_weights(path, config=self._model))
 
 
-def check_given(versions: Iterable[int], given: Path | None) -> None:
+def check_given(versions: Iterable[int | None], given: Path | None) -> None:
     """UserError where one `--policy` is to stand for several versions."""
-    distinct = sorted(set(versions))
+    distinct = sorted({version for version in versions if version is not None})
     if given is not None and len(distinct) > 1:
         raise UserError(
             f"the rollouts are of versions {', '.join(map(str, distinct))}, which are not all of one policy",

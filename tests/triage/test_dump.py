@@ -117,15 +117,28 @@ def test_a_response_without_tokens_is_passed_over(run):
 
 def test_the_newest_step_whose_weights_are_there(run):
     later = run.file.with_name("step-000002.jsonl")
-    later.write_text("".join(json.dumps(row | {"step": 2, "weight_version": 1}) + "\n" for row in run.rows))
+    later.write_text("".join(json.dumps(row | {"step": 2, "weight_versions": [[1, 0, 9]]}) + "\n" for row in run.rows))
     report = look(run.root)
     assert report.source.startswith("step 1, weights of version 0")
     assert {each.step for each in newest_usable(open_dump(run.root), lambda rollout: True)} == {2}
-    with pytest.raises(UserError, match=r"no longer there; of this run there are versions 0(.|\n)*--policy FOLDER"):
+    with pytest.raises(UserError, match=r"no longer there(.|\n)*there are versions 0(.|\n)*--policy FOLDER"):
         look(later)
     with pytest.raises(UserError, match="of versions 0, 1, which are not all of one policy"):
         look(run.root, policy=run.policy)
     assert look(later, policy=run.policy).agrees
+
+
+def test_weights_that_changed_in_the_middle_of_a_response(run, policies):
+    """No policy has sampled such a response, so it is left out; not even --policy helps."""
+    whole = run.rows[0]["weight_versions"]
+    assert whole == [[0, 0, 9]]
+    run.rewrite(lambda row: {"weight_versions": [[0, 0, 4], [1, 4, 9]]} if row["record"] == "two" else {})
+    assert [rollout.weight_version for rollout in read_rollouts(run.file)] == [None] * 4 + [0] * 6
+    assert look(run.root).num_rollouts == look(run.root, policy=run.policy).num_rollouts == 6
+    run.rewrite(lambda row: {"weight_versions": [[0, 0, 4], [1, 4, 9]]})
+    for policy in (None, run.policy):
+        with pytest.raises(UserError, match="changed in the middle of each response"):
+            look(run.root, policy=policy)
 
 
 def test_weights_of_another_version_than_the_engines(run, policies):
