@@ -5,34 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from recorded_run import SHAPE, RecordedRun, Transformers, make_policies, mixed, record_run
-from safetensors.torch import load_file
-from tiny_checkpoint import make_policy
+from looking import ENGINE, TRAINER, broken, causes, look, verdict
+from recorded_run import Transformers, record_run
 
 from perl_megatron.data.permutation import invert
 from perl_megatron.data.processor import PromptEncoder
-from perl_megatron.triage.command import triage
-from perl_megatron.triage.report import Report
-from perl_megatron.triage.verdicts import Verdict
-
-ENGINE, TRAINER = "logprob_rollout", "logprob_old"
-
-
-def look(run: RecordedRun, *, policy=None, others=(), limit=16) -> Report:
-    return triage(run.root, policy=policy, other_policies=others, limit=limit)
-
-
-def verdict(report: Report, party: str) -> Verdict:
-    return next(each for each in report.verdicts if each.party == party)
-
-
-def causes(report: Report) -> dict[str, list[str]]:
-    return {each.party: [cause.value for cause in each.causes] for each in report.verdicts}
-
-
-def broken(run: RecordedRun, folder, party: str, log_probs) -> RecordedRun:
-    """A copy of the run with one party's numbers from ``log_probs(row)``."""
-    return run.copy(folder / "broken").rewrite(lambda row: {party: log_probs(row)})
 
 
 def original(row) -> list[str]:
@@ -161,61 +138,6 @@ def test_shifted_log_probabilities(first_step, tmp_path):
     assert [each.name for each in verdict(report, "trainer").winners] == ["log-probabilities written one token later"]
 
 
-def test_stale_weights(second_step, policies, tmp_path):
-    """The engine did not take up the weights of version 1: it still samples with version 0."""
-    assert look(second_step, policy=policies[1]).agrees
-    stale = Transformers(policies[0], second_step.encoder)
-    report = look(broken(second_step, tmp_path, ENGINE, stale.log_probs), policy=policies[1])
-    assert causes(report) == {"engine": ["weights"], "trainer": []}
-    assert [each.name for each in verdict(report, "engine").winners] == [
-        f"all weights are those of version 0 ({policies[0]})"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("part", "takes"),
-    [
-        ("output layer", lambda name: name == "lm_head.weight"),
-        ("vision tower and merger", lambda name: "visual." in name),
-        ("language model", lambda name: "visual." not in name),
-    ],
-)
-def test_a_stale_part(second_step, policies, tmp_path, part, takes):
-    stale = mixed(tmp_path / "stale", policies[1], policies[0], takes)
-    run = broken(second_step, tmp_path, ENGINE, Transformers(stale, second_step.encoder).log_probs)
-    report = look(run, policy=policies[1])
-    assert causes(report) == {"engine": ["weights"], "trainer": []}
-    assert [each.name for each in verdict(report, "engine").winners] == [
-        f"{part}: weights of version 0 ({policies[0]})"
-    ]
-
-
-def test_a_stale_copy_of_a_tied_output_layer(tmp_path):
-    """As vLLM 0.32 on a CPU: the embedding is renewed, the output layer's repacked copy of it is not."""
-    first, second = make_policies(tmp_path, tie=True)
-    run = record_run(tmp_path, first, second, step=2)
-    assert look(run, policy=second).agrees
-    stale = Transformers(second, run.encoder)
-    stale.model.lm_head.weight = torch.nn.Parameter(load_file(first / "model.safetensors")["model.embed_tokens.weight"])
-    report = look(broken(run, tmp_path, ENGINE, stale.log_probs), policy=second)
-    assert causes(report) == {"engine": ["weights"], "trainer": []}
-    assert [each.name for each in verdict(report, "engine").winners] == [
-        f"output layer: weights of version 0 ({first})"
-    ]
-
-
-def test_weights_that_only_the_command_line_names(first_step, tmp_path):
-    """Without them nothing reproduces the numbers, and the gap is larger than any rounding."""
-    other = make_policy(tmp_path / "other", seed=7, **SHAPE)
-    run = broken(first_step, tmp_path, ENGINE, Transformers(other, first_step.encoder).log_probs)
-    report = look(run)
-    assert causes(report) == {"engine": ["unexplained"], "trainer": []}
-    assert "No hypothesis reproduces the numbers" in report.render()
-    assert verdict(report, "engine").winners == ()
-    report = look(run, others=[other])
-    assert causes(report) == {"engine": ["weights"], "trainer": []}
-
-
 def test_a_lower_precision(first_step, policies, tmp_path):
     half = Transformers(policies[0], first_step.encoder, torch.bfloat16)
     report = look(broken(first_step, tmp_path, ENGINE, half.log_probs))
@@ -289,17 +211,6 @@ def test_hypotheses_that_cannot_be_told_apart(first_step, teacher, tmp_path):
     run.file.write_text("".join(json.dumps(row) + "\n" for row in permuted))
     names = {each.name for each in verdict(look(run), "engine").winners}
     assert "images in the record's original order" in names
-
-
-def test_a_real_engine_with_old_weights(second_step, policies, tmp_path):
-    """The embedded engine after an update that left the output layer out, sampling by itself."""
-    stale = mixed(tmp_path / "stale", policies[1], policies[0], lambda name: name == "lm_head.weight")
-    run = record_run(tmp_path, policies[0], stale, step=2)
-    right = Transformers(policies[1], run.encoder)
-    run.rewrite(lambda row: {TRAINER: right.log_probs(row)})
-    report = look(run, policy=policies[1])
-    assert causes(report) == {"engine": ["weights"], "trainer": []}
-    assert verdict(report, "engine").winners[0].name.startswith("output layer")
 
 
 def test_a_fault_of_a_few_is_no_verdict_on_all(first_step, teacher, tmp_path):
