@@ -62,6 +62,7 @@ setup(
         "numpy",
         "pydantic>=2.6",
         "pyyaml",
+        "httpx",
         "rich",
         "tensorboard",
         "matplotlib",

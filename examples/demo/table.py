@@ -32,7 +32,11 @@ def main(arguments: list[str]) -> None:
     for title, key, form in ROWS:
         cells = []
         for runs in found.values():
-            values = [run[key] for run in runs]
+            # Without evaluation, or where the trainer computed no log-probabilities of its own, there is no number.
+            values = [run[key] for run in runs if run[key] is not None]
+            if not values:
+                cells.append("not measured")
+                continue
             mean, low, high = sum(values) / len(values), min(values), max(values)
             cells.append(f"{form.format(mean)} ({form.format(low)} to {form.format(high)})")
         print(f"| {title} | " + " | ".join(cells) + " |")
