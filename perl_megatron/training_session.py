@@ -91,7 +91,8 @@ class TrainingSession(Session):
 
     def finish(self, step: int) -> None:
         """As every session; evaluates the final policy first. What is under way is not used."""
-        self.await_rollouts(step)
+        with self.saved_on_user_error(step):
+            self.await_rollouts(step)
         if step == self.total_steps:
             self.evaluate(step)
         super().finish(step)

@@ -20,7 +20,7 @@ def make_plan(config: Config, derived: Derived) -> dict[str, Any]:
 
     Keys: `run` (name, folder), `batch` and `layout` (numbers of `Derived`), `ranks`: one dict each with rank, tensor,
     context, data and pipeline coordinates, its language-model layers (0-based), whether it runs the vision tower
-    and whether it computes the logits, and its engine replica.
+    and whether it computes the logits, and its engine replica (null with servers, all of which it may ask).
     """
     numbers = asdict(derived)
     layout_names = (
@@ -55,7 +55,7 @@ def rank_place(derived: Derived, rank: int) -> dict[str, Any]:
         "layers": layers_of(derived, pipeline),
         "vision": pipeline == 0,
         "logits": pipeline == derived.pipeline_size - 1,
-        "engine_replica": rank // derived.engine_tensor_size,
+        "engine_replica": None if derived.engine == "server" else rank // derived.engine_tensor_size,
     }
 
 
@@ -114,10 +114,9 @@ def _layout_table(layout: dict[str, Any]) -> Table:
     table.add_row("layers of a stage", f"{layout['stage_layers']}, in {layout['virtual_pipeline_size']} model chunk(s)")
     table.add_row("sequence parallel", "yes" if layout["sequence_parallel"] else "no")
     table.add_row("optimizer", sharing)
-    table.add_row(
-        "engine",
-        f"{layout['engine']}, replicas: {layout['engine_replicas']}, processes in each: {layout['engine_tensor_size']}",
-    )
+    engine = f"{layout['engine']}, replicas: {layout['engine_replicas']}"
+    processes = f"processes in each: {layout['engine_tensor_size']}"
+    table.add_row("engine", engine if layout["engine"] == "server" else f"{engine}, {processes}")
     return table
 
 
@@ -128,7 +127,8 @@ def _rank_table(ranks: list[dict[str, Any]]) -> Table:
     for place in ranks:
         also = [name for name, here in (("vision tower", place["vision"]), ("logits", place["logits"])) if here]
         coordinates = (place[axis] for axis in ("rank", "tensor", "context", "data", "pipeline"))
-        table.add_row(*map(str, coordinates), _runs(place["layers"]), ", ".join(also), str(place["engine_replica"]))
+        replica = "any" if place["engine_replica"] is None else str(place["engine_replica"])
+        table.add_row(*map(str, coordinates), _runs(place["layers"]), ", ".join(also), replica)
     return table
 
 

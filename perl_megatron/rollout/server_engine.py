@@ -181,7 +181,7 @@ class ServerEngine:
         failed_before = {server.address for server in self._servers if not server.is_ready}
         answers: dict[int, list[Rollout]] = {}
         left_over: list[list[Question]] = []
-        error: UserError | None = None
+        error: Exception | None = None
         views_of_block = max(map(len, blocks), default=1)
         at_once = ceil(2 * self._max_sequences / (sampling.num_rollouts * views_of_block * collective.world_size()))
         requests = RolloutRequests(
@@ -195,6 +195,8 @@ class ServerEngine:
             left_over = [[question] for question in outcome.left_over]
         except UserError as refused:
             error = refused
+        except Exception as failed:  # a rank that raised alone would leave the others waiting for it
+            error = RuntimeError(f"rollouts could not be asked for: {describe(failed)}")
         failures = {
             server.address: server.failure
             for server in self._servers

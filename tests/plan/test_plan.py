@@ -57,6 +57,16 @@ def test_plan_is_json_and_text(plan):
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_servers_are_asked_by_every_rank():
+    servers = ("rollout.engine=server", "rollout.servers=http://a:8000,http://b:8000", "rollout.weight_transfer=disk")
+    plan = make_plan(*derived_of(*servers, "rollout.shared_folder=w", "parallel.tensor=2", world_size=4))
+    assert [rank["engine_replica"] for rank in plan["ranks"]] == [None] * 4
+    text = render_plan(plan)
+    assert "server, replicas: 2" in text
+    assert "processes in each" not in text
+    assert " any " in text
+
+
 def test_places_are_those_of_megatron_core():
     order = inspect.signature(parallel_state.initialize_model_parallel).parameters["order"].default
     theirs = parallel_state.RankGenerator(tp=2, ep=1, dp=2, pp=2, cp=2, order=order)
