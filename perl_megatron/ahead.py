@@ -10,8 +10,12 @@ import threading
 from collections.abc import Callable
 
 from perl_megatron.collect import Drawn, GroupCollector
+from perl_megatron.errors import UserError
 from perl_megatron.rollout.server_engine import ServerEngine
 from perl_megatron.runtime import collective
+
+END_SECONDS = 20.0
+"""What rollouts that are given up may take to end: their processes' agreements should not be torn."""
 
 
 class AheadCollector:
@@ -22,13 +26,21 @@ class AheadCollector:
         engine: the collector's.
         alpha_of: the swap probability of a step.
         num_steps: of the run; nothing is begun beyond.
+        timeout_seconds: of the collectives of what is under way.
     """
 
     def __init__(
-        self, collector: GroupCollector, engine: ServerEngine, alpha_of: Callable[[int], float], num_steps: int
+        self,
+        collector: GroupCollector,
+        engine: ServerEngine,
+        alpha_of: Callable[[int], float],
+        *,
+        num_steps: int,
+        timeout_seconds: float,
     ):
-        self._collector, self._alpha_of, self._num_steps = collector, alpha_of, num_steps
-        self._group = collective.new_group()
+        self._collector, self._engine = collector, engine
+        self._alpha_of, self._num_steps = alpha_of, num_steps
+        self._group = collective.new_group(timeout_seconds)
         self._pending: _Pending | None = None
         self._bring_last_weights = engine.bring_again
         engine.bring_again = self._ask_for_weights
@@ -47,6 +59,7 @@ class AheadCollector:
             drawn = pending.result()
         if step + 1 < self._num_steps:
             self._pending = _Pending(self._collector, step + 1, self._alpha_of(step + 1), self._group)
+            self._pending.thread.start()
         return drawn
 
     def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
@@ -56,11 +69,22 @@ class AheadCollector:
         ones before the rollouts can go on. Raises UserError where the rollouts failed.
         """
         if self._pending is not None:
-            self._pending.wait(bring_weights)
+            self._pending.wait(lambda: self._bring(bring_weights))
+
+    def close(self) -> None:
+        """Give up what is under way: it would be drawn again."""
+        if self._pending is not None:
+            self._pending.give_up()
+            self._engine.give_up()
+            self._pending.thread.join(END_SECONDS)
 
     def sampler_state(self) -> dict[str, int]:
         """Where a resumed run has to go on with the records: what is under way will be drawn again."""
         return self._collector.sampler_state() if self._pending is None else self._pending.sampler_state
+
+    def _bring(self, bring_weights: Callable[[], None]) -> None:
+        bring_weights()  # does nothing where servers were brought the current ones before, and lost them again
+        self._bring_last_weights()
 
     def _ask_for_weights(self) -> None:
         """Called where servers lost their weights in the middle of sampling: only the main thread can bring them.
@@ -84,10 +108,9 @@ class _Pending:
         self._drawn: Drawn | None = None
         self._error: BaseException | None = None
         self._condition = threading.Condition()
-        self._wants_weights = self._is_done = False
+        self._wants_weights = self._is_done = self._is_given_up = False
         # Not waited for where the run ends with an error: the other ranks may be gone.
         self.thread = threading.Thread(target=self._run, name=f"rollouts of step {step}", daemon=True)
-        self.thread.start()
 
     def wait(self, bring_weights: Callable[[], None]) -> None:
         """Until it is done; raises what went wrong."""
@@ -113,7 +136,15 @@ class _Pending:
         with self._condition:
             self._wants_weights = True
             self._condition.notify_all()
-            self._condition.wait_for(lambda: not self._wants_weights)
+            self._condition.wait_for(lambda: not self._wants_weights or self._is_given_up)
+            if self._is_given_up:
+                raise UserError("the rollouts were given up, as the run ends", where="rollout.max_staleness")
+
+    def give_up(self) -> None:
+        """Nobody will wait for it."""
+        with self._condition:
+            self._is_given_up = True
+            self._condition.notify_all()
 
     def _run(self) -> None:
         try:

@@ -160,10 +160,13 @@ def build_collector(
     collector = GroupCollector(config, records, sampler, encoder, engine)
     if config.rollout.max_staleness == 0:
         return collector
-    steps, permutation = config.run.steps, config.permutation
-    # `derive` has refused other engines.
+    run, permutation = config.run, config.permutation
     return AheadCollector(
-        collector, cast(ServerEngine, engine), lambda step: swap_probability(permutation, step, steps), steps
+        collector,
+        cast(ServerEngine, engine),  # `derive` has refused others
+        lambda step: swap_probability(permutation, step, run.steps),
+        num_steps=run.steps,
+        timeout_seconds=run.collective_timeout,
     )
 
 

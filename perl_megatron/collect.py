@@ -93,6 +93,9 @@ class GroupCollector:
     def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
         """Nothing is ever under way between two calls of ``collect``."""
 
+    def close(self) -> None:
+        """Nothing is under way."""
+
     def sampler_state(self) -> dict[str, int]:
         """Where a resumed run has to go on with the records."""
         return self.sampler.state_dict()

@@ -90,9 +90,7 @@ class TrainingSession(Session):
         self.phases.take()  # its time belongs to no step
 
     def finish(self, step: int) -> None:
-        """As every session; evaluates the final policy first. What is under way is not used."""
-        with self.saved_on_user_error(step):
-            self.await_rollouts(step)
+        """As every session; evaluates the final policy first."""
         if step == self.total_steps:
             self.evaluate(step)
         super().finish(step)
@@ -100,6 +98,7 @@ class TrainingSession(Session):
     def close(self) -> None:
         """As every session; ends the engine too."""
         super().close()
+        self.collector.close()
         self.engine.close()
 
     def sampler_state(self) -> dict[str, int]:

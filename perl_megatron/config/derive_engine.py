@@ -116,12 +116,15 @@ def _check_servers(config: Config, *, has_vllm: bool) -> None:
             where="rollout.weight_transfer = direct",
             fix="pip install 'perl-megatron[cpu]' or '[gpu]', or set rollout.weight_transfer=disk",
         )
-    if rollout.sync_deadline >= config.run.collective_timeout:
+    # A request is tried twice before the processes agree again; servers are looked at before and within an update.
+    longest = max(2 * rollout.request_deadline, rollout.sync_deadline + 4 * rollout.health_deadline)
+    if longest >= config.run.collective_timeout:
         raise UserError(
-            "the other processes wait while the first one brings weights to the servers, and would give up first",
-            where=f"rollout.sync_deadline = {rollout.sync_deadline}, "
-            f"run.collective_timeout = {config.run.collective_timeout}",
-            fix="make run.collective_timeout the longer one",
+            f"processes may wait up to {longest:g} s for each other while one of them waits for a server, and would "
+            "give up before it does",
+            where=f"rollout.request_deadline = {rollout.request_deadline:g} (twice), rollout.sync_deadline = "
+            f"{rollout.sync_deadline:g}, run.collective_timeout = {config.run.collective_timeout:g}",
+            fix=f"set run.collective_timeout above {longest:g}, or lower the deadlines",
         )
 
 

@@ -135,12 +135,12 @@ class RolloutConfig(Section):
     questions, and those that fail are done without until they are back."""
     api_key_file: Path | None = None
     """File whose first line is the servers' key: `perl-megatron serve` demands it, the trainer sends it."""
-    request_deadline: float = Field(default=900.0, gt=0)
+    request_deadline: float = Field(default=600.0, gt=0)
     """Seconds in which a server has to answer for a view; then another one is asked for the same."""
     health_deadline: float = Field(default=60.0, gt=0)
     """Seconds without an answer to `/health` after which a server is taken for hung; they are also what a server may
     take over a message without much work in it."""
-    sync_deadline: float = Field(default=900.0, gt=0)
+    sync_deadline: float = Field(default=600.0, gt=0)
     """Seconds in which servers have to have taken an update of the weights; also how long is waited for a server to be
     there at all."""
     weight_transfer: Literal["direct", "disk"] = "direct"

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from perl_megatron.rollout.fingerprints import Fingerprints
-from perl_megatron.rollout.hand_over import HandOver
+from perl_megatron.rollout.hand_over import GivenUp, HandOver
 from perl_megatron.rollout.server_client import ServerClient, ServerFailure, describe
 
 
@@ -24,12 +24,16 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the server."""
+        """Let go of the server; its workers then wait for nothing."""
         ...
 
 
 class FolderTransport:
-    """The weights lie in a folder that the server sees, as soon as the last one was handed over."""
+    """The weights lie in a folder that the server sees, as soon as the last one was handed over.
+
+    Args:
+        is_written: whether the folder is complete; set after the last weight was put.
+    """
 
     def __init__(self, client: ServerClient, folder: Path, is_written: threading.Event):
         self._client, self._folder, self._is_written = client, folder, is_written
@@ -40,6 +44,7 @@ class FolderTransport:
             pass
         if not self._is_written.wait(self._client.sync_seconds):
             raise ServerFailure("the weights were not written in time")
+        weights.check()
         self._client.call("perl_load_folder", str(self._folder))
 
     def close(self) -> None:
@@ -63,61 +68,73 @@ class Update:
 
 
 class Delivery(threading.Thread):
-    """An update on its way to a server. Start it, put the weights into ``weights``, then join it.
+    """An update on its way to a server. Start it, put the weights into ``weights``, then ``conclude``.
 
     Args:
-        connect: gives the transport; ServerFailure or another error where the server cannot be connected.
+        connect: gives the transport; any error where the server cannot be connected.
     """
 
     def __init__(self, client: ServerClient, update: Update, connect: Callable[[], Transport]):
         super().__init__(name=f"weights to {client.address}", daemon=True)
         self.client, self.weights = client, HandOver[tuple[str, Tensor]]()
         self.phase = "start"
-        self.failure: str | None = None
-        """Why the server did not take the update."""
         self.problems: list[str] = []
         """What the server holds otherwise than it was sent; it does not serve then."""
         self.attest_seconds = 0.0
+        self.transport: Transport | None = None
+        """The connection, for the next update where this one succeeded."""
         self._update, self._connect = update, connect
-        self._transport: Transport | None = None
-        self._is_abandoned = False
+        self._is_done = threading.Event()
 
     def run(self) -> None:
-        """All steps; what goes wrong ends in ``failure``."""
+        """All steps; what goes wrong gives ``weights`` up, with the reason."""
         try:
             self._deliver()
         except Exception as error:
-            reason = str(error) if isinstance(error, ServerFailure) else describe(error)
-            self.failure = f"{self.phase}: {reason}"
+            reason = str(error) if isinstance(error, ServerFailure | GivenUp) else describe(error)
+            self.weights.give_up(f"{self.phase}: {reason}")
         finally:
-            self.weights.give_up()
-            if self.failure is not None and self._transport is not None:
-                self._transport.close()  # the workers wait for what will not come
+            if self.failure is not None:
+                self._let_go()
+            self._is_done.set()
 
     @property
-    def is_taking(self) -> bool:
-        """Whether weights are still to be put."""
-        return self.failure is None and not self.weights.is_given_up
+    def failure(self) -> str | None:
+        """Why the server does not take the update; None while it does."""
+        return self.weights.reason
 
     def abandon(self, reason: str) -> None:
         """Give the server up from outside, unless it failed by itself; the thread ends at its next step."""
-        self._is_abandoned = True
-        if self.failure is None:
-            self.failure = f"{self.phase}: {reason}"
-        self.weights.give_up()
-        if self._transport is not None:
-            self._transport.close()
+        self.weights.give_up(f"{self.phase}: {reason}")
+        self._let_go()
+
+    def conclude(self, *, until: float) -> None:
+        """Wait until the server has taken the update, or failed, at most until a time of ``time.monotonic``.
+
+        What was given up is not waited for: it may hang for long.
+        """
+        while not self._is_done.is_set():
+            left = until - time.monotonic()
+            if left <= 0:
+                self.abandon("it did not get done in time (rollout.sync_deadline)")
+            if self.weights.wait_given_up(min(left, 0.05)):
+                return
+
+    def _let_go(self) -> None:
+        """Its workers must not wait for what will not come."""
+        if self.transport is not None:
+            self.transport.close()
 
     def _deliver(self) -> None:
         client, update = self.client, self._update
         self._enter("pause")
         client.tell("pause", seconds=client.sync_seconds, mode="abort", clear_cache="true")
         self._enter("connect")
-        self._transport = self._connect()
+        self.transport = self._connect()
         self._enter("begin the update")
         client.call("perl_expect", update.version, update.full, update.attests)
         self._enter("send the weights")
-        self._transport.send(self.weights)
+        self.transport.send(self.weights)
         self._enter("attest")
         begin = time.perf_counter()
         for worker, said in enumerate(client.call("perl_conclude")):
@@ -132,10 +149,10 @@ class Delivery(threading.Thread):
         for cache in ("prefix", "mm", "encoder"):
             client.tell(f"reset_{cache}_cache")
         self._enter("resume")
-        client.tell("update_weight_version", {"new_version": update.name})
         client.tell("resume")
+        # Last: a server that has the name of the weights serves them.
+        client.tell("update_weight_version", {"new_version": update.name})
 
     def _enter(self, phase: str) -> None:
-        if self._is_abandoned:
-            raise ServerFailure("it was given up")
+        self.weights.check()
         self.phase = phase

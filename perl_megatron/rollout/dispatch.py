@@ -18,6 +18,10 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
+MAX_TRIES = 2
+"""Servers that a request is sent to before it is left over: other processes wait, and each may take the deadline."""
+
+
 @dataclass
 class Server:
     """One server as this process knows it."""
@@ -39,7 +43,7 @@ class Outcome(Generic[Request, Answer]):
 
     answers: list[tuple[Request, Answer]] = field(default_factory=list)
     left_over: list[Request] = field(default_factory=list)
-    """Those that every server that was asked failed to answer."""
+    """Those that every server that was asked failed to answer, ``MAX_TRIES`` of them at most."""
 
 
 class Dispatcher(Generic[Request, Answer]):
@@ -72,7 +76,7 @@ class Dispatcher(Generic[Request, Answer]):
         self._running: dict[str, set[asyncio.Task[Answer]]] = {server.address: set() for server in servers}
 
     async def run(self, blocks: Sequence[Sequence[Request]]) -> Outcome[Request, Answer]:
-        """Ask for everything; returns when each request is answered or has been failed by every server.
+        """Ask for everything; returns when each request is answered or left over.
 
         Raises:
             UserError: from ``ask``: the request itself is wrong. The others are given up.
@@ -93,7 +97,7 @@ class Dispatcher(Generic[Request, Answer]):
         """The whole block on one server, then what failed there on another, until none is left."""
         waiting, tried = list(block), set[str]()
         while waiting:
-            server = await self._take_server(tried)
+            server = await self._take_server(tried) if len(tried) < MAX_TRIES else None
             if server is None:
                 outcome.left_over += waiting
                 return

@@ -1,7 +1,7 @@
 """What the loop knows of an engine: it samples responses with given weights.
 
-Both engines (``vllm_colocated``, ``embedded``) live in the trainer's processes, are called by every rank with the same
-arguments, share the views among ranks, and give every rank all rollouts.
+The engines (``vllm_colocated`` and ``embedded`` in the trainer's processes, ``server_engine`` in others) are called by
+every rank with the same arguments, share the views among ranks, and give every rank all rollouts.
 """
 
 from __future__ import annotations
@@ -54,9 +54,12 @@ class RolloutEngine(Protocol):
     """Samples responses. Every method is called by all ranks together."""
 
     name: str
-    """'vllm' or 'embedded'."""
-    weight_version: int
-    """Version of the weights in use; 0 is the checkpoint that the engine started from."""
+    """'vllm', 'server' or 'embedded'."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights in use; 0 is the checkpoint that the engine started from."""
+        ...
 
     def generate(
         self, views: Sequence[View], prompts: Sequence[EncodedPrompt], sampling: Sampling, *, seeds: Sequence[int]

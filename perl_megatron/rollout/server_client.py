@@ -5,6 +5,9 @@ Errors of all kinds come as ``ServerFailure`` with the server's address and what
 
 from __future__ import annotations
 
+import json
+import ssl
+import time
 from typing import Any
 
 import httpx
@@ -14,6 +17,14 @@ from perl_megatron.errors import UserError
 
 class ServerFailure(Exception):
     """A server did not do what it was asked; the text says what, not which server."""
+
+
+class Misfit(ServerFailure):
+    """A server is there, but is not what the run needs: another key, other routes, other settings."""
+
+    def __init__(self, error: UserError):
+        super().__init__(error.what)
+        self.error = error
 
 
 class ServerClient:
@@ -28,8 +39,7 @@ class ServerClient:
     def __init__(self, address: str, *, key: str | None, seconds: float, sync_seconds: float):
         self.address = address.rstrip("/")
         self.seconds, self.sync_seconds = seconds, sync_seconds
-        # Not through a proxy of the environment: rollouts and weights stay in the cluster.
-        self._http = httpx.Client(base_url=self.address, headers=headers(key), trust_env=False)
+        self._http = httpx.Client(base_url=self.address, **connection(self.address, key))
 
     def ask(self, path: str, *, seconds: float | None = None) -> Any:
         """What the server says at a route, as JSON; None for no content."""
@@ -48,10 +58,14 @@ class ServerClient:
             raise ServerFailure(f"{method}: its workers answered {str(answer)[:200]}")
         return results
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, *, seconds: float | None = None) -> float:
         """The sum of one of vLLM's counters over its engines."""
-        lines = str(self._send("GET", "metrics", as_text=True)).splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+        lines = str(self._send("GET", "metrics", seconds=seconds, as_text=True)).splitlines()
+        values = [line.rsplit(" ", 1)[1] for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        try:
+            return sum(map(float, values))
+        except ValueError as error:
+            raise ServerFailure(f"/metrics: {name} is {values}") from error
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let the workers join the trainer."""
@@ -85,41 +99,55 @@ class ServerClient:
         as_text: bool = False,
     ) -> Any:
         limit = self.seconds if seconds is None else seconds
+        until = time.monotonic() + limit
         try:
-            reply = self._http.request(method, f"/{path}", json=body, params=query, timeout=limit)
-            refuse(reply, path)
+            with self._http.stream(method, f"/{path}", json=body, params=query, timeout=limit) as reply:
+                content = b""
+                for part in reply.iter_bytes():  # `timeout` is that of each part
+                    content += part
+                    if time.monotonic() > until:
+                        raise httpx.ReadTimeout("the answer comes too slowly")
+            refuse(reply.status_code, content, path)
             if as_text:
-                return reply.text
-            return reply.json() if reply.content else None
+                return content.decode(errors="replace")
+            return json.loads(content) if content else None
         except httpx.TimeoutException as error:
             raise ServerFailure(f"/{path} was not answered within {limit:g} s") from error
-        except (httpx.HTTPError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
             raise ServerFailure(f"/{path}: {describe(error)}") from error
 
 
-def headers(key: str | None) -> dict[str, str]:
-    """Of every request."""
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
+def connection(address: str, key: str | None) -> dict[str, Any]:
+    """httpx's options for a server.
+
+    Not through a proxy of the environment, as rollouts and weights stay in the cluster; but the environment's
+    certificates (SSL_CERT_FILE) count.
+    """
+    options: dict[str, Any] = {"headers": {} if key is None else {"Authorization": f"Bearer {key}"}, "trust_env": False}
+    return options | ({"verify": ssl.create_default_context()} if address.startswith("https:") else {})
 
 
-def refuse(reply: httpx.Response, path: str) -> None:
-    """ServerFailure for a reply that is no success; UserError where another server would refuse as well."""
-    if reply.status_code == 401:
-        raise UserError(
-            f"the server {reply.url.host}:{reply.url.port} does not take the key",
-            where="rollout.api_key_file",
-            fix="use the file that the server was started with",
+def refuse(status: int, content: bytes, path: str) -> None:
+    """ServerFailure for a reply that is no success; ``Misfit`` where the server is of another kind."""
+    text = content[:300].decode(errors="replace")
+    if status == 401:
+        raise Misfit(
+            UserError(
+                "it does not take the key",
+                where="rollout.api_key_file",
+                fix="use the file that the server was started with",
+            )
         )
-    if reply.status_code in (403, 404):
-        raise UserError(
-            f"the server {reply.url.host}:{reply.url.port} has no route /{path}: {reply.text[:200]}",
-            where="rollout.servers",
-            fix="start it with `perl-megatron serve`, or with the flags of docs/rollout.md",
+    if status in (403, 404):
+        raise Misfit(
+            UserError(
+                f"it has no route /{path}: {text}",
+                where="rollout.servers",
+                fix="start it with `perl-megatron serve`, or with the flags of docs/rollout.md",
+            )
         )
-    if not reply.is_success:
-        raise ServerFailure(f"/{path} was answered with status {reply.status_code}: {reply.text[:300]}")
+    if not 200 <= status < 300:
+        raise ServerFailure(f"/{path} was answered with status {status}: {text}")
 
 
 def describe(error: Exception) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import httpx
 
@@ -13,8 +16,10 @@ from perl_megatron.errors import UserError
 from perl_megatron.rollout.dispatch import Dispatcher, Outcome, Server
 from perl_megatron.rollout.engine import Sampling
 from perl_megatron.rollout.server_answers import GENERATE, AnswerReader, request_body
-from perl_megatron.rollout.server_client import ServerFailure, describe, headers, refuse
+from perl_megatron.rollout.server_client import ServerFailure, connection, describe, refuse
 from perl_megatron.types import EncodedPrompt, Rollout, View
+
+Result = TypeVar("Result")
 
 CHECKS = 4
 """How often a server's life is checked within `rollout.health_deadline`."""
@@ -29,6 +34,42 @@ class Question:
     view: View
     prompt: EncodedPrompt
     seed: int
+
+
+class CancellableRun:
+    """``asyncio.run`` that another thread can end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        self._is_cancelled = False
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of ``work``; UserError where it was cancelled, before or meanwhile."""
+        try:
+            return asyncio.run(self._watched(work))
+        except asyncio.CancelledError as error:
+            raise UserError("the rollouts were given up, as the run ends", where="rollout.max_staleness") from error
+
+    def cancel(self) -> None:
+        """End what runs, and all that would follow."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._running is not None:
+                loop, task = self._running
+                loop.call_soon_threadsafe(task.cancel)
+
+    async def _watched(self, work: Coroutine[Any, Any, Result]) -> Result:
+        task = asyncio.ensure_future(work)
+        with self._lock:
+            self._running = asyncio.get_running_loop(), task
+            if self._is_cancelled:
+                task.cancel()
+        try:
+            return await task
+        finally:
+            with self._lock:
+                self._running = None
 
 
 class RolloutRequests:
@@ -51,10 +92,9 @@ class RolloutRequests:
         self._config, self._encoder, self._sampling = config, encoder, sampling
         name, version = weights
         self._reader = AnswerReader(encoder, sampling, version_of=lambda given: version if given == name else None)
-        # The deadlines are the dispatcher's. Not through a proxy of the environment: this stays in the cluster.
-        self._options = {
-            "headers": headers(key),
-            "trust_env": False,
+        # The deadlines are the dispatcher's.
+        self._options: dict[str, Any] = {
+            **connection(next(filter(_is_encrypted, config.servers), ""), key),
             "timeout": httpx.Timeout(None, connect=config.health_deadline),
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=None),
         }
@@ -63,7 +103,7 @@ class RolloutRequests:
         self, servers: Sequence[Server], blocks: Sequence[Sequence[Question]], *, blocks_at_once: int, first: int
     ) -> Outcome[Question, list[Rollout]]:
         """Ask for all blocks: see ``Dispatcher``. UserError for a request that a server refuses."""
-        async with httpx.AsyncClient(**self._options) as self._http:  # type: ignore[arg-type]
+        async with httpx.AsyncClient(**self._options) as self._http:
             dispatcher = Dispatcher(
                 servers,
                 self._ask,
@@ -85,22 +125,26 @@ class RolloutRequests:
                     where=f"record {question.view.record_id}",
                     fix="was it started with the config of this run? (`perl-megatron serve`)",
                 )
-            refuse(reply, GENERATE)
-            answer = reply.json()
-        except (httpx.HTTPError, OSError) as error:
+            refuse(reply.status_code, reply.content, GENERATE)
+            return self._reader.read(reply.json(), question.view, question.prompt)
+        except (UserError, ServerFailure):
+            raise
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise ServerFailure(f"a request for rollouts: {describe(error)}") from error
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise ServerFailure(f"its answer is no JSON: {error}") from error
-        return self._reader.read(answer, question.view, question.prompt)
+        except Exception as error:  # an answer may hold anything
+            raise ServerFailure(f"its answer cannot be read: {describe(error)}") from error
 
     async def _check(self, server: Server) -> None:
         seconds = self._config.health_deadline
         try:
-            reply = await self._http.get(f"{server.address}/health", timeout=seconds)
-        except httpx.TimeoutException as error:
+            async with asyncio.timeout(seconds):
+                reply = await self._http.get(f"{server.address}/health")
+        except TimeoutError as error:
             raise ServerFailure(f"it hangs: /health was not answered within {seconds:g} s") from error
         except (httpx.HTTPError, OSError) as error:
             raise ServerFailure(f"/health: {describe(error)}") from error
-        refuse(reply, "health")
+        refuse(reply.status_code, reply.content, "health")
+
+
+def _is_encrypted(address: str) -> bool:
+    return address.startswith("https:")

@@ -6,8 +6,9 @@ workers of one server. On a GPU vLLM's own NCCL transport is used instead (``vll
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
-from perl_megatron.runtime.addresses import address_towards
+from perl_megatron.runtime.addresses import address_towards, family_of
 
 BACKEND = "perl_megatron_gloo"
 """The transport's name in vLLM's `--weight-transfer-config`."""
@@ -54,12 +55,11 @@ class GlooUpdate(WeightTransferUpdateInfo):
 
 @dataclass
 class GlooTrainerInit(TrainerInitInfo):
-    """The same for the trainer's end, which opens the port."""
+    """The same for the trainer's end, which opens a free port of ``address``."""
 
     backend: ClassVar[str] = BACKEND
 
     address: str
-    port: int
     world_size: int
     seconds: float
 
@@ -122,9 +122,13 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInit]):
     ) -> GlooTrainerEngine:
         """Open the port and let the workers join."""
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        address, port, size, seconds = init_info.address, init_info.port, init_info.world_size, init_info.seconds
-        with _in_background(client.init_weight_transfer_engine, asdict(GlooInit(address, port, size, seconds))):
-            engine._group = _Group(address, port, 0, size, seconds)
+        address, size, seconds = init_info.address, init_info.world_size, init_info.seconds
+        # Bound here, so that it listens on this address alone, and the port is nobody else's meanwhile.
+        listener = socket.create_server((address, 0), family=family_of(address))
+        port = listener.getsockname()[1]
+        joining = asdict(GlooInit(address, port, size, seconds))
+        with _in_background(client.init_weight_transfer_engine, joining):
+            engine._group = _Group(address, port, 0, size, seconds, listener=listener)
         return engine
 
     def send_weights(self) -> None:
@@ -151,10 +155,25 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInit]):
 class _Group:
     """A gloo group beside torch's default one."""
 
-    def __init__(self, address: str, port: int, rank: int, world_size: int, seconds: float):
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        seconds: float,
+        *,
+        listener: socket.socket | None = None,
+    ):
         limit = timedelta(seconds=seconds)
         self._store = dist.TCPStore(
-            address, port, world_size, is_master=rank == 0, timeout=limit, wait_for_workers=False
+            address,
+            port,
+            world_size,
+            is_master=rank == 0,
+            timeout=limit,
+            wait_for_workers=False,
+            master_listen_fd=None if listener is None else listener.detach(),
         )
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
@@ -174,22 +193,27 @@ class _Group:
 class _in_background:
     """``with _in_background(function, argument)``: it runs beside the block; the block's error comes first.
 
-    If the block fails, the call is not waited for: the other end may wait for what will not come.
+    If the block fails, the call is not waited for, nor at exit: the other end may wait for what will not come.
     """
 
-    def __init__(self, function: Any, argument: Any):
-        self._executor = ThreadPoolExecutor(1)
-        self._future = self._executor.submit(function, argument)
+    def __init__(self, function: Callable[[Any], None], argument: Any):
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(function, argument), daemon=True)
+
+    def _run(self, function: Callable[[Any], None], argument: Any) -> None:
+        try:
+            function(argument)
+        except Exception as error:
+            self._error = error
 
     def __enter__(self) -> None:
-        return None
+        self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if kind is None:
-                self._future.result()
-        finally:
-            self._executor.shutdown(wait=False)
+        if kind is None:
+            self._thread.join()
+            if self._error is not None:
+                raise self._error
 
 
 def register() -> None:

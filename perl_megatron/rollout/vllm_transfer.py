@@ -6,7 +6,9 @@ servers, each in a thread of its own, so that a server that fails or hangs is le
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransf
 from perl_megatron.checkpoint.weights import TensorInfo
 from perl_megatron.rollout import vllm_gloo
 from perl_megatron.rollout.hand_over import HandOver
-from perl_megatron.rollout.server_client import ServerClient
+from perl_megatron.rollout.server_client import ServerClient, describe
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.addresses import address_towards, free_port, host_of
 
@@ -48,6 +50,12 @@ class PassingWeights(WeightSource):
         assert self.hand_over is not None, "an update has not begun"
         for expected, (name, tensor) in zip(self._metadata, self.hand_over, strict=True):
             assert (name, tuple(tensor.shape), tensor.dtype) == (expected.name, expected.shape, expected.dtype)
+            if tensor.is_cuda:
+                # It was made on the main thread's stream, which may still be at it, and its memory must not be given
+                # away there before this thread's stream has sent it.
+                stream = torch.cuda.current_stream()
+                stream.wait_stream(torch.cuda.default_stream(tensor.device))
+                tensor.record_stream(stream)
             yield name, tensor
 
 
@@ -65,29 +73,83 @@ class Transfer:
     """
 
     def __init__(self, client: ServerClient, source: PassingWeights, *, num_workers: int, seconds: float):
-        self.source = source
+        self._source, self._client = source, _ClientOfUpdate(client)
         self._device = platform.device()
+        # A stream of its own: one server that takes nothing must not hold up what goes to another.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         address = address_towards(host_of(client.address))
-        port, size = free_port(address), 1 + num_workers
+        size = 1 + num_workers
         information: Any
-        if self._device.type == "cuda":
+        if self._stream is not None:
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-            torch.cuda.set_device(self._device)  # this is a thread of its own
-            information = NCCLTrainerInitInfo(address, port, size, rank=0)
+            # Not packed: that would share streams between servers, and hold gigabytes for each.
+            information = NCCLTrainerInitInfo(address, free_port(address), size, packed=False, rank=0)
         else:
-            information = vllm_gloo.GlooTrainerInit(address, port, size, seconds, rank=0)
-        self._engine: TrainerWeightTransferEngine[Any] = WeightTransferTrainerFactory.trainer_init(
-            information, client=client, source=source
-        )
+            information = vllm_gloo.GlooTrainerInit(address, size, seconds, rank=0)
+        with self._on_device():
+            self._engine: TrainerWeightTransferEngine[Any] = WeightTransferTrainerFactory.trainer_init(
+                information, client=self._client, source=source
+            )
 
     def send(self, weights: HandOver[tuple[str, Tensor]]) -> None:
         """Send what is handed over, and let the server load it."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-        self.source.hand_over = weights
-        self._engine.send_weights()  # type: ignore[call-arg]
+        self._source.hand_over = self._client.hand_over = weights
+        with self._on_device():
+            self._engine.send_weights()  # type: ignore[call-arg]
 
     def close(self) -> None:
         """Leave the group."""
         self._engine.shutdown()
+
+    def _on_device(self) -> Any:
+        """Both are a thread's own."""
+        if self._stream is None:
+            return nullcontext()
+        torch.cuda.set_device(self._device)
+        return torch.cuda.stream(self._stream)
+
+
+class _ClientOfUpdate:
+    """vLLM's view of a server during an update: a ``VLLMWeightSyncClient`` that ends when the update is given up."""
+
+    def __init__(self, client: ServerClient):
+        self._client = client
+        self.hand_over: HandOver[tuple[str, Tensor]] | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let the workers join the trainer."""
+        self._client.init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        """Weights are about to come; not where they will not."""
+        assert self.hand_over is not None
+        self.hand_over.check()
+        self._client.start_weight_update()
+        self.hand_over.check()
+
+    def update_weights(self, update_info: Any) -> None:
+        """Let the workers receive. Returns when they have, or when the update is given up.
+
+        A server that refuses gives the update up, with what it said: the sender would wait for it for long. In a
+        thread that nobody waits for at exit, which vLLM's own would be.
+        """
+        hand_over, is_done = self.hand_over, threading.Event()
+        assert hand_over is not None
+        hand_over.check()
+
+        def receive() -> None:
+            try:
+                self._client.update_weights(update_info)
+            except Exception as error:
+                hand_over.give_up(f"send the weights: {describe(error)}")
+            is_done.set()
+
+        threading.Thread(target=receive, name="a server receives weights", daemon=True).start()
+        while not is_done.wait(0.02):
+            hand_over.check()
+        hand_over.check()
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """All weights have come."""
+        self._client.finish_weight_update(weight_version)

@@ -16,6 +16,7 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
 from perl_megatron.checkpoint.hf_files import open_checkpoint
+from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
 from perl_megatron.rollout import vllm_gloo, vllm_holdings
 from perl_megatron.rollout.attestation import Attestor, without_raising
@@ -44,9 +45,12 @@ class WorkerExtension:
             "transport": None if transfer is None else transfer.backend,
         }
 
-    def perl_places(self) -> list[list[Any]]:
-        """The parts of published tensors that this worker holds, each as the fields of a ``Place``."""
-        return [list(astuple(place)) for place in self._perl().attestor.places()]
+    def perl_places(self) -> dict[str, Any]:
+        """The parts of published tensors that this worker holds, each as the fields of a ``Place``; or a problem."""
+        try:
+            return {"places": [list(astuple(place)) for place in self._perl().attestor.places()], "problem": None}
+        except UserError as error:  # a parameter that is not understood
+            return {"places": [], "problem": error.what}
 
     def perl_expect(self, version: int, full: bool, attests: bool) -> None:
         """An update begins: watch what is loaded (``attests``), and forget an earlier one that was cut off."""

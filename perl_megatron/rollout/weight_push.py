@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,10 +15,8 @@ from torch import Tensor
 from perl_megatron.checkpoint.hf_files import save_checkpoint
 from perl_megatron.checkpoint.weights import TensorInfo
 from perl_megatron.config.schema import RolloutConfig
-from perl_megatron.errors import UserError
-from perl_megatron.rollout.attestation import Place, uncovered
 from perl_megatron.rollout.delivery import Delivery, FolderTransport, Transport, Update
-from perl_megatron.rollout.server_client import ServerClient, ServerFailure
+from perl_megatron.rollout.server_client import ServerClient
 
 
 @dataclass
@@ -44,9 +43,8 @@ class WeightPusher:
         self._config, self._tensors, self._model_path = config, list(tensors), Path(model_path)
         self._transports: dict[str, Transport] = {}
         """By the identity of the server's workers, which a restart changes."""
-        self._known: set[str] = set()
-        """Identities whose holdings were checked."""
         self._num_updates: dict[str, int] = {}
+        self._last_folder: Path | None = None
 
     def push(
         self,
@@ -59,21 +57,25 @@ class WeightPusher:
     ) -> Pushed:
         """One pass over ``weights`` (in the engine's dtype) into ``servers``, by their identities.
 
-        ``deadline`` is a time of ``time.monotonic``. The stream is always drawn to its end.
+        ``deadline`` is a time of ``time.monotonic``. The weights are always drawn to their end: other processes, with
+        which they are gathered, wait for it.
 
         Raises:
             ValueError: the stream is not the policy's, or broke off; the servers then hold no usable weights.
+            UserError: it cannot be written to `rollout.shared_folder`.
         """
         full = any(self._is_full(identity) for identity in servers)
         update = Update(version, name, full, attests=self._config.attestation != "off")
         folder, is_written = self._folder(name), threading.Event()
-        deliveries = []
+        deliveries = {}
         for identity, client in servers.items():
-            connect = _Connector(self, identity, client, folder, is_written)
-            deliveries.append(Delivery(client, update, connect))
-        for delivery in deliveries:
+            known = self._transports.pop(identity, None)
+            connect = partial(self._connect, client, known, folder, is_written)
+            deliveries[identity] = Delivery(client, update, connect)
+        for delivery in deliveries.values():
             delivery.start()
-        stream = self._handed_over(weights, update, deliveries, deadline)
+        weights = iter(weights)
+        stream = self._handed_over(weights, update, list(deliveries.values()), deadline)
         try:
             if folder is not None:
                 self._write(folder, stream)
@@ -81,60 +83,14 @@ class WeightPusher:
                 for _ in stream:
                     pass
         except BaseException:
-            for delivery in deliveries:
+            for delivery in deliveries.values():
                 delivery.abandon("the stream of weights broke off")
-            for _ in stream:  # other processes wait for this one until its end
+            is_written.set()  # nobody has to wait for it
+            for _ in weights:
                 pass
             raise
         is_written.set()
-        for delivery in deliveries:
-            delivery.weights.complete()
-        pushed = self._wait(deliveries, deadline)
-        if folder is not None:
-            self._remove_others(folder)
-        for identity, client in servers.items():
-            if client.address in pushed.failures:
-                self._transports.pop(identity, None)
-            else:
-                self._num_updates[identity] = self._num_updates.get(identity, 0) + 1
-        return pushed
-
-    def check_holdings(self, identity: str, client: ServerClient) -> None:
-        """UserError unless the server's workers hold every number of every published tensor, and nothing else."""
-        if identity in self._known or self._config.attestation == "off":
-            return
-        places = [Place(*fields) for worker in client.call("perl_places") for fields in worker]
-        problems = uncovered({name: info.shape for name, info in self._tensors}, places)
-        if problems:
-            raise UserError(
-                f"the parameters of the server {client.address} are not understood: {'; '.join(problems[:5])}",
-                where="rollout.attestation",
-                fix="serve the same model; or rollout.attestation=off, or another version of vLLM there",
-            )
-        self._known.add(identity)
-
-    def close(self) -> None:
-        """Leave all servers, which go on."""
-        for transport in self._transports.values():
-            transport.close()
-        self._transports.clear()
-
-    def transport(
-        self, identity: str, client: ServerClient, folder: Path | None, is_written: threading.Event
-    ) -> Transport:
-        """The connection to a server, made if it is not there yet."""
-        if folder is not None:
-            return FolderTransport(client, folder, is_written)
-        if identity not in self._transports:
-            from perl_megatron.rollout.vllm_transfer import PassingWeights, Transfer
-
-            self._transports[identity] = Transfer(
-                client,
-                PassingWeights(self._tensors),
-                num_workers=int(client.ask("get_world_size")["world_size"]),
-                seconds=self._config.sync_deadline,
-            )
-        return self._transports[identity]
+        return self._conclude(deliveries, deadline)
 
     def transport_name(self) -> str | None:
         """What servers have to be started with; None where weights go over a folder."""
@@ -144,12 +100,37 @@ class WeightPusher:
 
         return transport_name()
 
+    def close(self) -> None:
+        """Leave all servers, which go on, and the shared folder."""
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
+        if self._last_folder is not None:
+            shutil.rmtree(self._last_folder, ignore_errors=True)
+
+    def _connect(
+        self, client: ServerClient, known: Transport | None, folder: Path | None, is_written: threading.Event
+    ) -> Transport:
+        """The connection to a server, made if it is not there yet; called in the thread of its delivery."""
+        if folder is not None:
+            return FolderTransport(client, folder, is_written)
+        if known is not None:
+            return known
+        from perl_megatron.rollout.vllm_transfer import PassingWeights, Transfer
+
+        return Transfer(
+            client,
+            PassingWeights(self._tensors),
+            num_workers=int(client.ask("get_world_size")["world_size"]),
+            seconds=self._config.sync_deadline,
+        )
+
     def _is_full(self, identity: str) -> bool:
         every = self._config.full_attestation_every
         return self._config.attestation == "full" or (every > 0 and self._num_updates.get(identity, 0) % every == 0)
 
     def _handed_over(
-        self, weights: Iterable[tuple[str, Tensor]], update: Update, deliveries: Sequence[Delivery], deadline: float
+        self, weights: Iterator[tuple[str, Tensor]], update: Update, deliveries: Sequence[Delivery], deadline: float
     ) -> Iterator[tuple[str, Tensor]]:
         """Pass the stream on, and give each tensor to all servers that still take it."""
         expected = iter([name for name, _ in self._tensors])
@@ -159,28 +140,29 @@ class WeightPusher:
             if update.attests:
                 update.sent.see(*item)
             for delivery in deliveries:
-                if not delivery.is_taking:
+                if delivery.failure is not None:
                     continue
                 # A server that hangs must not use up the time of the others.
                 seconds = min(self._config.health_deadline, deadline - time.monotonic())
                 if not delivery.weights.put(item, seconds=seconds):
-                    delivery.abandon(f"it took nothing for {self._config.health_deadline:g} s")
+                    delivery.abandon(f"it took nothing for {seconds:.3g} s")
             yield item
         if missing := list(expected):
             raise ValueError(f"{len(missing)} weights did not come: {', '.join(missing[:20])}")
-
-    @staticmethod
-    def _wait(deliveries: Sequence[Delivery], deadline: float) -> Pushed:
-        pushed = Pushed()
         for delivery in deliveries:
-            if delivery.failure is None:  # what was given up may hang for long
-                delivery.join(max(0.0, deadline - time.monotonic()))
-            if delivery.is_alive():
-                delivery.abandon("it did not get done in time (rollout.sync_deadline)")
-            address = delivery.client.address
+            delivery.weights.complete()
+
+    def _conclude(self, deliveries: dict[str, Delivery], deadline: float) -> Pushed:
+        pushed = Pushed()
+        for identity, delivery in deliveries.items():
+            delivery.conclude(until=deadline)
             if delivery.failure is not None:
-                pushed.failures[address] = delivery.failure
-            pushed.problems += [f"{text} of {address}" for text in delivery.problems]
+                pushed.failures[delivery.client.address] = delivery.failure
+                continue
+            assert delivery.transport is not None
+            self._transports[identity] = delivery.transport
+            self._num_updates[identity] = self._num_updates.get(identity, 0) + 1
+            pushed.problems += [f"{text} of {delivery.client.address}" for text in delivery.problems]
             pushed.attest_seconds = max(pushed.attest_seconds, delivery.attest_seconds)
         return pushed
 
@@ -191,30 +173,9 @@ class WeightPusher:
         return self._config.shared_folder / f"weights-{name}"
 
     def _write(self, folder: Path, stream: Iterator[tuple[str, Tensor]]) -> None:
+        """Write it beside the last one, which a server may still be reading, and then remove that."""
         shutil.rmtree(folder, ignore_errors=True)  # the same weights, brought again to a server that lost them
         save_checkpoint(folder, stream, self._model_path)
-
-    @staticmethod
-    def _remove_others(folder: Path) -> None:
-        """Older weights of this run; those of other runs in the same folder stay."""
-        run = folder.name.rsplit("-", 1)[0]
-        for other in folder.parent.glob(f"{run}-*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Connector:
-    """``WeightPusher.transport`` for one server, to be called in its thread."""
-
-    pusher: WeightPusher
-    identity: str
-    client: ServerClient
-    folder: Path | None
-    is_written: threading.Event
-
-    def __call__(self) -> Transport:
-        try:
-            return self.pusher.transport(self.identity, self.client, self.folder, self.is_written)
-        except (OSError, RuntimeError) as error:
-            raise ServerFailure(f"no connection for weights: {error}") from error
+        if self._last_folder not in (None, folder):
+            shutil.rmtree(self._last_folder, ignore_errors=True)  # type: ignore[arg-type]
+        self._last_folder = folder

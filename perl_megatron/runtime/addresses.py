@@ -13,7 +13,9 @@ def address_towards(host: str) -> str:
     Raises:
         OSError: the host is unknown, or there is no way to it.
     """
-    family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+    # The older family where there are both: vLLM's rendezvous binds no other.
+    family, _, _, _, target = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
         return str(probe.getsockname()[0])
@@ -30,7 +32,7 @@ def is_loopback(host: str) -> bool:
 
 def free_port(address: str) -> int:
     """A port of this machine's ``address`` that nobody listens on right now."""
-    with socket.create_server((address, 0), family=_family(address)) as candidate:
+    with socket.create_server((address, 0), family=family_of(address)) as candidate:
         return int(candidate.getsockname()[1])
 
 
@@ -43,5 +45,6 @@ def host_of(url: str) -> str:
     return parts.hostname
 
 
-def _family(address: str) -> socket.AddressFamily:
+def family_of(address: str) -> socket.AddressFamily:
+    """Of a numeric address."""
     return socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -139,7 +139,7 @@ def test_a_server_refuses_whoever_has_no_key(job: SmallJob, server: tuple[str, .
     overrides = (*server[:2], f"rollout.api_key_file={wrong}", "run.name=locked_out")
     result = job.run("eval", "train.yaml", *overrides, "parallel.tensor=1", "evaluation.max_records=1")
     assert result.returncode == 2, result.stdout + result.stderr
-    assert "does not take the key" in result.stderr
+    assert "it does not take the key" in result.stderr
 
 
 def test_a_policy_is_evaluated_by_a_server(job: SmallJob, server: tuple[str, ...]) -> None:

@@ -187,16 +187,17 @@ def corruption_switches(
         model = engine._llm.apply_model(lambda model: model)[0]
         corruptor = Corruptor(model, corrupts=layout.rank == layout.world_size - 1)
         return corruptor.switch, lambda mode: setattr(engine, "_attestation", mode)
-    addresses = [server.address for server in engine._servers]
+    addresses = [server.address for server in engine._fleet.servers]
 
     def switch(kind: str) -> None:
         for address in addresses if layout.rank == 0 else ():
-            engine._clients[address].call("corrupt", kind, address == addresses[-1])
+            engine._fleet._clients[address].call("corrupt", kind, address == addresses[-1])
         collective.barrier()
 
     def attest(mode: str) -> None:
-        if engine._pusher is not None:
-            engine._pusher._config = engine._pusher._config.model_copy(update={"attestation": mode})
+        pusher = engine._fleet._pusher
+        if pusher is not None:
+            pusher._config = pusher._config.model_copy(update={"attestation": mode})
 
     return switch, attest
 

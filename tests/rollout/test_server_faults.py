@@ -24,6 +24,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
 from perl_megatron.rollout.engine import Sampling, vllm_obstacle
+from perl_megatron.rollout.server_survey import Needs
 
 VLLM = vllm_obstacle(cuda=False)
 pytestmark = [pytest.mark.skipif(VLLM is not None, reason=str(VLLM)), pytest.mark.timeout(600)]
@@ -141,7 +142,7 @@ def assert_same(rollouts, expected, *, version):
 
 def failure(engine):
     """Of the second server."""
-    return engine._servers[1].failure
+    return engine._fleet.servers[1].failure
 
 
 def test_both_servers_are_used_and_agree_with_one(both, proxy, asked, expected, folder):
@@ -152,7 +153,7 @@ def test_both_servers_are_used_and_agree_with_one(both, proxy, asked, expected, 
 
 
 GARBAGE = {
-    "not JSON": (lambda answer: (200, b"<html>"), "its answer is no JSON"),
+    "not JSON": (lambda answer: (200, b"<html>"), "its answer cannot be read: JSONDecodeError"),
     "an error": (lambda answer: (500, b'{"error": "engine dead"}'), "status 500"),
     "a rollout too few": (changed(lambda content: content["choices"].pop()), "returned 2 rollouts instead of 3"),
     "a rollout twice": (
@@ -296,7 +297,7 @@ def test_a_request_that_every_server_refuses_ends_the_run(servers, encoder, aske
 
 def test_a_server_with_other_settings_is_refused(servers, encoder, folder):
     engine = engine_of([servers[0].address], encoder)
-    engine._needs = type(engine._needs)("bfloat16", 4096, 3, None)
+    engine._fleet._survey._needs = Needs("bfloat16", 4096, 3, None)
     with pytest.raises(UserError, match=r"dtype is float32, not bfloat16; max_model_len is 192, not 4096"):
         engine.update_weights(Weights(folder / "a"), version=1)
     engine.close()
