@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -113,14 +114,32 @@ def test_one_step_off_on_two_processes(job: SmallJob, server: tuple[str, ...]) -
     assert all(abs(row["ratio_mean"] - 1) > 1e-4 for row in rows[1:])
 
 
-def test_one_step_off_is_resumed_without_losing_a_record(job: SmallJob, server: tuple[str, ...]) -> None:
-    """What was under way at the checkpoint is drawn again, on-policy."""
-    first = run(job, "resumed", *server, *ONE_STEP_OFF, "parallel.tensor=1", "run.steps=2", "evaluation.max_records=1")
-    assert [row["step"] for row in first] == [1, 2]
-    rows = run(job, "resumed", *server, *ONE_STEP_OFF, "parallel.tensor=1", "evaluation.max_records=1", resume=True)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert [row["rollout/staleness_max"] for row in rows] == [0, 1, 0, 1]
-    drawn = {row["record"] for step in (1, 2, 3, 4) for row in recorded(job, "resumed", step)}
+def test_one_step_off_is_ended_and_resumed_without_losing_a_record(job: SmallJob, server: tuple[str, ...]) -> None:
+    """SIGTERM gives up what is under way, after a checkpoint; it is drawn again, on-policy."""
+    settings = (*SMALL, *server, *ONE_STEP_OFF, "parallel.tensor=2", "data.evaluation=null", "run.steps=6")
+    metrics = job.work / "runs" / "resumed" / "metrics.jsonl"
+    with subprocess.Popen(
+        job.command("train", "train.yaml", "run.name=resumed", *settings),
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    done = len(metrics.read_text().splitlines())
+    assert done < 6
+    rows = run(job, "resumed", *settings, resume=True)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    expected = [0, *[1] * 5]
+    expected[done] = 0  # the first step after the resume
+    assert [row["rollout/staleness_max"] for row in rows] == expected
+    drawn = {row["record"] for step in range(1, 7) for row in recorded(job, "resumed", step)}
     records = [json.loads(line)["id"] for line in (job.data / "train.jsonl").read_text().splitlines()]
     order = ShuffledSampler(len(records), seed=0).next(len(drawn))
     assert drawn == {records[index] for index in order}
