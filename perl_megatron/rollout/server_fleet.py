@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
@@ -33,6 +33,7 @@ from perl_megatron.runtime import collective, platform
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -127,21 +128,7 @@ class ServerFleet:
     def digest(self) -> str:
         """Digest of what the servers compute with, read back from all their workers; UserError where two differ."""
         self.bring_first()
-        answer: str | UserError = ""
-        try:
-            digests = {client.address: self._digest_of(client) for client in self.ready_clients()}
-            answer = "".join(sorted(set(digests.values())))
-            if len(set(digests.values())) > 1:
-                fix = "their weights have to be brought again"
-                answer = UserError(f"servers hold different weights: {digests}", where="rollout.servers", fix=fix)
-        except UserError as error:
-            answer = error
-        except Exception as error:
-            answer = UserError(f"the weights could not be read back: {describe(error)}", where="rollout.servers")
-        answer = collective.gather_objects(answer)[0]
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
+        return _decided_by_first(self._read_digest, "the weights could not be read back")
 
     def close(self) -> None:
         """Let go of the servers, which go on."""
@@ -165,19 +152,14 @@ class ServerFleet:
 
     def _look(self, phase: str, until: float) -> tuple[list[Found], dict[str, str]]:
         """What rank 0 finds, on all ranks: see ``Survey.look``."""
-        answer: tuple[list[Found], dict[str, str]] | UserError | None = None
-        if self._survey is not None:
-            try:
-                answer = self._survey.look(phase=phase, until=until)
-            except UserError as error:
-                answer = error
-            except Exception as error:
-                answer = UserError(f"the servers could not be looked at: {describe(error)}", where="rollout.servers")
-        answer = collective.gather_objects(answer)[0]
-        if isinstance(answer, UserError):
-            raise answer
-        assert answer is not None
-        return answer[0], dict(answer[1])
+        survey = self._survey
+
+        def look() -> tuple[list[Found], dict[str, str]]:
+            assert survey is not None, "only the first process looks"
+            return survey.look(phase=phase, until=until)
+
+        found, failures = _decided_by_first(look, "the servers could not be looked at")
+        return found, dict(failures)
 
     def _push(self, ledger: WeightLedger, targets: Sequence[Found], name: str, until: float) -> Pushed:
         """Draw the stream on all ranks together; rank 0 sends it. What goes wrong anywhere is raised everywhere."""
@@ -205,9 +187,33 @@ class ServerFleet:
                 raise each
         return reports[0][0]
 
+    def _read_digest(self) -> str:
+        """The one digest of all servers that can be asked."""
+        digests = {client.address: self._digest_of(client) for client in self.ready_clients()}
+        if len(set(digests.values())) != 1:
+            fix = "their weights have to be brought again"
+            raise UserError(f"servers hold different weights: {digests}", where="rollout.servers", fix=fix)
+        return next(iter(digests.values()))
+
     def _digest_of(self, client: ServerClient) -> str:
         sums = [(Place(*fields), value) for worker in client.call("perl_sums") for fields, value in worker]
         return digest(self._shapes, add_up(sums))
+
+
+def _decided_by_first(decide: Callable[[], Result], what: str) -> Result:
+    """What rank 0 finds, on all ranks; its errors too, as UserErrors that begin with ``what``."""
+    answer: Result | UserError | None = None
+    if collective.rank() == 0:
+        try:
+            answer = decide()
+        except UserError as error:
+            answer = error
+        except Exception as error:  # a rank that raised alone would leave the others waiting for it
+            answer = UserError(f"{what}: {describe(error)}", where="rollout.servers")
+    answer = collective.gather_objects(answer)[0]
+    if isinstance(answer, UserError):
+        raise answer
+    return cast(Result, answer)
 
 
 def warn(failures: dict[str, str]) -> None:

@@ -10,6 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = (
+    "run.steps=4",
+    "run.save_every=2",
+    "rollout.questions_per_step=4",
+    "rollout.num_rollouts=4",
+    "filter.max_refills=8",
+    "evaluation.max_records=6",
+    "evaluation.num_orders=2",
+)
+"""Settings of a run that is over soon."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

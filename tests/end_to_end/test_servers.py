@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from small_job import ENVIRONMENT, REPOSITORY, SmallJob
+from small_job import ENVIRONMENT, REPOSITORY, SMALL, SmallJob
 
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.launch.ports import free_port
@@ -22,15 +22,6 @@ from perl_megatron.rollout.engine import vllm_obstacle
 VLLM = vllm_obstacle(cuda=False)
 pytestmark = [pytest.mark.skipif(VLLM is not None, reason=str(VLLM)), pytest.mark.timeout(600)]
 
-SMALL = (
-    "run.steps=4",
-    "run.save_every=2",
-    "rollout.questions_per_step=4",
-    "rollout.num_rollouts=4",
-    "filter.max_refills=8",
-    "evaluation.max_records=6",
-    "evaluation.num_orders=2",
-)
 ONE_STEP_OFF = ("rollout.max_staleness=1", "algorithm.old_policy=engine")
 
 

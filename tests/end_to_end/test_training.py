@@ -13,19 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_job import ENVIRONMENT, REPOSITORY, SmallJob, call
+from small_job import ENVIRONMENT, REPOSITORY, SMALL, SmallJob, call
 
 from perl_megatron.rollout.engine import vllm_obstacle
 
-SMALL = (
-    "run.steps=4",
-    "run.save_every=2",
-    "rollout.questions_per_step=4",
-    "rollout.num_rollouts=4",
-    "filter.max_refills=8",
-    "evaluation.max_records=6",
-    "evaluation.num_orders=2",
-)
 ONE_PROCESS = (*SMALL, "parallel.tensor=1", "rollout.engine=embedded")
 TIMES = ("time", "seconds/", "memory/", "throughput/", "sync/seconds")
 
