@@ -14,11 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import httpx
+from served_server import running_server
 from side_by_side import Row, make_row, report
 
 from perl_megatron.launch.ports import free_port
@@ -47,22 +45,7 @@ def prepare(folder: Path, questions: int) -> list[str]:
 def command(name: str, settings: list[str], *options: str, core: int) -> list[str]:
     """`perl-megatron NAME` with the demo's config, on one core."""
     pinned = ["taskset", "--cpu-list", str(core), sys.executable, "-m", "perl_megatron"]
-    return [*pinned, name, "examples/demo/train.yaml", *settings, *options]
-
-
-def start_server(folder: Path, settings: list[str], core: int) -> tuple[subprocess.Popen[bytes], str]:
-    """A server that answers, and its address."""
-    port = free_port()
-    address, log = f"http://127.0.0.1:{port}", folder / "server.log"
-    with log.open("wb") as output:
-        line = command("serve", settings, "--port", str(port), core=core)
-        process = subprocess.Popen(line, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, env=_environment())
-    while process.poll() is None:
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"{address}/health", timeout=5, trust_env=False).is_success:
-                return process, address
-        time.sleep(0.5)
-    raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
+    return [*pinned, name, str(REPOSITORY / "examples/demo/train.yaml"), *settings, *options]
 
 
 def run(folder: Path, name: str, settings: list[str], core: int) -> list[dict[str, float]]:
@@ -107,17 +90,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = [*prepare(folder, 4 if options.quick else 16), f"run.steps={WARM_UP + (2 if options.quick else 8)}"]
-        server, address = start_server(folder, settings, cores[0])
+        port = free_port()
+        address, served = f"http://127.0.0.1:{port}", command("serve", settings, "--port", str(port), core=cores[0])
         settings += ["rollout.engine=server", f"rollout.servers={address}"]
-        try:
+        with running_server(served, address, folder / "server.log", _environment()):
             for number in range(1 if options.quick else options.rounds):
                 # Who goes first changes, so that a machine that slows down or warms up favours nobody.
                 for kind in list(kinds) if number % 2 == 0 else reversed(list(kinds)):
                     staleness = f"rollout.max_staleness={int(kind == 'ahead')}"
                     kinds[kind].append(run(folder, f"{kind}-{number}", [*settings, staleness], cores[1]))
-        finally:
-            server.terminate()
-            server.wait(60)
     report("one core for the server, one for the trainer", rows_of(**kinds), options.json)
 
 

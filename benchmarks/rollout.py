@@ -48,7 +48,7 @@ class Case:
 
         encoder = PromptEncoder(folder / "policy", system_prompt="Think.")
         self.views = [
-            [view for number in range(num_questions) for view in _views(folder / "images", call, number)]
+            [view for number in range(num_questions) for view in views_of(folder / "images", call, number)]
             for call in range(num_calls)
         ]
         self.prompts = [[encoder.encode(view) for view in views] for views in self.views]
@@ -83,7 +83,8 @@ class Case:
         return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
 
 
-def _views(folder: Path, call: int, number: int) -> list[Any]:
+def views_of(folder: Path, call: int, number: int) -> list[Any]:
+    """Both orders of a question, over images of this call alone."""
     from perl_megatron.types import IMAGE_PLACEHOLDER, View
 
     count = 2 + number % 3
