@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,8 @@ from perl_megatron.runtime import rng
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
 GENERATE = "inference/v1/generate"
+MIN_LOG_PROBABILITY = -1e38
+"""float32 has no smaller ones."""
 MAX_LOG_PROBABILITY = 1e-3
 """A rounded log-probability may be above zero, by less than this."""
 
@@ -123,7 +124,7 @@ def _log_probs(scores: Any, tokens: list[int]) -> np.ndarray:
     if [score["token_id"] for score in scores] != tokens:
         raise ServerFailure("its log-probabilities are of other tokens")
     values = [float(score["logprob"]) for score in scores]
-    if not all(math.isfinite(value) and value <= MAX_LOG_PROBABILITY for value in values):
+    if not all(MIN_LOG_PROBABILITY <= value <= MAX_LOG_PROBABILITY for value in values):  # false for NaN
         raise ServerFailure("it returned log-probabilities that are none")
     return np.array(values, dtype=np.float32)
 
