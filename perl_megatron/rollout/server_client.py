@@ -51,7 +51,11 @@ class ServerClient:
     def metric(self, name: str) -> float:
         """The sum of one of vLLM's counters over its engines."""
         lines = str(self._send("GET", "metrics", as_text=True)).splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+        found = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        try:
+            return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+        except (IndexError, ValueError) as error:
+            raise ServerFailure(f"/metrics: {describe(error)}") from error
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let the workers join the trainer."""

@@ -87,7 +87,7 @@ def _look(server: Server, client: ServerClient, needs: Needs) -> Found | str:
         return Found(client.address, str(description["identity"]), str(weights), int(description["max_num_seqs"]))
     except ServerFailure as failure:
         return str(failure)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         return f"it says of itself what cannot be read: {error!r}"

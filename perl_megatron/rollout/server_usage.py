@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from perl_megatron.rollout.server_client import ServerClient, ServerFailure
+from perl_megatron.errors import UserError
+from perl_megatron.rollout.server_client import ServerClient, ServerFailure, describe
 
 
 class ServerUsage:
@@ -21,7 +22,7 @@ class ServerUsage:
         for address, client in self._clients.items():
             try:
                 now = self._read(client)
-            except ServerFailure:
+            except (ServerFailure, UserError):  # whoever asks next for something that is needed will say so
                 continue
             before = self._before.get(address, (0, 0))
             if any(new < old for new, old in zip(now, before, strict=True)):
@@ -32,6 +33,9 @@ class ServerUsage:
 
     @staticmethod
     def _read(client: ServerClient) -> tuple[int, int]:
-        # Every worker of a server encodes the same images.
-        images = client.call("perl_encoded_images", seconds=client.seconds)[0][0]
-        return int(client.metric("vllm:prefix_cache_hits_total")), int(images)
+        workers = client.call("perl_encoded_images", seconds=client.seconds)
+        tokens = client.metric("vllm:prefix_cache_hits_total")
+        try:
+            return int(tokens), int(workers[0][0])  # every worker of a server encodes the same images
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise ServerFailure(f"its counters cannot be read: {describe(error)}") from error
