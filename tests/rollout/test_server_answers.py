@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
