@@ -87,8 +87,9 @@ class Delivery(threading.Thread):
         try:
             self._deliver()
         except Exception as error:
-            reason = str(error) if isinstance(error, ServerFailure) else describe(error)
-            self.failure = f"{self.phase}: {reason}"
+            if self.failure is None:  # else it was given up, and this is what came of it
+                reason = str(error) if isinstance(error, ServerFailure) else describe(error)
+                self.failure = f"{self.phase}: {reason}"
         finally:
             self.weights.give_up()
             if self.failure is not None and self._transport is not None:
