@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -41,10 +42,11 @@ class SmallServer:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 outer.seen.append((self.command, self.path, dict(self.headers), body))
                 status, content = outer.reply(self.path)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+                with suppress(ConnectionError):  # whoever asked has gone
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content)
 
             def log_message(self, *args: Any) -> None:
                 pass
