@@ -79,7 +79,8 @@ class Delivery(threading.Thread):
         """What the server holds otherwise than it was sent; it does not serve then."""
         self.attest_seconds = 0.0
         self._update, self._connect = update, connect
-        self._transport: Transport | None = None
+        self.transport: Transport | None = None
+        """As soon as the server is connected."""
         self._is_abandoned = False
 
     def run(self) -> None:
@@ -92,8 +93,8 @@ class Delivery(threading.Thread):
                 self.failure = f"{self.phase}: {reason}"
         finally:
             self.weights.give_up()
-            if self.failure is not None and self._transport is not None:
-                self._transport.close()  # the workers wait for what will not come
+            if self.failure is not None and self.transport is not None:
+                self.transport.close()  # the workers wait for what will not come
 
     @property
     def is_taking(self) -> bool:
@@ -106,19 +107,19 @@ class Delivery(threading.Thread):
         if self.failure is None:
             self.failure = f"{self.phase}: {reason}"
         self.weights.give_up()
-        if self._transport is not None:
-            self._transport.close()
+        if self.transport is not None:
+            self.transport.close()
 
     def _deliver(self) -> None:
         client, update = self.client, self._update
         self._enter("pause")
         client.tell("pause", seconds=client.sync_seconds, mode="abort", clear_cache="true")
         self._enter("connect")
-        self._transport = self._connect()
+        self.transport = self._connect()
         self._enter("begin the update")
         client.call("perl_expect", update.version, update.full, update.attests)
         self._enter("send the weights")
-        self._transport.send(self.weights)
+        self.transport.send(self.weights)
         self._enter("attest")
         begin = time.perf_counter()
         for worker, said in enumerate(client.call("perl_conclude")):

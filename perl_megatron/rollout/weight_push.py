@@ -69,11 +69,13 @@ class WeightPusher:
         folder, is_written = self._folder(name), threading.Event()
         deliveries = []
         for identity, client in servers.items():
-            connect = _Connector(self, identity, client, folder, is_written)
+            # Only what has come through comes back: one that was given up is closed, perhaps after this has returned.
+            connect = _Connector(self, self._transports.pop(identity, None), client, folder, is_written)
             deliveries.append(Delivery(client, update, connect))
         for delivery in deliveries:
             delivery.start()
-        stream = self._handed_over(weights, update, deliveries, deadline)
+        source = iter(weights)
+        stream = self._handed_over(source, update, deliveries, deadline)
         try:
             if folder is not None:
                 self._write(folder, stream)
@@ -83,7 +85,7 @@ class WeightPusher:
         except BaseException:
             for delivery in deliveries:
                 delivery.abandon("the stream of weights broke off")
-            for _ in stream:  # other processes wait for this one until its end
+            for _ in source:  # other processes wait for this one until its end
                 pass
             raise
         is_written.set()
@@ -92,11 +94,11 @@ class WeightPusher:
         pushed = self._wait(deliveries, deadline)
         if folder is not None:
             self._remove_others(folder)
-        for identity, client in servers.items():
-            if client.address in pushed.failures:
-                self._transports.pop(identity, None)
-            else:
+        for identity, delivery in zip(servers, deliveries, strict=True):
+            if delivery.failure is None:
                 self._num_updates[identity] = self._num_updates.get(identity, 0) + 1
+                if delivery.transport is not None:
+                    self._transports[identity] = delivery.transport
         return pushed
 
     def check_holdings(self, identity: str, client: ServerClient) -> None:
@@ -120,21 +122,21 @@ class WeightPusher:
         self._transports.clear()
 
     def transport(
-        self, identity: str, client: ServerClient, folder: Path | None, is_written: threading.Event
+        self, held: Transport | None, client: ServerClient, folder: Path | None, is_written: threading.Event
     ) -> Transport:
-        """The connection to a server, made if it is not there yet."""
+        """The connection to a server, made if none is held from the last update."""
         if folder is not None:
             return FolderTransport(client, folder, is_written)
-        if identity not in self._transports:
-            from perl_megatron.rollout.vllm_transfer import PassingWeights, Transfer
+        if held is not None:
+            return held
+        from perl_megatron.rollout.vllm_transfer import PassingWeights, Transfer
 
-            self._transports[identity] = Transfer(
-                client,
-                PassingWeights(self._tensors),
-                num_workers=int(client.ask("get_world_size")["world_size"]),
-                seconds=self._config.sync_deadline,
-            )
-        return self._transports[identity]
+        return Transfer(
+            client,
+            PassingWeights(self._tensors),
+            num_workers=int(client.ask("get_world_size")["world_size"]),
+            seconds=self._config.sync_deadline,
+        )
 
     def transport_name(self) -> str | None:
         """What servers have to be started with; None where weights go over a folder."""
@@ -208,13 +210,13 @@ class _Connector:
     """``WeightPusher.transport`` for one server, to be called in its thread."""
 
     pusher: WeightPusher
-    identity: str
+    held: Transport | None
     client: ServerClient
     folder: Path | None
     is_written: threading.Event
 
     def __call__(self) -> Transport:
         try:
-            return self.pusher.transport(self.identity, self.client, self.folder, self.is_written)
+            return self.pusher.transport(self.held, self.client, self.folder, self.is_written)
         except (OSError, RuntimeError) as error:
             raise ServerFailure(f"no connection for weights: {error}") from error
