@@ -47,6 +47,7 @@ class AheadCollector:
             drawn = pending.result()
         if step + 1 < self._num_steps:
             self._pending = _Pending(self._collector, step + 1, self._alpha_of(step + 1), self._group)
+            self._pending.thread.start()  # which may ask for weights at once: it has to be known by then
         return drawn
 
     def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
@@ -75,7 +76,7 @@ class AheadCollector:
 
 
 class _Pending:
-    """The groups of a step that are being collected."""
+    """The groups of a step that are being collected, once ``thread`` is started."""
 
     def __init__(self, collector: GroupCollector, step: int, alpha: float, group: object):
         self.step = step
@@ -87,7 +88,6 @@ class _Pending:
         self._wants_weights = self._is_done = False
         # Not waited for where the run ends with an error: the other ranks may be gone.
         self.thread = threading.Thread(target=self._run, name=f"rollouts of step {step}", daemon=True)
-        self.thread.start()
 
     def wait(self, bring_weights: Callable[[], None]) -> None:
         """Until it is done; raises what went wrong."""

@@ -36,12 +36,15 @@ class TrainingSession(Session):
 
         UserError, on all ranks, where they failed.
         """
-        self.collector.await_rollouts(lambda: self.sync_weights(step))
+        # Whatever was brought for this step: servers may have lost it since.
+        self.collector.await_rollouts(lambda: self._bring_weights(step))
 
     def sync_weights(self, step: int) -> None:
         """Bring π_θ after ``step`` steps into the engine, which then samples as π_old."""
-        if self._synced_step == step:
-            return
+        if self._synced_step != step:
+            self._bring_weights(step)
+
+    def _bring_weights(self, step: int) -> None:
         report = self.engine.update_weights(self.actor.weights(), version=step)
         self._synced_step = step
         self._sync_metrics = {
