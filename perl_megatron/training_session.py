@@ -94,6 +94,8 @@ class TrainingSession(Session):
 
     def finish(self, step: int) -> None:
         """As every session; evaluates the final policy first. What is under way is not used."""
+        if step < self.total_steps:
+            self.save(step)  # before the wait, which may be long, and fails where the servers were stopped too
         self.await_rollouts(step)
         if step == self.total_steps:
             self.evaluate(step)
