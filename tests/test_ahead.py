@@ -225,3 +225,20 @@ def test_a_session_brings_the_weights_as_often_as_they_are_lost() -> None:
     assert versions == [1, 1]
     session.sync_weights(1)
     assert versions == [1, 1]
+
+
+def test_a_run_that_is_stopped_is_saved_before_it_waits_for_servers_that_may_be_gone() -> None:
+    """What is under way is not used: its failure must not cost the steps that were made."""
+    session: Any = object.__new__(TrainingSession)
+    saved: list[tuple[int, dict[str, int]]] = []
+
+    def lose_servers(step: int) -> None:
+        if step == 1:
+            raise UserError("no server is left")
+
+    session.collector, session.total_steps = ahead_of(ScriptedCollector(lose_servers), ScriptedEngine()), 4
+    session.save = lambda step: saved.append((step, session.sampler_state()))
+    session.collector.collect(0, 0.0)
+    with pytest.raises(UserError, match="no server is left"):
+        session.finish(1)
+    assert saved == [(1, {"num_drawn": 10})]
