@@ -22,13 +22,20 @@ class AheadCollector:
         engine: the collector's.
         alpha_of: the swap probability of a step.
         num_steps: of the run; nothing is begun beyond.
+        timeout_seconds: bounds every collective.
     """
 
     def __init__(
-        self, collector: GroupCollector, engine: ServerEngine, alpha_of: Callable[[int], float], num_steps: int
+        self,
+        collector: GroupCollector,
+        engine: ServerEngine,
+        alpha_of: Callable[[int], float],
+        num_steps: int,
+        *,
+        timeout_seconds: float,
     ):
         self._collector, self._alpha_of, self._num_steps = collector, alpha_of, num_steps
-        self._group = collective.new_group()
+        self._group = collective.new_group(timeout_seconds=timeout_seconds)
         self._pending: _Pending | None = None
         self._bring_last_weights = engine.bring_again
         engine.bring_again = self._ask_for_weights

@@ -163,7 +163,11 @@ def build_collector(
     steps, permutation = config.run.steps, config.permutation
     # `derive` has refused other engines.
     return AheadCollector(
-        collector, cast(ServerEngine, engine), lambda step: swap_probability(permutation, step, steps), steps
+        collector,
+        cast(ServerEngine, engine),
+        lambda step: swap_probability(permutation, step, steps),
+        steps,
+        timeout_seconds=config.run.collective_timeout,
     )
 
 

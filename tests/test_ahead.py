@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from launch_ranks import launch_ranks
 
 from perl_megatron import ahead
 from perl_megatron.ahead import AheadCollector
@@ -45,7 +47,7 @@ class ScriptedCollector:
 
 
 def ahead_of(collector: ScriptedCollector, engine: ScriptedEngine, num_steps: int = 4) -> AheadCollector:
-    return AheadCollector(collector, engine, lambda step: step / 10, num_steps)  # type: ignore[arg-type]
+    return AheadCollector(collector, engine, lambda step: step / 10, num_steps, timeout_seconds=LONG)  # type: ignore[arg-type]
 
 
 def never() -> None:
@@ -242,3 +244,8 @@ def test_a_run_that_is_stopped_is_saved_before_it_waits_for_servers_that_may_be_
     with pytest.raises(UserError, match="no server is left"):
         session.finish(1)
     assert saved == [(1, {"num_drawn": 10})]
+
+
+def test_two_ranks_update_and_sample_at_the_same_time(tmp_path: Path) -> None:
+    launch_ranks(Path(__file__).with_name("ahead_worker.py"), tmp_path / "done", log=tmp_path / "log", timeout=120)
+    assert (tmp_path / "done").read_text() == "done"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,12 +21,15 @@ Result = TypeVar("Result")
 _group: ContextVar[dist.ProcessGroup | None] = ContextVar("group of these agreements", default=None)
 
 
-def new_group() -> dist.ProcessGroup | None:
+def new_group(*, timeout_seconds: float) -> dist.ProcessGroup | None:
     """A group of all ranks for agreements of another thread, by all ranks together; None in one process.
 
-    Two threads must not use one group: the ranks' calls would meet in another order.
+    ``timeout_seconds`` bounds every agreement: torch does not take that of its own group. Two threads must not use one
+    group: the ranks' calls would meet in another order.
     """
-    return dist.new_group(backend="gloo") if world_size() > 1 else None
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Two threads of each rank agree at the same time, over two groups, in opposite orders: no call may meet another's."""
+"""Two threads of each rank agree at the same time, over two groups, in opposite orders: no call may meet another's.
+
+Then one rank waits for the other in vain, as long as its group says.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ ROUNDS = 50
 def main(output: Path) -> None:
     dist.init_process_group("gloo")
     rank = collective.rank()
-    group = collective.new_group()
+    group = collective.new_group(timeout_seconds=60)
     assert group is not None
     beside: list[list[str]] = []
 
@@ -40,8 +43,19 @@ def main(output: Path) -> None:
     assert beside == [[f"thread {number} of {each}" for each in (0, 1)] for number in range(ROUNDS)]
     assert collective.shared_map(lambda item: (item, rank), "abc") == [("a", 0), ("b", 1), ("c", 0)]
     collective.barrier()
+    impatient = collective.new_group(timeout_seconds=0.5)
+    begin = time.monotonic()
     if rank == 0:
+        try:
+            with collective.over(impatient):
+                collective.gather_objects("nobody else comes")
+            raise AssertionError("the other rank was not missed")
+        except RuntimeError:
+            assert 0.4 < time.monotonic() - begin < 30
         output.write_text("done")
+    else:
+        while not output.exists() and time.monotonic() < begin + 30:
+            time.sleep(0.05)
     dist.destroy_process_group()
 
 
