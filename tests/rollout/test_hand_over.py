@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -106,3 +107,19 @@ def test_what_lies_between_is_dropped_when_one_side_gives_up(is_complete: bool) 
     hand_over.give_up()
     with pytest.raises(RuntimeError, match="gave up"):
         list(hand_over)
+
+
+def test_what_is_dropped_takes_no_memory() -> None:
+    """It may be the largest weight, and the one that gave up may hang on for long."""
+
+    class Weight:
+        pass
+
+    weight = Weight()
+    seen = weakref.ref(weight)
+    hand_over = HandOver[Weight]()
+    hand_over.put(weight, seconds=0)
+    del weight
+    assert seen() is not None
+    hand_over.give_up()
+    assert seen() is None

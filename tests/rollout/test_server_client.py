@@ -162,15 +162,26 @@ def test_nobody_listens() -> None:
     client.close()
 
 
-@pytest.mark.parametrize(("own", "sync"), [(0.2, 20.0), (20.0, 0.2)])
-def test_each_kind_of_call_has_its_deadline(server: SmallServer, own: float, sync: float) -> None:
+CALLS: dict[str, Callable[[ServerClient], object]] = {
+    "health": lambda client: client.ask("health"),
+    "resume": lambda client: client.tell("resume"),
+    "metrics": lambda client: client.metric("hits_total"),
+    "start_weight_update": lambda client: client.start_weight_update(),
+    "update_weights": lambda client: client.update_weights({}),
+    "collective_rpc": lambda client: client.call("perl_conclude"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_each_kind_of_call_has_its_deadline(server: SmallServer, name: str) -> None:
     """One that moves weights has the longer one, or what it is given."""
+    is_sync = list(CALLS).index(name) > 2
+    own, sync = (20.0, 0.2) if is_sync else (0.2, 20.0)
     client = ServerClient(server.address, key=None, seconds=own, sync_seconds=sync)
-    name = "health" if own < sync else "start_weight_update"
     server.hang_at(f"/{name}")
     begin = time.monotonic()
     with pytest.raises(ServerFailure, match=rf"/{name} was not answered within 0\.2 s"):
-        client.ask("health") if own < sync else client.start_weight_update()
+        CALLS[name](client)
     assert 0.2 <= time.monotonic() - begin < 5
     server.hang_at("/y")
     with pytest.raises(ServerFailure, match=r"/y was not answered within 0\.1 s"):
