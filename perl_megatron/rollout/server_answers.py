@@ -81,8 +81,11 @@ class AnswerReader:
                     "data.max_pixels?)"
                 )
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if [choice["index"] for choice in choices] != list(range(self.sampling.num_rollouts)):
+            if len(choices) != self.sampling.num_rollouts:
                 raise ServerFailure(f"it returned {len(choices)} rollouts instead of {self.sampling.num_rollouts}")
+            if any(choice["index"] != number for number, choice in enumerate(choices)):
+                numbers = ", ".join(str(choice["index"])[:20] for choice in choices)
+                raise ServerFailure(f"it returned rollouts that are numbered {numbers}")
             return [self._rollout(choice, view) for choice in choices]
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ServerFailure(f"its answer cannot be read: {describe(error)}") from error

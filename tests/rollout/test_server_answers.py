@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -144,32 +145,53 @@ def first(answer: Any) -> Any:
     return answer["choices"][1]
 
 
-WRONG = {
-    "nothing": lambda answer: answer.clear(),
-    "another prompt": lambda answer: answer["prompt_token_ids"].append(1),
-    "no prompt": lambda answer: answer.update(prompt_token_ids=None),
-    "no choices": lambda answer: answer.update(choices=[]),
-    "a choice twice": lambda answer: answer["choices"].__setitem__(0, first(answer)),
-    "no tokens": lambda answer: first(answer).update(token_ids=[], logprobs={"content": []}),
-    "tokens as text": lambda answer: first(answer).update(token_ids="7777"),
-    "a token of another kind": lambda answer: first(answer)["token_ids"].__setitem__(0, True),
-    "a negative token": lambda answer: first(answer)["token_ids"].__setitem__(0, -1),
-    "cut too early": lambda answer: first(answer)["token_ids"].pop(),
-    "too long": lambda answer: first(answer)["token_ids"].append(7),
-    "another end": lambda answer: first(answer).update(finish_reason="stop"),
-    "an end that is none": lambda answer: answer["choices"][0].update(finish_reason="abort"),
-    "an unhashable end": lambda answer: first(answer).update(finish_reason=["length"]),
-    "log-probabilities of others": lambda answer: first(answer)["logprobs"]["content"][0].update(token_id=1),
-    "a log-probability too few": lambda answer: first(answer)["logprobs"]["content"].pop(),
-    "a probability above one": lambda answer: first(answer)["logprobs"]["content"][0].update(logprob=0.1),
-    "no number": lambda answer: first(answer)["logprobs"]["content"][0].update(logprob=math.nan),
-    "minus infinity": lambda answer: first(answer)["logprobs"]["content"][0].update(logprob=-math.inf),
-    "no float32": lambda answer: first(answer)["logprobs"]["content"][0].update(logprob=-1e39),
-    "no float": lambda answer: first(answer)["logprobs"]["content"][0].update(logprob=-(10**400)),
-    "no log-probabilities": lambda answer: first(answer).update(logprobs=None),
-    "no versions": lambda answer: first(answer).update(weight_versions=[]),
-    "a token without version": lambda answer: first(answer)["weight_versions"][0].update(end=3),
-    "an endless span": lambda answer: first(answer)["weight_versions"][0].update(start=math.inf),
+def score(answer: Any) -> Any:
+    """Of that choice's first token."""
+    return first(answer)["logprobs"]["content"][0]
+
+
+def set_tokens(answer: Any, tokens: list[Any]) -> None:
+    """Everything else of that choice goes with them."""
+    scores = [{"token_id": token, "logprob": -1.0} for token in tokens]
+    span = {"start": 0, "end": len(tokens), "version": "run-3"}
+    first(answer).update(token_ids=tokens, logprobs={"content": scores}, weight_versions=[span])
+
+
+OTHER_TOKENS, NO_LOG_PROBABILITY = "token ids that the policy does not have", "log-probabilities that are none"
+WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
+    "nothing": (lambda answer: answer.clear(), "cannot be read: KeyError"),
+    "another prompt": (lambda answer: answer["prompt_token_ids"].append(1), "read another prompt"),
+    "no prompt": (lambda answer: answer.update(prompt_token_ids=None), "read another prompt"),
+    "no choices": (lambda answer: answer.update(choices=[]), "returned 0 rollouts instead of 2"),
+    "a choice twice": (lambda answer: answer["choices"].__setitem__(0, first(answer)), "numbered 0, 0"),
+    "choices without numbers": (lambda answer: first(answer).pop("index"), "cannot be read"),
+    "no tokens": (lambda answer: set_tokens(answer, []), "a response of 0 tokens"),
+    "tokens as text": (lambda answer: first(answer).update(token_ids="7777"), OTHER_TOKENS),
+    "a token of another kind": (lambda answer: set_tokens(answer, [7, 7, True, 7]), OTHER_TOKENS),
+    "a negative token": (lambda answer: set_tokens(answer, [7, -1, 7, 7]), OTHER_TOKENS),
+    "a token beyond the vocabulary": (lambda answer: set_tokens(answer, [7, 7, 7, 10**6]), OTHER_TOKENS),
+    "cut too early": (lambda answer: set_tokens(answer, [7] * 3), "a response of 3 tokens with 'length'"),
+    "too long": (lambda answer: set_tokens(answer, [7] * 5), "a response of 5 tokens with 'length'"),
+    "another end": (lambda answer: first(answer).update(finish_reason="stop"), "4 tokens with 'stop'"),
+    "an end that is none": (lambda answer: answer["choices"][0].update(finish_reason="abort"), "with 'abort'"),
+    "an end in a list": (lambda answer: first(answer).update(finish_reason=["length"]), "with ['length']"),
+    "log-probabilities of others": (lambda answer: score(answer).update(token_id=1), "of other tokens"),
+    "a log-probability too few": (lambda answer: first(answer)["logprobs"]["content"].pop(), "of other tokens"),
+    "a probability above one": (lambda answer: score(answer).update(logprob=0.1), NO_LOG_PROBABILITY),
+    "no number": (lambda answer: score(answer).update(logprob=math.nan), NO_LOG_PROBABILITY),
+    "minus infinity": (lambda answer: score(answer).update(logprob=-math.inf), NO_LOG_PROBABILITY),
+    "no float32": (lambda answer: score(answer).update(logprob=-1e39), NO_LOG_PROBABILITY),
+    "no float": (lambda answer: score(answer).update(logprob=-(10**400)), "cannot be read: OverflowError"),
+    "no log-probabilities": (lambda answer: first(answer).update(logprobs=None), "cannot be read: TypeError"),
+    "no versions": (lambda answer: first(answer).update(weight_versions=[]), "which weights sampled some"),
+    "a token without version": (
+        lambda answer: first(answer)["weight_versions"][0].update(end=3),
+        "which weights sampled some",
+    ),
+    "an endless span": (
+        lambda answer: first(answer)["weight_versions"][0].update(start=math.inf),
+        "cannot be read: OverflowError",
+    ),
 }
 
 
@@ -177,10 +199,11 @@ WRONG = {
 def test_what_is_not_the_rollouts_that_were_asked_for_is_refused(
     reader: AnswerReader, answer: Any, view: View, prompt: EncodedPrompt, kind: str
 ) -> None:
-    answer = copy.deepcopy(answer)
-    WRONG[kind](answer)
+    answer, (spoil, says) = copy.deepcopy(answer), WRONG[kind]
+    spoil(answer)
     with pytest.raises(ServerFailure) as caught:
         read(reader, answer, view, prompt)
+    assert says in str(caught.value)
     assert not isinstance(caught.value, StaleWeights)
 
 
