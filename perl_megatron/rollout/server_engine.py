@@ -33,7 +33,7 @@ from perl_megatron.rollout.digest import digest
 from perl_megatron.rollout.dispatch import Server
 from perl_megatron.rollout.engine import Sampling, SyncReport
 from perl_megatron.rollout.ledger import WeightLedger
-from perl_megatron.rollout.server_client import ServerClient, describe
+from perl_megatron.rollout.server_client import ServerClient, ServerFailure, describe
 from perl_megatron.rollout.server_key import read_key
 from perl_megatron.rollout.server_rollouts import Question, RolloutRequests
 from perl_megatron.rollout.server_survey import Found, Needs, no_server, survey
@@ -263,9 +263,13 @@ class ServerEngine:
         answer: Any = None
         if self._pusher is not None:
             try:
-                answer = survey(self._servers, self._clients, self._needs, phase=phase, until=until)
-                for each in answer[0]:
-                    self._pusher.check_holdings(each.identity, self._clients[each.address])
+                found, failures = survey(self._servers, self._clients, self._needs, phase=phase, until=until)
+                for each in found:
+                    try:
+                        self._pusher.check_holdings(each.identity, self._clients[each.address])
+                    except ServerFailure as failure:
+                        failures[each.address] = str(failure)
+                answer = [each for each in found if each.address not in failures], failures
             except UserError as error:
                 answer = error
             except Exception as error:
@@ -273,8 +277,7 @@ class ServerEngine:
         answer = collective.gather_objects(answer)[0]
         if isinstance(answer, UserError):
             raise answer
-        found: list[Found] = answer[0]
-        return found, dict(answer[1])
+        return list(answer[0]), dict(answer[1])
 
     def _push(self, ledger: WeightLedger, targets: Sequence[Found], name: str, until: float) -> Pushed:
         """Draw the stream on all ranks together; rank 0 sends it. What goes wrong anywhere is raised everywhere."""
