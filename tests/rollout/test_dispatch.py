@@ -1,8 +1,9 @@
-"""Blocks of requests over servers that follow a script. Times are of the event loop, and short."""
+"""Blocks of requests over servers that follow a script. Time is the event loop's own, and passes only in waiting."""
 
 from __future__ import annotations
 
 import asyncio
+import selectors
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -17,6 +18,28 @@ from perl_megatron.rollout.server_client import ServerFailure
 
 NEVER = 30.0
 """Seconds: the answer does not come within a test."""
+
+
+class VirtualSelector(selectors.DefaultSelector):
+    """Does not wait: the clock goes forward instead, however busy this machine is."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        assert timeout is not None, "nothing will ever happen"
+        self.now += max(0.0, timeout)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop on such a clock."""
+
+    def __init__(self) -> None:
+        self._clock = VirtualSelector()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now
 
 
 def ready_servers(number: int) -> list[Server]:
@@ -78,7 +101,8 @@ class Scripted:
             finally:
                 assert asyncio.all_tasks() == {asyncio.current_task()}, "something still runs"
 
-        return asyncio.run(whole())
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            return runner.run(whole())
 
     def server_of(self, request: str) -> list[int]:
         return [number for number, each in self.asked if each == request]

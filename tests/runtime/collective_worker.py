@@ -43,7 +43,7 @@ def main(output: Path) -> None:
     assert beside == [[f"thread {number} of {each}" for each in (0, 1)] for number in range(ROUNDS)]
     assert collective.shared_map(lambda item: (item, rank), "abc") == [("a", 0), ("b", 1), ("c", 0)]
     collective.barrier()
-    impatient = collective.new_group(timeout_seconds=0.5)
+    impatient = collective.new_group(timeout_seconds=3)
     begin = time.monotonic()
     if rank == 0:
         try:
@@ -51,7 +51,7 @@ def main(output: Path) -> None:
                 collective.gather_objects("nobody else comes")
             raise AssertionError("the other rank was not missed")
         except RuntimeError:
-            assert 0.4 < time.monotonic() - begin < 30
+            assert 2 < time.monotonic() - begin < 30
         output.write_text("done")
     else:
         while not output.exists() and time.monotonic() < begin + 30:
