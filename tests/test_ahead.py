@@ -22,10 +22,12 @@ MAIN = threading.main_thread()
 
 
 class ScriptedEngine:
-    """Notes which thread brings weights by itself."""
+    """Notes which thread brings weights by itself, and that it was given up."""
 
     def __init__(self) -> None:
         self.brought: list[threading.Thread] = []
+        self.is_given_up = threading.Event()
+        self.give_up = self.is_given_up.set
         self.bring_again: Callable[[], None] = lambda: self.brought.append(threading.current_thread())
 
 
@@ -47,7 +49,7 @@ class ScriptedCollector:
 
 
 def ahead_of(collector: ScriptedCollector, engine: ScriptedEngine, num_steps: int = 4) -> AheadCollector:
-    return AheadCollector(collector, engine, lambda step: step / 10, num_steps, timeout_seconds=LONG)  # type: ignore[arg-type]
+    return AheadCollector(collector, engine, lambda step: step / 10, num_steps=num_steps, timeout_seconds=LONG)  # type: ignore[arg-type]
 
 
 def never() -> None:
@@ -152,7 +154,8 @@ def test_weights_that_are_missing_are_brought_by_whoever_waits() -> None:
     collector.collect(0, 0.0)
     collector.await_rollouts(bring)
     assert order == ["lost 0", "brought", "goes on 0", "lost 1", "brought", "goes on 1"]
-    assert engine.brought == []
+    # Each time also as the engine itself does: `bring` may know of weights that were lost since.
+    assert engine.brought == [MAIN, MAIN]
     assert collector.collect(1, 0.1) == "groups of step 1"
 
 
@@ -177,7 +180,7 @@ def test_weights_that_are_missing_at_once_are_not_brought_by_the_thread(monkeypa
     collector.collect(0, 0.0)
     brought = []
     collector.await_rollouts(lambda: brought.append(threading.current_thread()))
-    assert engine.brought == []
+    assert engine.brought == [MAIN]
     assert brought == [MAIN]
 
 
@@ -201,6 +204,8 @@ def test_weights_that_cannot_be_brought_end_the_wait() -> None:
 
     with pytest.raises(UserError, match="no server is left"):
         collector.await_rollouts(fail)
+    collector.close()
+    assert engine.brought == []
 
 
 def test_a_session_brings_the_weights_as_often_as_they_are_lost() -> None:
@@ -224,26 +229,93 @@ def test_a_session_brings_the_weights_as_often_as_they_are_lost() -> None:
     session.engine, session.actor, session._synced_step = engine, SimpleNamespace(weights=lambda: ()), 0
     session.collector.collect(0, 0.0)
     session.await_rollouts(1)
-    assert versions == [1, 1]
+    # The engine alone brings them again, and only where they are missing.
+    assert (versions, engine.brought) == ([1], [MAIN, MAIN])
     session.sync_weights(1)
-    assert versions == [1, 1]
+    assert versions == [1]
 
 
-def test_a_run_that_is_stopped_is_saved_before_it_waits_for_servers_that_may_be_gone() -> None:
-    """What is under way is not used: its failure must not cost the steps that were made."""
-    session: Any = object.__new__(TrainingSession)
-    saved: list[tuple[int, dict[str, int]]] = []
+def test_what_is_under_way_is_given_up_at_the_end() -> None:
+    """Neither the servers' answers nor weights that servers lost are waited for."""
+    engine = ScriptedEngine()
+    collector = ahead_of(ScriptedCollector(lambda step: step == 1 and engine.is_given_up.wait(LONG)), engine)
+    collector.collect(0, 0.0)
+    begin = time.monotonic()
+    collector.close()
+    assert time.monotonic() - begin < LONG / 2
+    assert engine.is_given_up.is_set()
+    assert collector._pending is not None
+    assert not collector._pending.thread.is_alive()
 
-    def lose_servers(step: int) -> None:
+
+@pytest.mark.parametrize("asks_before", [True, False])
+def test_rollouts_that_are_given_up_get_no_weights(asks_before: bool) -> None:
+    """Whether they ask for them before or after."""
+    engine, go_on = ScriptedEngine(), threading.Event()
+    ends: list[str] = []
+
+    def lose_weights(step: int) -> None:
         if step == 1:
-            raise UserError("no server is left")
+            if asks_before:
+                go_on.set()
+            else:
+                engine.is_given_up.wait(LONG)
+            try:
+                engine.bring_again()
+            except UserError as error:
+                ends.append(error.what)
+                raise
 
-    session.collector, session.total_steps = ahead_of(ScriptedCollector(lose_servers), ScriptedEngine()), 4
-    session.save = lambda step: saved.append((step, session.sampler_state()))
+    collector = ahead_of(ScriptedCollector(lose_weights), engine)
+    collector.collect(0, 0.0)
+    if asks_before:
+        assert go_on.wait(LONG)
+        time.sleep(0.05)
+    begin = time.monotonic()
+    collector.close()
+    assert time.monotonic() - begin < LONG / 2
+    assert ends == ["the rollouts were given up, as the run ends"]
+    assert engine.brought == []
+
+
+def test_rollouts_that_do_not_end_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "END_SECONDS", 0.1)
+    engine, go_on = ScriptedEngine(), threading.Event()
+    collector = ahead_of(ScriptedCollector(lambda step: step == 1 and go_on.wait(LONG)), engine)
+    collector.collect(0, 0.0)
+    begin = time.monotonic()
+    collector.close()
+    assert 0.1 <= time.monotonic() - begin < LONG / 2
+    go_on.set()
+
+
+def test_where_nothing_is_under_way_nothing_is_given_up() -> None:
+    """The engine may still be asked, by an evaluation."""
+    engine = ScriptedEngine()
+    collector = ahead_of(ScriptedCollector(), engine, num_steps=1)
+    collector.close()
+    collector.collect(0, 0.0)
+    collector.close()
+    assert not engine.is_given_up.is_set()
+
+
+def test_a_run_that_is_stopped_saves_and_waits_for_no_servers() -> None:
+    """What is under way is not used: neither its time nor its failure must cost the steps that were made."""
+    session: Any = object.__new__(TrainingSession)
+    engine: Any = ScriptedEngine()
+    order: list[Any] = []
+    scripted = ScriptedCollector(lambda step: step == 1 and engine.is_given_up.wait(LONG) and order.append("given up"))
+    session.collector, session.total_steps = ahead_of(scripted, engine), 4
+    session.engine, session._journal = engine, SimpleNamespace(note=lambda text: None, close=lambda: None)
+    session.save = lambda step: order.append((step, session.sampler_state()))
+    engine.close = lambda: order.append("closed")
     session.collector.collect(0, 0.0)
-    with pytest.raises(UserError, match="no server is left"):
-        session.finish(1)
-    assert saved == [(1, {"num_drawn": 10})]
+    begin = time.monotonic()
+    session.finish(1)
+    assert order == [(1, {"num_drawn": 10})]
+    session.close()
+    assert time.monotonic() - begin < LONG / 2
+    assert order[1:] == ["given up", "closed"]
 
 
 def test_two_ranks_update_and_sample_at_the_same_time(tmp_path: Path) -> None:

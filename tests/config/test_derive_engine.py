@@ -71,6 +71,8 @@ def with_servers(text: str) -> list[str]:
     return ["rollout.engine=server", f"rollout.servers={text}"]
 
 
+SHORT = ["rollout.request_deadline=10"]
+
 REFUSED = [
     (["rollout.engine=vllm"], False, "vLLM is not installed", "rollout.engine", "rollout.engine=embedded"),
     (
@@ -93,11 +95,18 @@ REFUSED = [
     ([*SERVERS, "rollout.weight_transfer=disk"], True, "not set", "rollout.weight_transfer", "rollout.shared_folder"),
     (SERVERS, False, "two ends", "rollout.weight_transfer = direct", "rollout.weight_transfer=disk"),
     (
-        [*SERVERS, "rollout.sync_deadline=600", "run.collective_timeout=600"],
+        [*SERVERS, "rollout.request_deadline=600", "run.collective_timeout=1200"],
         True,
-        "would give up first",
-        "rollout.sync_deadline = 600",
-        "run.collective_timeout the longer one",
+        "may wait up to 1200 s for each other",
+        "rollout.request_deadline = 600 (twice)",
+        "set run.collective_timeout above 1200",
+    ),
+    (
+        [*SERVERS, *SHORT, "rollout.sync_deadline=100", "rollout.health_deadline=50", "run.collective_timeout=300"],
+        True,
+        "may wait up to 300 s for each other",
+        "rollout.sync_deadline = 100, run.collective_timeout = 300",
+        "set run.collective_timeout above 300",
     ),
 ]
 
@@ -112,6 +121,18 @@ def test_refusals(
     assert what in caught.value.what
     assert where in str(caught.value.where)
     assert fix in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.request_deadline=600", "run.collective_timeout=1200.5"],
+        [*SHORT, "rollout.sync_deadline=100", "rollout.health_deadline=50", "run.collective_timeout=300.5"],
+    ],
+)
+def test_deadlines_that_processes_wait_for_are_good(vllm: Callable[[bool], None], overrides: list[str]) -> None:
+    vllm(True)
+    assert resolve_engine(config_of(*SERVERS, *overrides)) == "server"
 
 
 @pytest.mark.parametrize(

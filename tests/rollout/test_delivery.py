@@ -13,7 +13,7 @@ import torch
 
 from perl_megatron.rollout.delivery import Delivery, FolderTransport, Update
 from perl_megatron.rollout.fingerprints import Fingerprints
-from perl_megatron.rollout.hand_over import HandOver
+from perl_megatron.rollout.hand_over import GivenUp, HandOver
 from perl_megatron.rollout.server_client import ServerFailure
 
 TENSOR = torch.arange(6.0).reshape(2, 3)
@@ -26,8 +26,8 @@ STEPS = [
     "reset_prefix_cache",
     "reset_mm_cache",
     "reset_encoder_cache",
-    "update_weight_version(run-7)",
     "resume",
+    "update_weight_version(run-7)",  # last: a server that has the name serves
 ]
 LONG = 20.0
 
@@ -85,7 +85,6 @@ def deliver(server: ScriptedServer, *, sent: torch.Tensor = TENSOR, attests: boo
     delivery.weights.complete()
     delivery.join(LONG)
     assert not delivery.is_alive()
-    assert not delivery.is_taking
     return delivery
 
 
@@ -119,7 +118,7 @@ def test_without_attestation_fingerprints_are_not_compared() -> None:
     server.received.see("unknown", TENSOR)
     assert deliver(server, attests=False).problems == []
     assert server.steps[2] == "perl_expect(7, False, False)"
-    assert server.steps[-1] == "resume"
+    assert server.steps[-2:] == STEPS[-2:]
 
 
 PHASES = ["pause", "connect", "begin the update", "send the weights", "attest"]
@@ -164,7 +163,7 @@ def abandoned_in(step: str) -> tuple[ScriptedServer, Delivery]:
         delivery.weights.complete()
     assert reached.wait(LONG)
     delivery.abandon("it took nothing for 2 s")
-    assert not delivery.is_taking
+    assert delivery.failure is not None
     go_on.set()
     delivery.join(LONG)
     assert not delivery.is_alive()
@@ -175,8 +174,8 @@ def abandoned_in(step: str) -> tuple[ScriptedServer, Delivery]:
 def test_a_server_that_is_given_up_ends_at_its_next_step_for_the_reason_that_was_given(step: str, phase: str) -> None:
     server, delivery = abandoned_in(step)
     assert delivery.failure == f"{phase}: it took nothing for 2 s"
-    if phase not in ("pause", "resume"):
-        assert server.num_closed >= 1
+    assert (server.num_closed > 0) == (phase != "pause")  # also what was connected after that
+    assert delivery.problems == []
     if phase != "resume":
         assert "resume" not in server.steps
 
@@ -188,6 +187,41 @@ def test_who_failed_by_itself_keeps_its_reason() -> None:
     delivery = deliver(ScriptedServer(act))
     delivery.abandon("the stream of weights broke off")
     assert delivery.failure == "pause: it is dead"
+
+
+def test_the_end_is_waited_for_but_not_that_of_one_that_is_given_up() -> None:
+    go_on = threading.Event()
+    server = ScriptedServer(lambda step: step == "resume" and go_on.wait(LONG))  # type: ignore[arg-type, return-value]
+    delivery = delivery_to(server)
+    delivery.start()
+    delivery.weights.put(("a", TENSOR), seconds=LONG)
+    delivery.weights.complete()
+    begin = time.monotonic()
+    delivery.conclude(until=begin + 0.2)
+    assert 0.2 <= time.monotonic() - begin < LONG / 2
+    says = "resume: it did not get done in time (rollout.sync_deadline)"
+    assert (delivery.failure, server.num_closed) == (says, 1)
+    delivery.conclude(until=time.monotonic() + LONG)
+    assert time.monotonic() - begin < LONG / 2
+    go_on.set()
+    delivery.join(LONG)
+    assert delivery.failure == says
+
+
+def test_a_server_that_is_done_is_not_given_up_after_the_deadline() -> None:
+    delivery = deliver(ScriptedServer())
+    delivery.conclude(until=time.monotonic() - 1)
+    assert delivery.failure is None
+
+
+def test_a_server_that_gets_done_meanwhile_is_waited_for() -> None:
+    server = ScriptedServer(lambda step: time.sleep(0.1) if step == "resume" else None)
+    delivery = delivery_to(server)
+    delivery.start()
+    delivery.weights.put(("a", TENSOR), seconds=LONG)
+    delivery.weights.complete()
+    delivery.conclude(until=time.monotonic() + LONG)
+    assert (delivery.failure, server.steps, server.num_closed) == (None, STEPS, 0)
 
 
 class FolderClient:
@@ -234,4 +268,28 @@ def test_a_folder_that_is_not_written_in_time_is_not_loaded() -> None:
     transport = FolderTransport(client, Path("/shared/x"), threading.Event())  # type: ignore[arg-type]
     with pytest.raises(ServerFailure, match="not written in time"):
         transport.send(hand_over_of("a"))
+    assert client.calls == []
+
+
+def test_a_folder_that_was_given_up_is_not_loaded() -> None:
+    """It is called written then too, so that nobody waits for it."""
+    client, is_written = FolderClient(), threading.Event()
+    transport = FolderTransport(client, Path("/shared/x"), is_written)  # type: ignore[arg-type]
+    client.sync_seconds = LONG
+    weights = hand_over_of("a")
+    errors: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            transport.send(weights)
+        except GivenUp as error:
+            errors.append(error)
+
+    sending = threading.Thread(target=send, daemon=True)
+    sending.start()
+    time.sleep(0.05)
+    weights.give_up("the stream of weights broke off")
+    is_written.set()
+    sending.join(LONG)
+    assert [str(error) for error in errors] == ["the stream of weights broke off"]
     assert client.calls == []

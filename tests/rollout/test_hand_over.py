@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from perl_megatron.rollout.hand_over import HandOver
+from perl_megatron.rollout.hand_over import GivenUp, HandOver
 
 LONG = 20.0
 """Seconds that no test may need."""
@@ -36,7 +36,8 @@ def test_everything_comes_once_in_order_then_the_end() -> None:
     assert all(hand_over.put(number, seconds=LONG) for number in range(1000))
     hand_over.complete()
     assert taken.result(LONG) == list(range(1000))
-    assert not hand_over.is_given_up
+    assert (hand_over.is_given_up, hand_over.reason) == (False, None)
+    hand_over.check()
 
 
 def test_what_lies_there_when_all_is_complete_still_comes() -> None:
@@ -81,7 +82,7 @@ def test_the_producer_stops_waiting_when_the_consumer_gives_up() -> None:
     waiting = in_thread(lambda: hand_over.put(2, seconds=LONG))
     time.sleep(0.05)
     begin = time.monotonic()
-    hand_over.give_up()
+    hand_over.give_up("it is dead")
     assert waiting.result(LONG) is False
     assert time.monotonic() - begin < LONG / 2
     assert hand_over.is_given_up
@@ -92,8 +93,8 @@ def test_the_consumer_stops_waiting_when_the_producer_gives_up() -> None:
     hand_over = HandOver[int]()
     taken = in_thread(lambda: list(hand_over))
     time.sleep(0.05)
-    hand_over.give_up()
-    with pytest.raises(RuntimeError, match="the other side gave up"):
+    hand_over.give_up("it is dead")
+    with pytest.raises(GivenUp, match=r"^it is dead$"):
         taken.result(LONG)
 
 
@@ -104,9 +105,31 @@ def test_what_lies_between_is_dropped_when_one_side_gives_up(is_complete: bool) 
     hand_over.put(1, seconds=0)
     if is_complete:
         hand_over.complete()
-    hand_over.give_up()
-    with pytest.raises(RuntimeError, match="gave up"):
+    hand_over.give_up("it is dead")
+    with pytest.raises(GivenUp, match=r"^it is dead$"):
         list(hand_over)
+
+
+def test_the_first_reason_stays() -> None:
+    """What follows is often a consequence of it."""
+    hand_over = HandOver[int]()
+    hand_over.give_up("it is dead")
+    hand_over.give_up("the stream broke off")
+    assert (hand_over.is_given_up, hand_over.reason) == (True, "it is dead")
+    with pytest.raises(GivenUp, match=r"^it is dead$"):
+        hand_over.check()
+
+
+def test_one_that_waits_for_the_other_to_give_up_is_told_at_once() -> None:
+    hand_over = HandOver[int]()
+    assert not hand_over.wait_given_up(0.05)
+    waiting = in_thread(lambda: hand_over.wait_given_up(LONG))
+    time.sleep(0.05)
+    begin = time.monotonic()
+    hand_over.give_up("it is dead")
+    assert waiting.result(LONG) is True
+    assert time.monotonic() - begin < LONG / 2
+    assert hand_over.wait_given_up(-1)
 
 
 def test_what_is_dropped_takes_no_memory() -> None:
@@ -121,5 +144,5 @@ def test_what_is_dropped_takes_no_memory() -> None:
     hand_over.put(weight, seconds=0)
     del weight
     assert seen() is not None
-    hand_over.give_up()
+    hand_over.give_up("it is dead")
     assert seen() is None

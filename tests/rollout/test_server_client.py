@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from perl_megatron.errors import UserError
-from perl_megatron.rollout.server_client import ServerClient, ServerFailure
+from perl_megatron.rollout.server_client import Misfit, ServerClient, ServerFailure, connection, refuse
 from perl_megatron.rollout.server_usage import ServerUsage
 
 Reply = tuple[int, bytes]
@@ -27,6 +27,8 @@ class SmallServer:
         self.reply: Callable[[str], Reply] = lambda path: (200, b"{}")
         self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
         self.hang = threading.Event()
+        self.trickle: float | None = None
+        """Seconds after each byte of an answer."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,7 +48,11 @@ class SmallServer:
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
-                    self.wfile.write(content)
+                    for part in (
+                        (content,) if outer.trickle is None else (content[at : at + 1] for at in range(len(content)))
+                    ):
+                        self.wfile.write(part)
+                        outer.hang.wait(outer.trickle or 0)
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -132,25 +138,60 @@ def test_a_status_that_is_no_success_is_a_failure(server: SmallServer, client: S
 
 def test_a_wrong_key_is_the_users_to_mend(server: SmallServer, client: ServerClient) -> None:
     replies(server, 401)
-    with pytest.raises(UserError, match="does not take the key") as caught:
+    with pytest.raises(Misfit, match=r"^it does not take the key$") as caught:
         client.ask("weight_info")
-    assert server.address.removeprefix("http://") in caught.value.what
-    assert caught.value.where == "rollout.api_key_file"
+    assert caught.value.error.where == "rollout.api_key_file"
+    assert "the server was started with" in str(caught.value.error.fix)
 
 
 @pytest.mark.parametrize("status", [403, 404])
 def test_a_route_that_is_not_there_is_the_users_to_mend(server: SmallServer, client: ServerClient, status: int) -> None:
     replies(server, status, "Not Found")
-    with pytest.raises(UserError, match="has no route /collective_rpc: Not Found") as caught:
+    with pytest.raises(Misfit, match=r"^it has no route /collective_rpc: Not Found$") as caught:
         client.call("perl_describe")
-    assert "perl-megatron serve" in str(caught.value.fix)
+    assert (caught.value.error.what, caught.value.error.where) == (str(caught.value), "rollout.servers")
+    assert "perl-megatron serve" in str(caught.value.error.fix)
 
 
-@pytest.mark.parametrize("content", [b"<html>", b"{", b"\xff\xfe\xfd"])
+@pytest.mark.parametrize("status", [200, 204, 299])
+def test_a_success_is_not_refused(status: int) -> None:
+    refuse(status, b"whatever", "health")
+
+
+def test_a_failure_that_is_no_misfit_may_pass_by_and_quotes_little_of_any_bytes() -> None:
+    """It is not the user's to mend."""
+    with pytest.raises(ServerFailure) as caught:
+        refuse(500, b"\xff" + b"a" * 10_000, "health")
+    assert not isinstance(caught.value, Misfit)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"{", b"\xff\xfe\xfd", b"[" * 200_000])
 def test_what_is_no_json_is_a_failure(server: SmallServer, client: ServerClient, content: bytes) -> None:
     replies(server, 200, content)
     with pytest.raises(ServerFailure, match="/health"):
         client.ask("health")
+
+
+def test_an_answer_that_trickles_has_the_same_deadline(server: SmallServer) -> None:
+    """Each part comes soon, all of it never."""
+    server.trickle = 0.05
+    replies(server, 200, b" " * 400 + b"{}")
+    client = ServerClient(server.address, key=None, seconds=0.3, sync_seconds=20.0)
+    begin = time.monotonic()
+    with pytest.raises(ServerFailure, match=r"/health was not answered within 0\.3 s"):
+        client.ask("health")
+    assert 0.3 <= time.monotonic() - begin < 5
+    client.close()
+
+
+@pytest.mark.parametrize(("address", "is_encrypted"), [("http://a", False), ("https://a", True)])
+def test_the_options_of_a_connection(address: str, is_encrypted: bool) -> None:
+    """The certificates of the environment count, its proxies do not."""
+    options = connection(address, "a key")
+    assert isinstance(options.pop("verify", None), ssl.SSLContext) == is_encrypted
+    assert options == {"headers": {"Authorization": "Bearer a key"}, "trust_env": False}
+    assert connection("http://a", None)["headers"] == {}
 
 
 def test_nobody_listens() -> None:
@@ -186,6 +227,9 @@ def test_each_kind_of_call_has_its_deadline(server: SmallServer, name: str) -> N
     server.hang_at("/y")
     with pytest.raises(ServerFailure, match=r"/y was not answered within 0\.1 s"):
         client.ask("y", seconds=0.1)
+    server.hang_at("/metrics")
+    with pytest.raises(ServerFailure, match=r"/metrics was not answered within 0\.1 s"):
+        client.metric("hits_total", seconds=0.1)
     client.close()
 
 
@@ -245,5 +289,8 @@ def test_usage_over_http(server: SmallServer, client: ServerClient) -> None:
             return 200, b'vllm:prefix_cache_hits_total{engine="0"} 12.0\n'
         return 200, b'{"results": [[5], [5]]}'
 
+    server.reply = lambda path: (200, b'{"results": [[2]]}')  # no counter yet
+    usage = ServerUsage()
+    usage.begin([client])
     server.reply = reply
-    assert ServerUsage({client.address: client}).take() == (12, 5)
+    assert usage.end([client]) == (12, 3)

@@ -6,107 +6,31 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from scripted_push import (
+    LONG,
+    NAMES,
+    ScriptedServer,
+    ScriptedTransfer,
+    Stream,
+    assert_has,
+    on_disk,
+    push,
+    pusher_of,
+    wait_for_threads,
+)
 
 from perl_megatron.checkpoint.hf_files import open_checkpoint
-from perl_megatron.checkpoint.weights import TensorInfo
-from perl_megatron.config.schema import RolloutConfig
 from perl_megatron.errors import UserError
-from perl_megatron.rollout.fingerprints import Fingerprints
-from perl_megatron.rollout.hand_over import HandOver
-from perl_megatron.rollout.weight_push import Pushed, WeightPusher
 
-NAMES = [f"model.layers.{number}.weight" for number in range(6)]
-TENSORS = [(name, TensorInfo((3, 2 + number), torch.float32)) for number, name in enumerate(NAMES)]
-LONG = 20.0
 HEALTH = 1.0
 """Seconds that a server may hang; long enough for one that works on a busy machine."""
-
-
-class Stream:
-    """A policy's weights of a version; it notes how far it was drawn."""
-
-    def __init__(self, version: int, names: list[str] = NAMES):
-        self.version, self.names, self.num_drawn, self.is_over = version, names, 0, False
-
-    def tensor(self, name: str) -> torch.Tensor:
-        shape = dict(TENSORS)[name].shape if name in NAMES else (2, 2)
-        return torch.full(shape, float(self.version)) + torch.arange(shape[0] * shape[1]).reshape(shape)
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self.names:
-            self.num_drawn += 1
-            yield name, self.tensor(name)
-        self.is_over = True
-
-
-class ScriptedServer:
-    """A client and all transports to it. ``act(step)`` is called at each step, and with each name of a weight."""
-
-    seconds, sync_seconds = 1.0, LONG
-
-    def __init__(self, name: str, act: Callable[[str], None] = lambda step: None):
-        self.address, self.act = f"http://{name}", act
-        self.steps: list[str] = []
-        self.got: dict[str, torch.Tensor] = {}
-        self.expected: tuple[int, bool, bool] | None = None
-        self.loaded: list[str] = []
-        self.spoil: Callable[[dict[str, torch.Tensor]], object] = lambda got: None
-
-    def tell(self, path: str, body: Any = None, *, seconds: float | None = None, **query: str) -> None:
-        self.act(path)
-        self.steps.append(path)
-
-    def ask(self, path: str) -> Any:
-        assert path == "get_world_size"
-        return {"world_size": 1}
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        self.act(method)
-        self.steps.append(method)
-        if method == "perl_expect":
-            self.expected, self.got = arguments, {}  # type: ignore[assignment]
-        if method == "perl_load_folder":
-            checkpoint = open_checkpoint(arguments[0])
-            self.loaded.append(Path(arguments[0]).name)
-            self.got = {name: checkpoint[name] for name in checkpoint}
-        if method != "perl_conclude":
-            return [None]
-        assert self.expected is not None
-        version, full, attests = self.expected
-        self.spoil(self.got)
-        received = Fingerprints(version=version, full=full)
-        for name, tensor in self.got.items():
-            received.see(name, tensor)
-        values = json.loads(json.dumps(received.values))
-        return [{"problems": [], "received": values if attests else {}}]
-
-
-class ScriptedTransfer:
-    """Stands for vLLM's: one connection to a server's workers."""
-
-    made: list[ScriptedTransfer] = []
-
-    def __init__(self, client: ScriptedServer, source: Any, *, num_workers: int, seconds: float):
-        self.client, self.is_closed = client, False
-        self.made.append(self)
-        client.act("join")
-
-    def send(self, weights: HandOver[tuple[str, torch.Tensor]]) -> None:
-        if self.is_closed:
-            raise RuntimeError("the connection is closed")
-        for name, tensor in weights:
-            self.client.act(name)
-            self.client.got[name] = tensor.clone()
-
-    def close(self) -> None:
-        self.is_closed = True
 
 
 @pytest.fixture(autouse=True)
@@ -114,41 +38,6 @@ def scripted_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScriptedTransfer, "made", [])
     module = SimpleNamespace(Transfer=ScriptedTransfer, PassingWeights=list, transport_name=lambda: "scripted")
     monkeypatch.setitem(sys.modules, "perl_megatron.rollout.vllm_transfer", module)
-
-
-def pusher_of(tmp_path: Path, **settings: Any) -> WeightPusher:
-    model = tmp_path / "model"
-    model.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "torch_dtype": "float32"}))
-    config = RolloutConfig.model_validate({"engine": "server", "health_deadline": LONG} | settings)
-    return WeightPusher(config, TENSORS, model_path=model)
-
-
-def on_disk(tmp_path: Path) -> dict[str, Any]:
-    return {"weight_transfer": "disk", "shared_folder": tmp_path / "shared"}
-
-
-def push(
-    pusher: WeightPusher,
-    stream: Any,
-    *servers: ScriptedServer,
-    version: int = 1,
-    run: str = "run",
-    seconds: float = LONG,
-) -> Pushed:
-    return pusher.push(
-        {server.address: server for server in servers},  # type: ignore[misc]
-        stream,
-        version=version,
-        name=f"{run}-{version}",
-        deadline=time.monotonic() + seconds,
-    )
-
-
-def assert_has(server: ScriptedServer, stream: Stream) -> None:
-    assert list(server.got) == NAMES
-    assert all(torch.equal(server.got[name], stream.tensor(name)) for name in NAMES)
-    assert server.steps[-1] == "resume"
 
 
 @pytest.mark.parametrize("kind", ["direct", "disk"])
@@ -177,7 +66,7 @@ def test_what_arrives_otherwise_is_named_and_that_server_does_not_go_on(tmp_path
     assert pushed.problems == [
         f"{name}: it did not arrive as it was sent (worker 0) of http://bad" for name in (NAMES[0], NAMES[3])
     ]
-    assert (good.steps[-1], bad.steps[-1]) == ("resume", "perl_conclude")
+    assert (good.steps[-1], bad.steps[-1]) == ("update_weight_version", "perl_conclude")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +127,10 @@ def test_a_server_that_joined_too_late_is_connected_anew(tmp_path: Path) -> None
     assert len(ScriptedTransfer.made) == 2
 
 
-@pytest.mark.parametrize("step", ["pause", "join", "perl_expect", NAMES[2], "perl_conclude", "resume"])
+STEPS = ["pause", "join", "perl_expect", NAMES[2], "perl_conclude", "resume", "update_weight_version"]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_server_that_fails_does_not_keep_the_others_and_is_connected_anew(tmp_path: Path, step: str) -> None:
     broken = [True]
 
@@ -253,10 +145,37 @@ def test_a_server_that_fails_does_not_keep_the_others_and_is_connected_anew(tmp_
     assert "connection reset" in pushed.failures["http://bad"]
     assert_has(good, stream)
     broken[0] = False
+    if step not in ("pause", "join"):  # its workers do not wait on
+        assert [each.is_closed for each in ScriptedTransfer.made if each.client is bad] == [True]
     again = Stream(2)
     assert push(pusher, again, bad, good, version=2).failures == {}
     assert_has(bad, again)
     assert_has(good, again)
+    assert [each.client for each in ScriptedTransfer.made].count(good) == 1
+
+
+def test_a_connection_that_worked_once_is_not_used_again_after_a_failure(tmp_path: Path) -> None:
+    """Neither is one whose update broke off: who knows what lies in it."""
+    broken = [False]
+
+    def fail(now: str) -> None:
+        if now == NAMES[2] and broken[0]:
+            raise OSError("connection reset")
+
+    pusher, server = pusher_of(tmp_path), ScriptedServer("a", fail)
+    push(pusher, Stream(1), server)
+    broken[0] = True
+    assert list(push(pusher, Stream(2), server, version=2).failures) == ["http://a"]
+    broken[0] = False
+    assert push(pusher, Stream(3), server, version=3).failures == {}
+    assert [each.is_closed for each in ScriptedTransfer.made] == [True, False]
+    with pytest.raises(ValueError, match="weights did not come"):
+        push(pusher, Stream(4, []), server, version=4)
+    wait_for_threads()
+    stream = Stream(5)
+    assert push(pusher, stream, server, version=5).failures == {}
+    assert_has(server, stream)
+    assert [each.is_closed for each in ScriptedTransfer.made] == [True, True, False]
 
 
 def test_nobody_is_waited_for_beyond_the_deadline(tmp_path: Path) -> None:
@@ -270,7 +189,7 @@ def test_nobody_is_waited_for_beyond_the_deadline(tmp_path: Path) -> None:
     release.set()
     says = "attest: it did not get done in time (rollout.sync_deadline)"
     assert pushed.failures == {"http://slow": says}
-    assert good.steps[-1] == "resume"
+    assert good.steps[-1] == "update_weight_version"
 
 
 SHUFFLED = [NAMES[1], NAMES[0], *NAMES[2:]]
@@ -295,7 +214,9 @@ def test_a_stream_that_is_not_the_policys_is_refused_and_drawn_to_its_end(tmp_pa
         push(pusher, stream, server)
     assert (stream.num_drawn, stream.is_over) == (len(names), True)
     assert "resume" not in server.steps
+    assert server.loaded == []
     assert not (tmp_path / "shared" / "weights-run-1").exists()
+    wait_for_threads()
     good = Stream(2)
     assert push(pusher, good, server, version=2).failures == {}
     assert_has(server, good)
@@ -324,17 +245,20 @@ def test_a_stream_that_raises_ends_the_update_with_its_error(tmp_path: Path) -> 
 
 def test_a_folder_is_a_checkpoint_and_only_the_last_of_the_run_stays(tmp_path: Path) -> None:
     pusher, server = pusher_of(tmp_path, **on_disk(tmp_path)), ScriptedServer("a")
-    for version, run in ((1, "mine"), (5, "other"), (2, "mine"), (3, "mine")):
-        push(pusher, Stream(version), server, version=version, run=run)
-    shared = tmp_path / "shared"
-    assert sorted(path.name for path in shared.iterdir()) == ["weights-mine-3", "weights-other-5"]
-    assert server.loaded == ["weights-mine-1", "weights-other-5", "weights-mine-2", "weights-mine-3"]
+    other, shared = pusher_of(tmp_path, **on_disk(tmp_path)), tmp_path / "shared"
+    push(other, Stream(2), server, version=2, run="other")
+    for version in (1, 2, 3):
+        push(pusher, Stream(version), server, version=version, run="mine")
+        assert sorted(path.name for path in shared.iterdir()) == [f"weights-mine-{version}", "weights-other-2"]
+    assert server.loaded == ["weights-other-2", "weights-mine-1", "weights-mine-2", "weights-mine-3"]
     checkpoint = open_checkpoint(shared / "weights-mine-3")
     assert set(checkpoint) == set(NAMES)
     assert all(torch.equal(checkpoint[name], Stream(3).tensor(name)) for name in NAMES)
     assert json.loads((shared / "weights-mine-3" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
     push(pusher, Stream(3), server, version=3, run="mine")  # brought again to a server that lost them
     assert_has(server, Stream(3))
+    pusher.close()
+    assert [path.name for path in shared.iterdir()] == ["weights-other-2"]
 
 
 def test_what_servers_are_started_with(tmp_path: Path) -> None:

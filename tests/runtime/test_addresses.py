@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from perl_megatron.runtime.addresses import address_towards, free_port, host_of, is_loopback
+from perl_megatron.runtime.addresses import address_towards, family_of, free_port, host_of, is_loopback
 
 UNRESOLVABLE = ["no-such-host.invalid", "x" * 70, "two..dots", ""]
 
@@ -43,9 +43,25 @@ def test_there_is_no_way_to_an_unknown_host(host: str) -> None:
 def test_the_way_to_loopback_is_loopback_and_a_port_there_is_free(address: str) -> None:
     assert address_towards(address) == address
     port = free_port(address)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    family = family_of(address)
     with socket.create_server((address, port), family=family), pytest.raises(OSError):
         socket.create_server((address, port), family=family)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_of_two_families_the_older_one_is_taken(monkeypatch: pytest.MonkeyPatch, is_first: bool) -> None:
+    """vLLM's rendezvous binds no other."""
+    found = [(socket.AF_INET6, 2, 17, "", ("::1", 9, 0, 0)), (socket.AF_INET, 2, 17, "", ("127.0.0.1", 9))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found[::-1] if is_first else found)
+    assert address_towards("both") == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("address", "family"),
+    [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6), ("fe80::1%lo", socket.AF_INET6)],
+)
+def test_families(address: str, family: socket.AddressFamily) -> None:
+    assert family_of(address) == family
 
 
 @pytest.mark.parametrize(
