@@ -131,7 +131,7 @@ def _check_servers(config: Config, *, has_vllm: bool) -> None:
 def _check_address(address: str) -> None:
     try:
         parts = urlsplit(address)
-        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         is_bare = not (parts.username or parts.query or parts.fragment)
     except ValueError:  # a port that is none
         is_good = is_bare = False

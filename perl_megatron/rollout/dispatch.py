@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from perl_megatron.errors import UserError
 from perl_megatron.rollout.server_client import ServerFailure
 
 Request = TypeVar("Request")
@@ -52,7 +53,8 @@ class Dispatcher(Generic[Request, Answer]):
     Args:
         servers: all of them; only those that are ready are asked.
         ask: sends one request to one server; ServerFailure where it is not answered.
-        check: whether a server still lives; ServerFailure where it does not. Called again and again while it is busy.
+        check: whether a server still lives; ServerFailure or UserError where it does not, or is another one. Called
+            again and again while it is busy.
         blocks_at_once: blocks that a server is sent before one of them is answered.
         deadline: seconds for each request.
         first: the server that is asked first where all are equally busy; each process has another one.
@@ -102,9 +104,13 @@ class Dispatcher(Generic[Request, Answer]):
                 outcome.left_over += waiting
                 return
             tried.add(server.address)
+            asking = [asyncio.ensure_future(self._ask_one(server, request)) for request in waiting]
             try:
-                results = await asyncio.gather(*(self._ask_one(server, request) for request in waiting))
+                results = await asyncio.gather(*asking)
             finally:
+                for task in asking:  # where one raised, the others would go on
+                    task.cancel()
+                await asyncio.gather(*asking, return_exceptions=True)
                 await self._give_back(server)
             pairs = list(zip(waiting, results, strict=True))
             outcome.answers += [(request, result[0]) for request, result in pairs if result is not None]
@@ -157,7 +163,7 @@ class Dispatcher(Generic[Request, Answer]):
                 continue
             try:
                 await self._check(server)
-            except ServerFailure as failure:
+            except (ServerFailure, UserError) as failure:
                 await self._fail(server, str(failure))
                 for task in list(running):
                     task.cancel()

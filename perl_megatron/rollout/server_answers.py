@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,8 @@ from perl_megatron.runtime import rng
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
 GENERATE = "inference/v1/generate"
+MIN_LOG_PROBABILITY = -1e38
+"""float32 has no smaller ones."""
 MAX_LOG_PROBABILITY = 1e-3
 """A rounded log-probability may be above zero, by less than this."""
 
@@ -80,8 +81,11 @@ class AnswerReader:
                     "data.max_pixels?)"
                 )
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if [choice["index"] for choice in choices] != list(range(self.sampling.num_rollouts)):
+            if len(choices) != self.sampling.num_rollouts:
                 raise ServerFailure(f"it returned {len(choices)} rollouts instead of {self.sampling.num_rollouts}")
+            if any(choice["index"] != number for number, choice in enumerate(choices)):
+                numbers = ", ".join(str(choice["index"])[:20] for choice in choices)
+                raise ServerFailure(f"it returned rollouts that are numbered {numbers}")
             return [self._rollout(choice, view) for choice in choices]
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ServerFailure(f"its answer cannot be read: {describe(error)}") from error
@@ -123,7 +127,7 @@ def _log_probs(scores: Any, tokens: list[int]) -> np.ndarray:
     if [score["token_id"] for score in scores] != tokens:
         raise ServerFailure("its log-probabilities are of other tokens")
     values = [float(score["logprob"]) for score in scores]
-    if not all(math.isfinite(value) and value <= MAX_LOG_PROBABILITY for value in values):
+    if not all(MIN_LOG_PROBABILITY <= value <= MAX_LOG_PROBABILITY for value in values):  # false for NaN
         raise ServerFailure("it returned log-probabilities that are none")
     return np.array(values, dtype=np.float32)
 

@@ -61,7 +61,7 @@ class ServerClient:
     def metric(self, name: str, *, seconds: float | None = None) -> float:
         """The sum of one of vLLM's counters over its engines."""
         lines = str(self._send("GET", "metrics", seconds=seconds, as_text=True)).splitlines()
-        values = [line.rsplit(" ", 1)[1] for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        values = [line.rsplit(" ", 1)[-1] for line in lines if line.startswith((f"{name}{{", f"{name} "))]
         try:
             return sum(map(float, values))
         except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -13,7 +14,7 @@ def address_towards(host: str) -> str:
     Raises:
         OSError: the host is unknown, or there is no way to it.
     """
-    found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+    found = _resolve(host, 9)
     # The older family where there are both: vLLM's rendezvous binds no other.
     family, _, _, _, target = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -24,7 +25,7 @@ def address_towards(host: str) -> str:
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches ``host`` (a name or a numeric address); False for what cannot be resolved."""
     try:
-        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+        addresses = {str(entry[4][0]) for entry in _resolve(host, None)}
     except OSError:
         return False
     return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
@@ -43,6 +44,14 @@ def host_of(url: str) -> str:
         raise ValueError(f"{url!r} is not an address like http://host:8000")
     _ = parts.port  # ValueError for one that is none
     return parts.hostname
+
+
+def _resolve(host: str, port: int | None) -> list[tuple[Any, ...]]:
+    """What ``socket.getaddrinfo`` finds; OSError also for what cannot be a name, where it raises UnicodeError."""
+    try:
+        return list(socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM))
+    except UnicodeError as error:
+        raise OSError(f"{host!r} cannot be the name of a host: {error}") from error
 
 
 def family_of(address: str) -> socket.AddressFamily:
