@@ -1,7 +1,7 @@
 """Rollouts by a server, against the bare requests: `python benchmarks/served_rollouts.py [--quick] [--json FILE]`.
 
 The same requests to the same server, in turn: by our engine, and posted all at once by an HTTP client that only counts
-the tokens. The difference is what our engine adds: a bound on what is under way, a check of every token that comes back,
+the tokens. The difference is what our engine adds: a bound on what is under way, a check of every token in an answer,
 text, caches' counters. Every call has images that no call before had.
 """
 
