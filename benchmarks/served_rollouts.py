@@ -34,7 +34,7 @@ from perl_megatron.config.schema import RolloutConfig  # noqa: E402
 from perl_megatron.data.processor import PromptEncoder  # noqa: E402
 from perl_megatron.launch.ports import free_port  # noqa: E402
 from perl_megatron.rollout.engine import Sampling  # noqa: E402
-from perl_megatron.rollout.server_answers import GENERATE, request_body  # noqa: E402
+from perl_megatron.rollout.server_answers import GENERATE, ImageUrls, request_body  # noqa: E402
 from perl_megatron.rollout.server_engine import ServerEngine  # noqa: E402
 
 GOAL = 1 / 0.95
@@ -61,9 +61,8 @@ def measure(folder: Path, address: str, num_questions: int, repeats: int) -> tup
             side, rollouts = "ours", engine.generate(views, prompts, SAMPLING, seeds=seeds)
             tokens = sum(len(rollout.token_ids) for rollout in rollouts)
         else:
-            bodies = [
-                request_body(encoder, *each) for each in zip(prompts, [SAMPLING] * len(seeds), seeds, strict=True)
-            ]
+            url_of, pairs = ImageUrls(encoder), zip(prompts, seeds, strict=True)
+            bodies = [request_body(encoder, prompt, SAMPLING, seed, url_of) for prompt, seed in pairs]
             side, tokens = "bare", asyncio.run(ask_bare(address, bodies))
         seconds[side].append((time.perf_counter() - begin) / tokens * 1000)
     engine.close()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image
 
+from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, Sampling
 from perl_megatron.rollout.server_client import ServerFailure, describe
@@ -31,12 +31,34 @@ class StaleWeights(ServerFailure):
     """The server sampled with other weights than it was brought: it was restarted."""
 
 
-def request_body(encoder: PromptEncoder, prompt: EncodedPrompt, sampling: Sampling, seed: int) -> dict[str, Any]:
-    """The request for all rollouts of a view. The same body gives the same rollouts, whichever server answers it."""
-    images = [encoder.image(key) for key in prompt.image_keys]
+class ImageUrls:
+    """Images as requests carry them, by content hash; those used last are kept, as views of a record share them."""
+
+    def __init__(self, encoder: PromptEncoder, *, cache_bytes: int = 64 * 2**20):
+        self._encoder = encoder
+        self._kept: ByteBoundedCache[str] = ByteBoundedCache(cache_bytes)
+
+    def __call__(self, key: str) -> str:
+        """A data URL without loss (PNG): engine and trainer see the same pixels."""
+        url = self._kept.get(key)
+        if url is None:
+            buffer = io.BytesIO()
+            self._encoder.image(key).save(buffer, "PNG", compress_level=1)
+            url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+            self._kept.put(key, url, num_bytes=len(url))
+        return url
+
+
+def request_body(
+    encoder: PromptEncoder, prompt: EncodedPrompt, sampling: Sampling, seed: int, url_of: Callable[[str], str]
+) -> dict[str, Any]:
+    """The request for all rollouts of a view. The same body gives the same rollouts, whichever server answers it.
+
+    ``url_of`` gives an image by its content hash: ``ImageUrls``.
+    """
     return {
         "token_ids": list(prompt.compact_ids),  # one image-pad id for each image: vLLM expands them itself
-        "content_parts": [{"type": "image_url", "url": _data_url(image)} for image in images],
+        "content_parts": [{"type": "image_url", "url": url_of(key)} for key in prompt.image_keys],
         "return_token_ids": True,
         "sampling_params": {
             "n": sampling.num_rollouts,
@@ -130,10 +152,3 @@ def _log_probs(scores: Any, tokens: list[int]) -> np.ndarray:
     if not all(MIN_LOG_PROBABILITY <= value <= MAX_LOG_PROBABILITY for value in values):  # false for NaN
         raise ServerFailure("it returned log-probabilities that are none")
     return np.array(values, dtype=np.float32)
-
-
-def _data_url(image: Image) -> str:
-    """Without loss: engine and trainer see the same pixels."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -15,7 +15,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.dispatch import Dispatcher, Outcome, Server
 from perl_megatron.rollout.engine import Sampling
-from perl_megatron.rollout.server_answers import GENERATE, AnswerReader, request_body
+from perl_megatron.rollout.server_answers import GENERATE, AnswerReader, ImageUrls, request_body
 from perl_megatron.rollout.server_client import ServerFailure, connection, describe, refuse
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
@@ -90,6 +90,7 @@ class RolloutRequests:
         weights: tuple[str, int],
     ):
         self._config, self._encoder, self._sampling = config, encoder, sampling
+        self._url_of = ImageUrls(encoder)
         name, version = weights
         self._reader = AnswerReader(encoder, sampling, version_of=lambda given: version if given == name else None)
         # The deadlines are the dispatcher's.
@@ -116,7 +117,10 @@ class RolloutRequests:
             return await dispatcher.run(blocks)
 
     async def _ask(self, server: Server, question: Question) -> list[Rollout]:
-        body = request_body(self._encoder, question.prompt, self._sampling, question.seed)
+        # In a thread: compressing images would hold up what comes back meanwhile.
+        body = await asyncio.to_thread(
+            request_body, self._encoder, question.prompt, self._sampling, question.seed, self._url_of
+        )
         try:
             reply = await self._http.post(f"{server.address}/{GENERATE}", json=body)
             if reply.status_code == 400:

@@ -19,7 +19,7 @@ from tiny_checkpoint import make_images, make_policy, make_view
 
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, Sampling
-from perl_megatron.rollout.server_answers import AnswerReader, StaleWeights, request_body
+from perl_megatron.rollout.server_answers import AnswerReader, ImageUrls, StaleWeights, request_body
 from perl_megatron.rollout.server_client import ServerFailure
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
@@ -74,7 +74,7 @@ def read(reader: AnswerReader, answer: Any, view: View, prompt: EncodedPrompt) -
 
 
 def test_an_image_arrives_with_the_same_pixels(encoder: PromptEncoder, prompt: EncodedPrompt) -> None:
-    body = json.loads(json.dumps(request_body(encoder, prompt, SAMPLING, seed=1)))
+    body = json.loads(json.dumps(request_body(encoder, prompt, SAMPLING, 1, ImageUrls(encoder))))
     assert body["token_ids"] == list(prompt.compact_ids)
     assert len(body["content_parts"]) == 2
     for part, key in zip(body["content_parts"], prompt.image_keys, strict=True):
@@ -83,23 +83,31 @@ def test_an_image_arrives_with_the_same_pixels(encoder: PromptEncoder, prompt: E
         np.testing.assert_array_equal(Image.open(io.BytesIO(base64.b64decode(data))), encoder.image(key))
 
 
+def test_an_image_is_compressed_once_for_the_views_that_share_it(encoder: PromptEncoder, prompt: EncodedPrompt) -> None:
+    key, kept, small = prompt.image_keys[0], ImageUrls(encoder), ImageUrls(encoder, cache_bytes=10)
+    assert kept(key) is kept(key)
+    assert small(key) is not small(key)
+    assert small(key) == kept(key)
+
+
 def test_sampling_is_what_the_trainer_means(encoder: PromptEncoder, prompt: EncodedPrompt) -> None:
-    asked = request_body(encoder, prompt, SAMPLING, seed=1)["sampling_params"]
+    asked = request_body(encoder, prompt, SAMPLING, 1, ImageUrls(encoder))["sampling_params"]
     assert (asked["n"], asked["temperature"], asked["top_p"], asked["max_tokens"]) == (2, 0.7, 0.9, 4)
     assert asked["logit_bias"] == {str(token): BANNED_LOGIT_BIAS for token in encoder.banned_token_ids}
     assert asked["stop_token_ids"] == list(encoder.end_token_ids)
     greedy = Sampling(num_rollouts=1, temperature=0.0, top_p=0.5, max_tokens=4)
-    assert request_body(encoder, prompt, greedy, seed=1)["sampling_params"]["top_p"] == 1.0
+    assert request_body(encoder, prompt, greedy, 1, ImageUrls(encoder))["sampling_params"]["top_p"] == 1.0
 
 
 def test_seeds_fit_and_differ(encoder: PromptEncoder, prompt: EncodedPrompt) -> None:
     """vLLM adds the number of the rollout, and takes no more than 63 bits."""
-    seeds = [request_body(encoder, prompt, SAMPLING, seed)["sampling_params"]["seed"] for seed in (*range(300), 2**63)]
+    bodies = [request_body(encoder, prompt, SAMPLING, seed, ImageUrls(encoder)) for seed in (*range(300), 2**63)]
+    seeds = [body["sampling_params"]["seed"] for body in bodies]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**62 for seed in seeds)
     gaps = np.diff(sorted(seeds))
     assert gaps.min() > 1000  # neighbours would share streams
-    again = request_body(encoder, prompt, SAMPLING, 5)
+    again = request_body(encoder, prompt, SAMPLING, 5, ImageUrls(encoder))
     assert again["sampling_params"]["seed"] == seeds[5]
 
 
