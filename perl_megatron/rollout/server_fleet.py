@@ -23,9 +23,9 @@ from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
 from perl_megatron.rollout.attestation import Place, add_up
 from perl_megatron.rollout.digest import digest
-from perl_megatron.rollout.dispatch import Server
 from perl_megatron.rollout.engine import SyncReport
 from perl_megatron.rollout.ledger import WeightLedger
+from perl_megatron.rollout.request_dispatch import Server
 from perl_megatron.rollout.server_client import ServerClient, describe
 from perl_megatron.rollout.server_survey import Found, Needs, Survey, no_server
 from perl_megatron.rollout.weight_push import Pushed, WeightPusher

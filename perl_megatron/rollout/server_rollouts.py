@@ -13,8 +13,8 @@ import httpx
 from perl_megatron.config.schema import RolloutConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
-from perl_megatron.rollout.dispatch import Dispatcher, Outcome, Server
 from perl_megatron.rollout.engine import Sampling
+from perl_megatron.rollout.request_dispatch import Dispatcher, Outcome, Server
 from perl_megatron.rollout.server_answers import GENERATE, AnswerReader, ImageUrls, request_body
 from perl_megatron.rollout.server_client import ServerFailure, connection, describe, refuse
 from perl_megatron.types import EncodedPrompt, Rollout, View

@@ -10,7 +10,7 @@ from typing import Any
 
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.attestation import Place, uncovered
-from perl_megatron.rollout.dispatch import Server
+from perl_megatron.rollout.request_dispatch import Server
 from perl_megatron.rollout.server_client import Misfit, ServerClient, ServerFailure, describe
 
 POLL_SECONDS = 1.0

@@ -9,7 +9,7 @@ import pytest
 
 from perl_megatron.errors import UserError
 from perl_megatron.rollout import server_survey
-from perl_megatron.rollout.dispatch import Server
+from perl_megatron.rollout.request_dispatch import Server
 from perl_megatron.rollout.server_client import ServerFailure
 from perl_megatron.rollout.server_survey import Found, Needs, Survey
 

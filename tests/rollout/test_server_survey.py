@@ -10,7 +10,7 @@ import pytest
 
 from perl_megatron.errors import UserError
 from perl_megatron.rollout import server_survey
-from perl_megatron.rollout.dispatch import Server
+from perl_megatron.rollout.request_dispatch import Server
 from perl_megatron.rollout.server_client import Misfit, ServerFailure
 from perl_megatron.rollout.server_survey import QUICK_SECONDS, Found, Needs, Survey
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perl_megatron.errors import UserError
-from perl_megatron.rollout.dispatch import MAX_TRIES, Dispatcher, Outcome, Server
+from perl_megatron.rollout.request_dispatch import MAX_TRIES, Dispatcher, Outcome, Server
 from perl_megatron.rollout.server_client import ServerFailure
 
 NEVER = 30.0
