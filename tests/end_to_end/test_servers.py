@@ -108,9 +108,9 @@ def test_one_step_off_on_two_processes(job: SmallJob, server: tuple[str, ...]) -
 def test_one_step_off_is_ended_and_resumed_without_losing_a_record(job: SmallJob, server: tuple[str, ...]) -> None:
     """SIGTERM gives up what is under way, after a checkpoint; it is drawn again, on-policy."""
     settings = (*SMALL, *server, *ONE_STEP_OFF, "parallel.tensor=2", "data.evaluation=null", "run.steps=6")
-    metrics = job.work / "runs" / "resumed" / "metrics.jsonl"
+    metrics = job.work / "runs" / "resumed_ahead" / "metrics.jsonl"
     with subprocess.Popen(
-        job.command("train", "train.yaml", "run.name=resumed", *settings),
+        job.command("train", "train.yaml", "run.name=resumed_ahead", *settings),
         cwd=REPOSITORY,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -125,12 +125,12 @@ def test_one_step_off_is_ended_and_resumed_without_losing_a_record(job: SmallJob
     assert process.returncode == 75, output
     done = len(metrics.read_text().splitlines())
     assert done < 6
-    rows = run(job, "resumed", *settings, resume=True)
+    rows = run(job, "resumed_ahead", *settings, resume=True)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     expected = [0, *[1] * 5]
     expected[done] = 0  # the first step after the resume
     assert [row["rollout/staleness_max"] for row in rows] == expected
-    drawn = {row["record"] for step in range(1, 7) for row in recorded(job, "resumed", step)}
+    drawn = {row["record"] for step in range(1, 7) for row in recorded(job, "resumed_ahead", step)}
     records = [json.loads(line)["id"] for line in (job.data / "train.jsonl").read_text().splitlines()]
     order = ShuffledSampler(len(records), seed=0).next(len(drawn))
     assert drawn == {records[index] for index in order}
