@@ -15,9 +15,9 @@ import numpy as np
 
 from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.processor import PromptEncoder
-from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, Sampling
+from perl_megatron.rollout.engine import Sampling
 from perl_megatron.rollout.server_client import ServerFailure, describe
-from perl_megatron.runtime import rng
+from perl_megatron.rollout.vllm_sampling import sampling_settings
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
 GENERATE = "inference/v1/generate"
@@ -56,22 +56,15 @@ def request_body(
 
     ``url_of`` gives an image by its content hash: ``ImageUrls``.
     """
+    settings = sampling_settings(encoder, sampling, seed)
+    settings["logit_bias"] = {str(token): bias for token, bias in settings["logit_bias"].items()}  # as JSON has keys
     return {
         "token_ids": list(prompt.compact_ids),  # one image-pad id for each image: vLLM expands them itself
         "content_parts": [{"type": "image_url", "url": url_of(key)} for key in prompt.image_keys],
         "return_token_ids": True,
-        "sampling_params": {
-            "n": sampling.num_rollouts,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p if sampling.temperature > 0 else 1.0,
-            "max_tokens": sampling.max_tokens,
-            # vLLM adds the rollout's number: neighbouring seeds would share streams, and the sum must fit 63 bits.
-            "seed": rng.derive_seed(seed, "rollouts") >> 1,
-            "logprobs": 0,  # that of the sampled token, nothing else
-            "logit_bias": {str(token): BANNED_LOGIT_BIAS for token in encoder.banned_token_ids},
-            "stop_token_ids": list(encoder.end_token_ids),
-            "detokenize": False,
-        },
+        # JSON has no numbers as keys.
+        "sampling_params": settings
+        | {"logit_bias": {str(token): bias for token, bias in settings["logit_bias"].items()}},
     }
 
 

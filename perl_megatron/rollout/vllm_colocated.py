@@ -27,12 +27,13 @@ from perl_megatron.rollout import vllm_holdings, vllm_start
 from perl_megatron.rollout.attestation import Attestor, Place, add_up, uncovered, without_raising
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.digest import digest
-from perl_megatron.rollout.engine import BANNED_LOGIT_BIAS, Sampling, SyncReport
+from perl_megatron.rollout.engine import Sampling, SyncReport
 from perl_megatron.rollout.ledger import WeightLedger
 from perl_megatron.rollout.shares import shares_of
 from perl_megatron.rollout.vllm_counters import VllmCounters
+from perl_megatron.rollout.vllm_sampling import sampling_settings
 from perl_megatron.rollout.vllm_start import preserved_process
-from perl_megatron.runtime import collective, environment, platform, rng
+from perl_megatron.runtime import collective, environment, platform
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
@@ -221,18 +222,7 @@ class VllmColocatedEngine:
     def _sampling_parameters(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(
-            n=sampling.num_rollouts,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
-            max_tokens=sampling.max_tokens,
-            # vLLM adds the rollout's number: neighbouring seeds would share streams, and the sum must fit 63 bits.
-            seed=rng.derive_seed(seed, "rollouts") >> 1,
-            logprobs=0,  # that of the sampled token, nothing else
-            logit_bias=dict.fromkeys(self._encoder.banned_token_ids, BANNED_LOGIT_BIAS),
-            stop_token_ids=list(self._encoder.end_token_ids),
-            detokenize=False,
-        )
+        return SamplingParams(**sampling_settings(self._encoder, sampling, seed))
 
     def _rollout(self, view: View, completion: Any) -> Rollout:
         assert completion.finish_reason in ("stop", "length"), completion.finish_reason
