@@ -10,11 +10,16 @@ from perl_megatron.errors import UserError
 HOST = "127.0.0.1"
 
 
-def free_port() -> int:
-    """A port that nobody listens on right now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as candidate:
-        candidate.bind((HOST, 0))
+def free_port(address: str = HOST) -> int:
+    """A port of this machine's numeric ``address`` that nobody listens on right now."""
+    with socket.socket(family_of(address), socket.SOCK_STREAM) as candidate:
+        candidate.bind((address, 0))
         return candidate.getsockname()[1]
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    """Of a numeric address."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def require_free_port(port: int) -> None:

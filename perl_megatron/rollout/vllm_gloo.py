@@ -27,7 +27,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
-from perl_megatron.runtime.addresses import address_towards, family_of
+from perl_megatron.launch.ports import family_of
+from perl_megatron.runtime.addresses import address_towards
 
 BACKEND = "perl_megatron_gloo"
 """The transport's name in vLLM's `--weight-transfer-config`."""

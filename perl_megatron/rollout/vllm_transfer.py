@@ -17,11 +17,12 @@ from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource
 
 from perl_megatron.checkpoint.weights import TensorInfo
+from perl_megatron.launch.ports import free_port
 from perl_megatron.rollout import vllm_gloo
 from perl_megatron.rollout.hand_over import HandOver
 from perl_megatron.rollout.server_client import ServerClient, describe
 from perl_megatron.runtime import platform
-from perl_megatron.runtime.addresses import address_towards, free_port, host_of
+from perl_megatron.runtime.addresses import address_towards, host_of
 
 vllm_gloo.register()
 

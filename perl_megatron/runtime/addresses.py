@@ -31,12 +31,6 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
 
 
-def free_port(address: str) -> int:
-    """A port of this machine's ``address`` that nobody listens on right now."""
-    with socket.create_server((address, 0), family=family_of(address)) as candidate:
-        return int(candidate.getsockname()[1])
-
-
 def host_of(url: str) -> str:
     """The host of an http(s) address; ValueError for anything else."""
     parts = urlsplit(url)
@@ -52,8 +46,3 @@ def _resolve(host: str, port: int | None) -> list[tuple[Any, ...]]:
         return list(socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM))
     except UnicodeError as error:
         raise OSError(f"{host!r} cannot be the name of a host: {error}") from error
-
-
-def family_of(address: str) -> socket.AddressFamily:
-    """Of a numeric address."""
-    return socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -6,7 +6,8 @@ import socket
 
 import pytest
 
-from perl_megatron.runtime.addresses import address_towards, family_of, free_port, host_of, is_loopback
+from perl_megatron.launch.ports import family_of, free_port
+from perl_megatron.runtime.addresses import address_towards, host_of, is_loopback
 
 UNRESOLVABLE = ["no-such-host.invalid", "x" * 70, "two..dots", ""]
 
