@@ -1,0 +1,46 @@
+"""The sections of the questions: which ones, and the orders of their images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from perl_megatron.config.section import Section
+
+
+class DataConfig(Section):
+    """The questions."""
+
+    train: Path | None = None
+    """JSON-lines file of training records."""
+    evaluation: Path | None = None
+    """JSON-lines file of held-out records."""
+    system_prompt: str = (
+        "First think about the question inside <think> </think>. Then give the final answer inside \\boxed{}."
+    )
+    """System message of every prompt."""
+    max_prompt_tokens: int = Field(default=8192, ge=1)
+    """Records with a longer prompt (images included) are dropped at load, counted and named; nothing is truncated."""
+    min_pixels: int | None = Field(default=None, ge=784)
+    """Images are enlarged to this area at least; None: the checkpoint's own setting."""
+    max_pixels: int | None = Field(default=None, ge=784)
+    """Images are reduced to this area at most, once, before engine and trainer; None: the checkpoint's own setting."""
+    max_corrupt_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The run is refused if more than this share of records is corrupt (each one is dropped and named)."""
+
+
+class PermutationConfig(Section):
+    """Permuted views (PeRL, Algorithm 1)."""
+
+    num_permuted: int = Field(default=1, ge=0)
+    """n_s: permuted copies of each question beside the original; 0 is plain GRPO."""
+    schedule: Literal["constant", "linear", "exponential", "power"] = "linear"
+    """How the swap probability α decays over the run: 1 - t/T, 1 - c^(T-t), 1 - (t/T)^c."""
+    start: float = Field(default=1.0, ge=0, le=1)
+    """Scale of α: its value at the first step after warm-up."""
+    coefficient: float = Field(default=2.0, gt=0)
+    """The schedule's c: the exponent of 'power'; the base of 'exponential', which needs c < 1."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which α rises linearly from 0 before it decays."""
