@@ -57,6 +57,20 @@ class PermutationContract:
 
 
 @dataclass(frozen=True)
+class Grading:
+    """What decides, besides its type, whether an answer is right."""
+
+    options: tuple[str, ...] = ()
+    """The texts of the options A, B, …, without their letters; an answer may name an option by its text."""
+    absolute_tolerance: float = 0.0
+    """A number may be this far from the expected one."""
+    relative_tolerance: float = 0.0
+    """A number may be this far from the expected one, as a share of the expected one."""
+    unit: str = ""
+    """The unit that a number is expected in; an answer may leave it out. '' where there is none."""
+
+
+@dataclass(frozen=True)
 class Record:
     """One question over one or more images (or none)."""
 
@@ -67,6 +81,7 @@ class Record:
     answer: str
     answer_type: str = "text"
     """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math' or 'text'."""
+    grading: Grading = Grading()
     contract: PermutationContract = PermutationContract()
     demonstration: str | None = None
     """A response to imitate in supervised training; None where the record has none."""
@@ -89,6 +104,10 @@ class View:
     answer: str
     answer_type: str
     kind: str = ""
+    grading: Grading = Grading()
+    """As in the record, with the options' texts as this view shows them."""
+    option_slots: tuple[int | None, ...] = ()
+    """The slot that option A, B, … stands for, in this view as in all others; None for one that is not an image."""
 
     @property
     def permuted(self) -> bool:

@@ -74,6 +74,8 @@ def apply_order(record: Record, order: Sequence[int], index: int) -> View:
         answer=_transform_answer(record, new_slots) if moved else record.answer,
         answer_type=record.answer_type,
         kind=record.kind,
+        grading=record.grading,
+        option_slots=record.contract.option_slots,
     )
 
 

@@ -6,8 +6,8 @@ One object a line, unknown keys refused; ``images`` are paths relative to the fi
      "answer": "7", "answer_type": "number", "kind": "lookup",
      "contract": {"movable": [0, 1], "references": ["index"], "answer": "unchanged", "option_slots": []}}
 
-and, for supervised training, ``demonstration``. Reading checks everything, images included, so that nothing is found
-broken in the middle of a run.
+and, where they are needed, ``demonstration`` (for supervised training) and ``grading`` (see ``types.Grading``).
+Reading checks everything, images included, so that nothing is found broken in the middle of a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from perl_megatron.data.images import check_image
 from perl_megatron.data.permutation import validate_contract
 from perl_megatron.errors import UserError
-from perl_megatron.types import AnswerRule, PermutationContract, Record, ReferenceRule
+from perl_megatron.types import AnswerRule, Grading, PermutationContract, Record, ReferenceRule
 
 NUM_LISTED = 5
 """How many dropped records an error message lists."""
@@ -61,6 +61,15 @@ class _ContractLine(BaseModel):
     option_slots: tuple[int | None, ...] = ()
 
 
+class _GradingLine(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    options: tuple[str, ...] = ()
+    absolute_tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    relative_tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    unit: str = ""
+
+
 class _RecordLine(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -70,6 +79,7 @@ class _RecordLine(BaseModel):
     answer: str = Field(min_length=1)
     answer_type: str = "text"
     kind: str = ""
+    grading: _GradingLine = _GradingLine()
     contract: _ContractLine = _ContractLine()
     demonstration: str | None = None
 
@@ -142,7 +152,11 @@ def _to_json(record: Record, folder: Path) -> dict[str, object]:
             "option_slots": list(contract.option_slots),
         },
     }
-    return line if record.demonstration is None else line | {"demonstration": record.demonstration}
+    if record.grading != Grading():
+        line["grading"] = asdict(record.grading)
+    if record.demonstration is not None:
+        line["demonstration"] = record.demonstration
+    return line
 
 
 def _parse(line: bytes, where: str, folder: Path) -> Record | DroppedRecord:
@@ -162,6 +176,7 @@ def _parse(line: bytes, where: str, folder: Path) -> Record | DroppedRecord:
         text=parsed.text,
         answer=parsed.answer,
         answer_type=parsed.answer_type,
+        grading=Grading(**parsed.grading.model_dump()),
         contract=PermutationContract(**parsed.contract.model_dump()),
         demonstration=parsed.demonstration,
         kind=parsed.kind,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from perl_megatron.data.records import DroppedRecord, read_records, write_records
 from perl_megatron.errors import UserError
-from perl_megatron.types import AnswerRule, PermutationContract, Record, ReferenceRule
+from perl_megatron.types import AnswerRule, Grading, PermutationContract, Record, ReferenceRule
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def test_records_survive_the_round_trip(folder):
             contract=PermutationContract(
                 (0, 1), (ReferenceRule.INDEX, ReferenceRule.ORDINAL), AnswerRule.OPTION_LETTER, (0, 1, None)
             ),
+            grading=Grading(("image 1", "the second image", "neither"), 0.5, 0.01, "cm"),
             demonstration="<think>12</think>\\boxed{B}",
         ),
         Record(id="plain", images=(), text="1 + 1?", answer="2", answer_type="number"),
