@@ -63,6 +63,8 @@ setup(
         "pydantic>=2.6",
         "pyyaml",
         "httpx",
+        "openai>=1.40",
+        "pyarrow>=14",
         "rich",
         "tensorboard",
         "matplotlib",
