@@ -81,7 +81,6 @@ class Record:
     answer: str
     answer_type: str = "text"
     """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math' or 'text'."""
-    grading: Grading = Grading()
     contract: PermutationContract = PermutationContract()
     demonstration: str | None = None
     """A response to imitate in supervised training; None where the record has none."""
@@ -89,6 +88,7 @@ class Record:
     """The question kind, for reports."""
     source: str = ""
     """The dataset file and line that the record came from, for error messages."""
+    grading: Grading = Grading()
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ class Rollout:
     text: str
     weight_versions: np.ndarray
     """int64 [R]: the version of the weights that sampled each token."""
+    readable: bool = True
+    """Whether the response holds an answer that can be graded."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward: float | None = None
     logprob_old: np.ndarray | None = None
