@@ -69,7 +69,7 @@ class GroupCollector:
         drawn = Drawn(step, self._take_waiting(step))
         while len(drawn.kept) < wanted:
             missing = wanted - len(drawn.kept)
-            count = min(math.ceil(missing * config.filter.oversample), self._num_left())
+            count = self._bounded(math.ceil(missing * config.filter.oversample))
             drawn.exhausted = count < missing
             fresh = self._draw(count, step, drawn.refills)
             self._sample(fresh, step, alpha)
@@ -115,10 +115,10 @@ class GroupCollector:
                 num_kept += 1
         return questions
 
-    def _num_left(self) -> int | float:
-        """How many questions may still be drawn."""
+    def _bounded(self, count: int) -> int:
+        """``count``, or the number of questions that are left of all `data.epochs`, if these are fewer."""
         epochs = self.config.data.epochs
-        return math.inf if epochs is None else epochs * len(self.records) - self.sampler.num_drawn
+        return count if epochs is None else min(count, epochs * len(self.records) - self.sampler.num_drawn)
 
     def _draw(self, count: int, step: int, refill: int) -> list[DrawnQuestion]:
         first = self.sampler.num_drawn
