@@ -13,9 +13,15 @@ from perl_megatron.collect import Drawn
 from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.types import Group, Rollout, View
 
+GROUP_PARTS = ("consistency", "overlong")
+"""The reward parts that are measured only where they have a weight (``algorithm/shaping.py``)."""
+
 
 def rollout_metrics(drawn: Drawn) -> dict[str, float]:
-    """Rewards and accuracy over all sampled groups, dropped ones included; counts of kept and dropped groups."""
+    """Rewards and accuracy over all sampled groups, dropped ones included; counts of kept and dropped groups.
+
+    The KL penalty is known of kept groups only.
+    """
     pairs = [(group, rollout) for group in drawn.groups for rollout in group.rollouts]
     rewards = np.array([rollout.reward for _, rollout in pairs])
     lengths = np.array([len(rollout.token_ids) for _, rollout in pairs])
@@ -31,6 +37,12 @@ def rollout_metrics(drawn: Drawn) -> dict[str, float]:
         "groups/dropped": float(sum(drawn.reasons.values())),
         "groups/refills": float(drawn.refills),
     }
+    for part in GROUP_PARTS:
+        if any(part in rollout.reward_parts for _, rollout in pairs):
+            metrics[f"reward/{part}"] = _mean_part(pairs, part)
+    penalties = [rollout.kl_penalty for _, rollout in pairs if rollout.kl_penalty is not None]
+    if penalties:
+        metrics["reward/kl_penalty"] = float(np.mean(penalties))
     for name, wanted in (("original", False), ("permuted", True)):
         chosen = [(group, rollout) for group, rollout in pairs if group.views[rollout.view_index].permuted is wanted]
         if chosen:
@@ -54,13 +66,15 @@ def mismatch_metrics(groups: Sequence[Group], algorithm: AlgorithmConfig) -> dic
     """How far the engine is from the trainer on all kept tokens, then by view and by number of images.
 
     Nothing where the trainer computed no log-probabilities of its own (`algorithm.old_policy` is the engine): the gap
-    is not known then.
+    is not known then. With `algorithm.loss_view` = 'original' the trainer's are of another prompt than the engine's,
+    but for views in the original order, so only these count.
     """
     pairs = [
         (group.views[rollout.view_index], rollout)
         for group in groups
         for rollout in group.rollouts
         if rollout.logprob_old is not None and len(rollout.token_ids)
+        if algorithm.loss_view == "own" or not group.views[rollout.view_index].permuted
     ]
     metrics = {}
     for suffix, rollouts in _parts(pairs).items():

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perl_megatron.collect import Drawn
 from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.observability.metrics import check_names
-from perl_megatron.step_metrics import mismatch_metrics
+from perl_megatron.step_metrics import mismatch_metrics, rollout_metrics
 from perl_megatron.types import Group, Record, Rollout, View
 
 # log(π_old / π_rollout) of each token of each response.
@@ -112,3 +113,28 @@ def test_a_part_that_was_not_sampled_is_left_out(groups: list[Group]) -> None:
     names = mismatch_metrics(groups, AlgorithmConfig())
     assert "logprob_gap/mean_2_images" in names
     assert not any(name.endswith(("_3_images", "_permuted")) for name in names)
+
+
+def test_after_the_originals_prompt_only_original_views_are_comparable(groups: list[Group]) -> None:
+    """The trainer's log-probabilities of a permuted view's response are then of another prompt than the engine's."""
+    metrics = mismatch_metrics(groups, AlgorithmConfig(loss_view="original"))
+    check_names(metrics)
+    expected = np.mean(np.abs(PARTS["_original"]))
+    assert metrics["logprob_gap/mean"] == metrics["logprob_gap/mean_original"] == pytest.approx(expected)
+    assert not any("permuted" in name for name in metrics)
+
+
+def test_shaping_parts_and_penalties_are_logged_where_there_are_any(groups: list[Group]) -> None:
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        rollout.reward, rollout.reward_parts = 1.0, {"accuracy": 1.0, "format": 1.0}
+    plain = rollout_metrics(Drawn(kept=groups))
+    check_names(plain)
+    assert not {"reward/consistency", "reward/overlong", "reward/kl_penalty"} & set(plain)
+    for number, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
+        rollout.reward_parts |= {"consistency": number % 2, "overlong": -0.5}
+        rollout.kl_penalty = 0.1 * number if number < 3 else None
+    metrics = rollout_metrics(Drawn(kept=groups))
+    check_names(metrics)
+    assert metrics["reward/consistency"] == pytest.approx(0.4)
+    assert metrics["reward/overlong"] == -0.5
+    assert metrics["reward/kl_penalty"] == pytest.approx(0.1)
