@@ -70,20 +70,18 @@ def plan_views(
     """
     identity = tuple(range(len(record.images)))
     chosen = [identity] * num_permuted
-    if not record.contract.permutable:
-        return tuple(apply_order(record, order, index) for index, order in enumerate([identity, *chosen]))
-    order, coin = released_order(record)
-    if orders != "released":
-        coin = generator(seed, "swap", step, record.id).random()
-    if coin < alpha:
-        if orders == "distinct":
-            drawn = _distinct_orders(record, num_permuted, (seed, "order", step, record.id))
-            chosen = [drawn[copy % len(drawn)] for copy in range(num_permuted)]
-        elif orders == "independent":
+    if record.contract.permutable:
+        released, coin = released_order(record)
+        if orders != "released":
+            coin = generator(seed, "swap", step, record.id).random()
+        if coin < alpha and orders == "released":
+            chosen = [released] * num_permuted
+        elif coin < alpha and orders == "independent":
             streams = (generator(seed, "order", step, record.id, view) for view in range(1, num_permuted + 1))
             chosen = [_any_order(record, stream) for stream in streams]
-        else:
-            chosen = [order] * num_permuted
+        elif coin < alpha:
+            drawn = _distinct_orders(record, num_permuted, (seed, "order", step, record.id))
+            chosen = [drawn[copy % len(drawn)] for copy in range(num_permuted)]
     return tuple(apply_order(record, order, index) for index, order in enumerate([identity, *chosen]))
 
 
