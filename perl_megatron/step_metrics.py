@@ -9,8 +9,8 @@ import torch
 
 from perl_megatron.algorithm.importance import importance_ratio
 from perl_megatron.algorithm.objective import kl_estimate
-from perl_megatron.collect import Drawn
 from perl_megatron.config.schema import AlgorithmConfig
+from perl_megatron.drawn import Drawn
 from perl_megatron.types import Group, Rollout, View
 
 GROUP_PARTS = ("consistency", "overlong")
@@ -18,11 +18,22 @@ GROUP_PARTS = ("consistency", "overlong")
 
 
 def rollout_metrics(drawn: Drawn) -> dict[str, float]:
-    """Rewards and accuracy over all sampled groups, dropped ones included; counts of kept and dropped groups.
-
-    The KL penalty is known of kept groups only.
-    """
+    """How many groups had which decision; rewards and lengths over all groups sampled in the step, kept or not."""
+    metrics = {
+        "groups/kept": float(len(drawn.kept)),
+        "groups/carried": float(len(drawn.carried)),
+        "groups/dropped": float(sum(drawn.reasons.values())),
+        "groups/refills": float(drawn.refills),
+        **{f"groups/dropped_{reason}": float(count) for reason, count in drawn.reasons.items()},
+    }
+    penalties = [rollout.kl_penalty for group in drawn.kept for rollout in group.rollouts]
+    if known := [penalty for penalty in penalties if penalty is not None]:
+        metrics["reward/kl_penalty"] = float(np.mean(known))
     pairs = [(group, rollout) for group in drawn.groups for rollout in group.rollouts]
+    return metrics | _sampled(pairs) if pairs else metrics  # none where enough groups were carried over
+
+
+def _sampled(pairs: list[tuple[Group, Rollout]]) -> dict[str, float]:
     rewards = np.array([rollout.reward for _, rollout in pairs])
     lengths = np.array([len(rollout.token_ids) for _, rollout in pairs])
     metrics = {
@@ -33,21 +44,15 @@ def rollout_metrics(drawn: Drawn) -> dict[str, float]:
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
         "response/truncated": float(np.mean([rollout.finish_reason == "length" for _, rollout in pairs])),
-        "groups/kept": float(len(drawn.kept)),
-        "groups/dropped": float(sum(drawn.reasons.values())),
-        "groups/refills": float(drawn.refills),
+        "response/unparsable": float(np.mean([not rollout.readable for _, rollout in pairs])),
     }
     for part in GROUP_PARTS:
         if any(part in rollout.reward_parts for _, rollout in pairs):
             metrics[f"reward/{part}"] = _mean_part(pairs, part)
-    penalties = [rollout.kl_penalty for _, rollout in pairs if rollout.kl_penalty is not None]
-    if penalties:
-        metrics["reward/kl_penalty"] = float(np.mean(penalties))
     for name, wanted in (("original", False), ("permuted", True)):
         chosen = [(group, rollout) for group, rollout in pairs if group.views[rollout.view_index].permuted is wanted]
         if chosen:
             metrics[f"reward/accuracy_{name}"] = _mean_part(chosen, "accuracy")
-    metrics.update({f"groups/dropped_{reason}": float(count) for reason, count in drawn.reasons.items()})
     return metrics
 
 

@@ -81,7 +81,6 @@ class Record:
     answer: str
     answer_type: str = "text"
     """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math' or 'text'."""
-    grading: Grading = Grading()
     contract: PermutationContract = PermutationContract()
     demonstration: str | None = None
     """A response to imitate in supervised training; None where the record has none."""
@@ -89,6 +88,7 @@ class Record:
     """The question kind, for reports."""
     source: str = ""
     """The dataset file and line that the record came from, for error messages."""
+    grading: Grading = Grading()
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ class Rollout:
     kl_penalty: float | None = None
     """β · Σ_t KL_t of the response, taken off the reward before the advantage; None where the loss has the KL term."""
     advantage: float | None = None
+    readable: bool = True
+    """Whether the response holds an answer that can be graded."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from test_loop import SAMPLED, NotingActor, make_session
 
 from perl_megatron.algorithm.objective import kl_penalty
-from perl_megatron.collect import Drawn
+from perl_megatron.drawn import Drawn, DrawnQuestion
 from perl_megatron.loop import train
 from perl_megatron.types import EncodedPrompt, Group, Record, Rollout, View
 
@@ -42,7 +42,9 @@ def run(**algorithm: Any) -> tuple[DistantActor, list[Rollout]]:
         )
         for view, a in ((0, 1.0), (0, 0.0), (1, 0.0), (1, 1.0))
     ]
-    actor, drawn = DistantActor(), Drawn(kept=[Group(Record("r", (), "?", "7"), views, PROMPTS, rollouts)])
+    record = Record("r", (), "?", "7")
+    group = Group(record, views, PROMPTS, rollouts)
+    actor, drawn = DistantActor(), Drawn(0, [DrawnQuestion(record, 0, 0, 0, group, "kept", "kept")])
     train(make_session(actor, drawn, **algorithm))  # type: ignore[arg-type]
     return actor, rollouts
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perl_megatron.collect import Drawn
 from perl_megatron.config.schema import AlgorithmConfig
+from perl_megatron.drawn import EXPIRED, Drawn, DrawnQuestion
 from perl_megatron.observability.metrics import check_names
 from perl_megatron.step_metrics import mismatch_metrics, rollout_metrics
 from perl_megatron.types import Group, Record, Rollout, View
@@ -127,14 +127,32 @@ def test_after_the_originals_prompt_only_original_views_are_comparable(groups: l
 def test_shaping_parts_and_penalties_are_logged_where_there_are_any(groups: list[Group]) -> None:
     for rollout in (rollout for group in groups for rollout in group.rollouts):
         rollout.reward, rollout.reward_parts = 1.0, {"accuracy": 1.0, "format": 1.0}
-    plain = rollout_metrics(Drawn(kept=groups))
+    questions = [DrawnQuestion(group.record, draw, 0, 0, group) for draw, group in enumerate(groups)]
+    questions[0].decide("kept", "kept")
+    questions[1].decide("dropped", "no_signal")
+    plain = rollout_metrics(Drawn(0, questions))
     check_names(plain)
     assert not {"reward/consistency", "reward/overlong", "reward/kl_penalty"} & set(plain)
     for number, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
         rollout.reward_parts |= {"consistency": number % 2, "overlong": -0.5}
         rollout.kl_penalty = 0.1 * number if number < 3 else None
-    metrics = rollout_metrics(Drawn(kept=groups))
+    metrics = rollout_metrics(Drawn(0, questions))
     check_names(metrics)
     assert metrics["reward/consistency"] == pytest.approx(0.4)
     assert metrics["reward/overlong"] == -0.5
     assert metrics["reward/kl_penalty"] == pytest.approx(0.1)
+
+
+def test_a_step_of_carried_groups_alone_has_sampled_nothing(groups: list[Group]) -> None:
+    """The rewards of carried groups were logged when they were sampled."""
+    for group in groups:
+        for number, rollout in enumerate(group.rollouts):
+            rollout.reward, rollout.reward_parts = float(number), {"accuracy": 0.0, "format": 1.0}
+    waiting, late = (DrawnQuestion(group.record, draw, 2, 0, group) for draw, group in enumerate(groups))
+    waiting.decide("kept", "kept")
+    late.decide("dropped", EXPIRED)
+    metrics = rollout_metrics(Drawn(3, [waiting, late]))
+    check_names(metrics)
+    counts = {"kept": 1, "carried": 0, "dropped": 1, "dropped_expired": 1, "refills": 0}
+    assert metrics == {f"groups/{name}": count for name, count in counts.items()}
+    assert rollout_metrics(Drawn(2, [waiting, late]))["reward/accuracy"] == 0
