@@ -20,6 +20,7 @@ from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.planner import swap_probability
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.records import Dataset, DroppedRecord, read_records
+from perl_megatron.data.recover_order import most_images
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.errors import UserError
 from perl_megatron.observability.memory import PeakMemory
@@ -144,7 +145,7 @@ def build_engine(
             seed=config.run.seed,
             dtype=getattr(torch, config.model.dtype),
             max_model_length=derived.max_sequence_tokens,
-            max_images=max(len(record.images) for record in records),
+            max_images=max(most_images(record, config.permutation) for record in records),
         )
     from perl_megatron.rollout.embedded import EmbeddedEngine
 

@@ -19,6 +19,7 @@ from perl_megatron.config.architecture import read_architecture_numbers
 from perl_megatron.config.derive import derive, require_evaluation_data, require_training_data
 from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import LoadedConfig, load_config
+from perl_megatron.config.preset_source import preset_names
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
 
@@ -48,8 +49,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     strange = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
     if strange or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
-    if rest:
-        options.overrides += rest
+    if "overrides" in options:
+        options.overrides += [*(f"preset={name}" for name in options.preset), *rest]
     return options
 
 
@@ -71,6 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
         )
+        text = f"published settings, below the file's own; several: later ones win ({', '.join(preset_names())})"
+        command.add_argument("--preset", action="append", default=[], metavar="NAME", help=text)
         if name in ("train", "sft"):
             command.add_argument("--resume", action="store_true", help="continue from the last good checkpoint")
         if name in ("train", "sft", "eval"):
@@ -206,7 +209,7 @@ def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
     derived = derive(
         loaded.config, world_size=processes, architecture=read_architecture_numbers(loaded.config.model.path)
     )
-    plan = make_plan(loaded.config, derived)
+    plan = make_plan(loaded.config, derived, origins=loaded.origins)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return 0
 

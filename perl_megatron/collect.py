@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from perl_megatron.algorithm.advantage import group_advantages
+import numpy as np
+
+from perl_megatron.algorithm.advantage import step_advantages
 from perl_megatron.algorithm.filter import judge
-from perl_megatron.config.schema import Config
+from perl_megatron.algorithm.shaping import add_shaping_parts
+from perl_megatron.config.schema import AlgorithmConfig, Config
 from perl_megatron.data.group_state import group_from_json, group_to_json
 from perl_megatron.data.planner import plan_views
 from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.data.recover_order import maybe_recover_order
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, Drawn, DrawnQuestion
 from perl_megatron.errors import UserError
@@ -142,15 +146,13 @@ class GroupCollector:
     def _sample(self, questions: Sequence[DrawnQuestion], step: int, alpha: float) -> None:
         """A scored group for each question whose prompts fit the limit."""
         config = self.config
+        permutation, keys = config.permutation, {"seed": config.run.seed, "step": step}
         groups: list[Group] = []
         seeds: list[int] = []
         for question in questions:
+            question.record = maybe_recover_order(question.record, probability=permutation.recover_order, **keys)
             views = plan_views(
-                question.record,
-                num_permuted=config.permutation.num_permuted,
-                alpha=alpha,
-                seed=config.run.seed,
-                step=step,
+                question.record, num_permuted=permutation.num_permuted, orders=permutation.orders, alpha=alpha, **keys
             )
             prompts = tuple(self.encoder.encode(view) for view in views)
             if max(len(prompt.token_ids) for prompt in prompts) > config.data.max_prompt_tokens:
@@ -175,7 +177,7 @@ class GroupCollector:
         self._score(groups)
 
     def _score(self, groups: Sequence[Group]) -> None:
-        """Reward every rollout against its own view's answer (PeRL Eq. 4)."""
+        """Reward every rollout against its own view's answer (PeRL Eq. 4), and for what the other views' got right."""
         pairs = [(rollout, group.views[rollout.view_index]) for group in groups for rollout in group.rollouts]
 
         def parts(pair: tuple[Rollout, View]) -> dict[str, float]:
@@ -184,8 +186,11 @@ class GroupCollector:
 
         for (rollout, _), reward_parts in zip(pairs, shared_map(parts, pairs), strict=True):
             rollout.reward_parts = reward_parts
-            rollout.reward = total(reward_parts, self.config.reward)
             rollout.readable = last_boxed(rollout.text) is not None
+        for group in groups:
+            add_shaping_parts(group, self.config.reward, max_response_tokens=self.config.rollout.max_response_tokens)
+        for rollout, _ in pairs:
+            rollout.reward = total(rollout.reward_parts, self.config.reward)
 
     def _question_from_json(self, saved: dict[str, Any]) -> DrawnQuestion:
         group = group_from_json(saved["group"], self.encoder.encode)
@@ -200,9 +205,10 @@ def _question_to_json(question: DrawnQuestion) -> dict[str, Any]:
     return {**position, "group": group_to_json(question.group)}
 
 
-def assign_advantages(groups: Sequence[Group], *, standardize: bool) -> None:
-    """Advantages over the joint group of all views (PeRL Eq. 5), one for each rollout."""
-    for group in groups:
-        advantages = group_advantages(group.rewards(), standardize=standardize)
+def assign_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
+    """Advantages of all groups of a step (PeRL Eq. 5 or its relatives), one for each rollout."""
+    rewards = [group.penalized_rewards() for group in groups]
+    views = [np.array([rollout.view_index for rollout in group.rollouts]) for group in groups]
+    for group, advantages in zip(groups, step_advantages(rewards, views, algorithm), strict=True):
         for rollout, advantage in zip(group.rollouts, advantages, strict=True):
             rollout.advantage = float(advantage)

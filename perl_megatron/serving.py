@@ -8,6 +8,7 @@ from perl_megatron.build import build_encoder, read_questions
 from perl_megatron.config.derive_engine import check_serving
 from perl_megatron.config.schema import Config
 from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.data.recover_order import most_images
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.engine import INSTALL_VLLM, vllm_obstacle
 from perl_megatron.rollout.server_key import read_key
@@ -55,4 +56,4 @@ def _most_images(config: Config, encoder: PromptEncoder) -> int:
             where="perl-megatron serve",
             fix="pass --max-images N, or set data.train as in the run",
         )
-    return max(1, *(len(record.images) for records in read for record in records))
+    return max(1, *(most_images(record, config.permutation) for records in read for record in records))

@@ -13,6 +13,9 @@ from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.drawn import Drawn
 from perl_megatron.types import Group, Rollout, View
 
+GROUP_PARTS = ("consistency", "overlong")
+"""The reward parts that are measured only where they have a weight (``algorithm/shaping.py``)."""
+
 
 def rollout_metrics(drawn: Drawn) -> dict[str, float]:
     """How many groups had which decision; rewards and lengths over all groups sampled in the step, kept or not."""
@@ -23,6 +26,9 @@ def rollout_metrics(drawn: Drawn) -> dict[str, float]:
         "groups/refills": float(drawn.refills),
         **{f"groups/dropped_{reason}": float(count) for reason, count in drawn.reasons.items()},
     }
+    penalties = [rollout.kl_penalty for group in drawn.kept for rollout in group.rollouts]
+    if known := [penalty for penalty in penalties if penalty is not None]:
+        metrics["reward/kl_penalty"] = float(np.mean(known))
     pairs = [(group, rollout) for group in drawn.groups for rollout in group.rollouts]
     return metrics | _sampled(pairs) if pairs else metrics  # none where enough groups were carried over
 
@@ -40,6 +46,9 @@ def _sampled(pairs: list[tuple[Group, Rollout]]) -> dict[str, float]:
         "response/truncated": float(np.mean([rollout.finish_reason == "length" for _, rollout in pairs])),
         "response/unparsable": float(np.mean([not rollout.readable for _, rollout in pairs])),
     }
+    for part in GROUP_PARTS:
+        if any(part in rollout.reward_parts for _, rollout in pairs):
+            metrics[f"reward/{part}"] = _mean_part(pairs, part)
     for name, wanted in (("original", False), ("permuted", True)):
         chosen = [(group, rollout) for group, rollout in pairs if group.views[rollout.view_index].permuted is wanted]
         if chosen:
@@ -62,13 +71,15 @@ def mismatch_metrics(groups: Sequence[Group], algorithm: AlgorithmConfig) -> dic
     """How far the engine is from the trainer on all kept tokens, then by view and by number of images.
 
     Nothing where the trainer computed no log-probabilities of its own (`algorithm.old_policy` is the engine): the gap
-    is not known then.
+    is not known then. With `algorithm.loss_view` = 'original' the trainer's are of another prompt than the engine's,
+    but for views in the original order, so only these count.
     """
     pairs = [
         (group.views[rollout.view_index], rollout)
         for group in groups
         for rollout in group.rollouts
         if rollout.logprob_old is not None and len(rollout.token_ids)
+        if algorithm.loss_view == "own" or not group.views[rollout.view_index].permuted
     ]
     metrics = {}
     for suffix, rollouts in _parts(pairs).items():

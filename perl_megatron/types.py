@@ -153,6 +153,8 @@ class Rollout:
     """float32 [R]: the reference policy's log-probability (π_ref)."""
     importance: np.ndarray | None = None
     """float64 [R]: bounded weights π_old / π_rollout of the policy loss; None without such a correction."""
+    kl_penalty: float | None = None
+    """β · Σ_t KL_t of the response, taken off the reward before the advantage; None where the loss has the KL term."""
     advantage: float | None = None
     readable: bool = True
     """Whether the response holds an answer that can be graded."""
@@ -173,3 +175,7 @@ class Group:
         missing = [index for index, rollout in enumerate(self.rollouts) if rollout.reward is None]
         assert not missing, f"rollouts {missing} of {self.record.id} have no reward yet"
         return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float64)
+
+    def penalized_rewards(self) -> np.ndarray:
+        """float64 [(n_s + 1) · n]: ``rewards`` less the KL penalties, where there are any."""
+        return self.rewards() - [rollout.kl_penalty or 0.0 for rollout in self.rollouts]

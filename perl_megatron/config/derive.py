@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.derive_algorithm import check_algorithm, check_objective
 from perl_megatron.config.derive_engine import (
     Engine,
     check_staleness,
@@ -16,7 +17,7 @@ from perl_megatron.config.derive_engine import (
     resolve_engine,
 )
 from perl_megatron.config.derive_filter import check_filter
-from perl_megatron.config.derive_model import check_fp8, check_objective, check_parts, check_psutil
+from perl_megatron.config.derive_model import check_fp8, check_parts, check_psutil
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
@@ -207,9 +208,10 @@ def _check_training(config: Config, data_size: int) -> None:
             where="permutation.coefficient",
             fix="set permutation.coefficient=0.9, say, or another permutation.schedule (linear, power, constant)",
         )
-    if config.reward.accuracy == 0 and config.reward.format == 0:
+    check_algorithm(config)
+    if config.reward.accuracy == config.reward.format == config.reward.consistency == 0:
         raise UserError(
             "all rewards are 0",
-            where="reward.accuracy = 0, reward.format = 0",
+            where="reward.accuracy = 0, reward.format = 0, reward.consistency = 0",
             fix="set reward.accuracy or reward.format above 0",
         )

@@ -1,7 +1,9 @@
-"""Read a config: YAML files, then `section.key=value` overrides; every value keeps the name of the place that set it.
+"""Read a config: presets, YAML files, then `section.key=value` overrides; every value keeps the place that set it.
 
-A file may start from another with a top-level `base: other.yaml` (relative to the file; its own keys win). All other
-relative paths in a config are relative to the current directory.
+A file may start from another with a top-level `base: other.yaml` (relative to the file; its own keys win), and from
+published settings with `preset: paper` or `preset: [paper, gspo]` (later ones win). Presets, also those of the command
+line and of a base, are above the defaults and below all keys of files. All other relative paths in a config are
+relative to the current directory.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from perl_megatron.config import yaml_source
+from perl_megatron.config.preset_source import named_presets, preset_file
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 BASE_KEY = "base"
+PRESET_KEY = "preset"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class LoadedConfig:
 
     config: Config
     origins: dict[str, str]
-    """For every dotted key: 'default', 'FILE:line' or 'command line'."""
+    """For every dotted key: 'default', 'preset NAME', 'FILE:line' or 'command line'."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,21 @@ def config_fields() -> dict[str, FieldInfo]:
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read `path` (None: defaults only), apply the overrides in order, and check everything.
 
-    Raises UserError for an unknown key (with the nearest valid one), a key set twice, a wrong type or range, or a bad
-    override, and names the place that set it.
+    An override `preset=NAME` adds a preset to those of the file.
+
+    Raises UserError for an unknown key or preset (with the nearest valid one), a key set twice, a wrong type or range,
+    or a bad override, and names the place that set it.
     """
-    settings = {} if path is None else _read_file(Path(path), seen=())
+    presets: list[str] = []
+    own = {} if path is None else _read_file(Path(path), seen=(), presets=presets)
     for override in overrides:
-        settings.update(_read_override(override))
+        key, equals, text = override.partition("=")
+        if equals and key.strip() == PRESET_KEY:
+            value = yaml_source.plain(yaml_source.parse(text, f"{COMMAND_LINE}: {override}"), COMMAND_LINE)
+            presets += named_presets(value, COMMAND_LINE)
+        else:
+            own.update(_read_override(override))
+    settings = {key: setting for name in presets for key, setting in _read_preset(name).items()} | own
     nested: dict[str, Any] = {}
     for key, setting in settings.items():
         section, leaf = key.split(".")
@@ -95,7 +108,18 @@ def _section_type(info: FieldInfo) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, _Setting]:
+def _read_preset(name: str) -> dict[str, _Setting]:
+    path = preset_file(name, f"preset {name}")
+    root = yaml_source.read(path)
+    assert isinstance(root, yaml.MappingNode), f"{path} holds sections"
+    read: dict[str, _Setting] = {}
+    for key, key_node, value_node in yaml_source.items(root, str(path)):
+        read.update(_read_value(key, value_node, str(path), f"{path}:{yaml_source.line(key_node)}"))
+    return {key: _Setting(setting.value, f"preset {name}") for key, setting in read.items()}
+
+
+def _read_file(path: Path, seen: tuple[Path, ...], presets: list[str]) -> dict[str, _Setting]:
+    """The settings of a file and its bases; the presets that they name are added to ``presets``, a base's first."""
     resolved = path.resolve()
     if resolved in seen:
         raise UserError("config files name each other as `base` in a circle", where=" → ".join(map(str, (*seen, path))))
@@ -105,15 +129,20 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, _Setting]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError("a config file holds sections such as `model:`", where=f"{path}:1")
     settings: dict[str, _Setting] = {}
+    own_presets: tuple[str, ...] = ()
     for key, key_node, value_node in yaml_source.items(root, str(path)):
-        if key == BASE_KEY:
+        if key == PRESET_KEY:
+            where = f"{path}:{yaml_source.line(key_node)}"
+            own_presets = named_presets(yaml_source.plain(value_node, str(path)), where)
+        elif key == BASE_KEY:
             base = yaml_source.plain(value_node, str(path))
             if not isinstance(base, str):
                 raise UserError("`base` is the path of one config file", where=f"{path}:{yaml_source.line(key_node)}")
             # The file's own keys win, wherever `base` stands in it.
-            settings = _read_file(path.parent / base, seen=(*seen, resolved)) | settings
+            settings = _read_file(path.parent / base, seen=(*seen, resolved), presets=presets) | settings
         else:
             settings.update(_read_value(key, value_node, str(path), f"{path}:{yaml_source.line(key_node)}"))
+    presets += own_presets
     return settings
 
 
@@ -189,7 +218,7 @@ def nearest_key(key: str) -> str:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
         return max(whole, difflib.SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio() * 0.95)
 
-    candidates = keys if "." in key else [*Config.model_fields, *keys]
+    candidates = keys if "." in key else [*Config.model_fields, BASE_KEY, PRESET_KEY, *keys]
     return max(candidates, key=closeness)
 
 

@@ -33,7 +33,7 @@ def score_format(text: str, view: View, finish_reason: str) -> float:
 
 
 PARTS = {"accuracy": score_accuracy, "format": score_format}
-"""One function for each weight of ``RewardConfig``, under the same name."""
+"""One function for each weight of ``RewardConfig``, under the same name (``algorithm/shaping.py`` has the others)."""
 
 
 def score(text: str, view: View, finish_reason: str, config: RewardConfig) -> dict[str, float]:
@@ -42,7 +42,7 @@ def score(text: str, view: View, finish_reason: str, config: RewardConfig) -> di
     Raises:
         UserError: the record's answer cannot be read as its answer type.
     """
-    return {name: PARTS[name](text, view, finish_reason) for name in type(config).model_fields}
+    return {name: part(text, view, finish_reason) for name, part in PARTS.items()}
 
 
 def total(parts: Mapping[str, float], config: RewardConfig) -> float:
