@@ -135,7 +135,8 @@ class GroupCollector:
         if question.group is None:
             question.decide("dropped", OVER_LONG)
             return
-        verdict = judge(question.group, self.config.filter)
+        within_views = self.config.algorithm.advantage_level == "view"
+        verdict = judge(question.group, self.config.filter, within_views=within_views)
         if not verdict.keep:
             question.decide("dropped", verdict.reason)
         elif has_room:
