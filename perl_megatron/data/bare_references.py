@@ -30,7 +30,8 @@ _TOKEN = re.compile(
     r"#?(?P<index>\d++)(?![\w%]|\.\d)"
     rf"|(?P<ordinal>{ORDINAL_WORD})"
     r"|(?P<position>(?:(?:left|right)(?:[- ]?most)?|middle|cent(?:er|re))\b)"
-    rf"|(?P<noise>(?:the|ones?|and|then|or|before|on|in|side|{NOUN}s?)\b)"
+    r"|(?P<noise>(?:the|ones?|and|then|or|before)\b)|(?P<place>(?:on|in|side)\b)"
+    rf"|(?P<noun>{NOUN}s?\b)"
     r"|(?P<letter>[A-Za-z](?!\w))"
     r"|(?P<separator>[\s,;:<>()\[\]→⟶=&/-]++|\.(?=\s*+$))",
     re.IGNORECASE,
@@ -51,6 +52,7 @@ def find_bare(
     """
     found: list[Reference] = []
     kinds: set[ReferenceRule] = set()
+    groups: set[str] = set()
     position = 0
     while position < len(text):
         token = _TOKEN.match(text, position)
@@ -58,11 +60,14 @@ def find_bare(
             return None
         position = token.end()
         kind = str(token.lastgroup)
-        if kind not in ("noise", "separator"):
+        groups.add(kind)
+        if kind not in ("noise", "separator", "place", "noun"):
             kinds.add(ReferenceRule(kind))
             if len(kinds) > 1 or not kinds <= set(rules):
                 return None
             found.append(_reference(kind, token[kind], token.start(kind), num_images, letters))
+    if "position" in groups and ("noun" in groups or ("place" in groups and num_images != 2)):
+        return None  # "in the middle" becomes "on the far left": a sentence, not a word
     for reference in found:
         check_existence(Phrase(0, len(text), (reference,)), text, num_images)
     return found or None
