@@ -83,6 +83,11 @@ def _reference(kind: str, token: str, start: int, num_images: int, letters: Sequ
     return letter_reference(token, start, letters)
 
 
+def names_none_or_all(text: str) -> bool:
+    """Whether a text begins like 'neither', 'both', 'none of these' or 'cannot be determined', or is empty."""
+    return _NO_IMAGE.match(text) is not None
+
+
 @dataclass(frozen=True)
 class WholeText:
     """What an option or an answer names that is known to name images."""
@@ -109,7 +114,7 @@ def read_whole(
     if bare is not None:
         return WholeText(bare, bare=True)
     references = find_references(text, rules, num_images, letters)
-    if not references and not _NO_IMAGE.match(text):
+    if not references and not names_none_or_all(text):
         raise UserError(
             f"'{shorten(text, 60)}' should name images, but names none in a way that can follow",
             fix="declare the kind of reference that it uses, or another rule for answer and options",

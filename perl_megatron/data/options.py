@@ -70,6 +70,11 @@ def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
     return found
 
 
+def option_spans(text: str, count: int | None) -> list[tuple[int, int]]:
+    """Where the text of each listed option stands, (start, end); empty if the text lists none."""
+    return [(option.start, option.end) for option in lettered_options(text, count)]
+
+
 def _option(text: str, marker: re.Match[str], end: int) -> LetteredOption:
     own = text[marker.end() : end]
     start = marker.end() + len(own) - len(own.lstrip())
