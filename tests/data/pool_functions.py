@@ -1,0 +1,32 @@
+"""What workers of the tests do; like everything that a ``WorkerPool`` runs, without torch."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from perl_megatron.errors import UserError
+
+
+def work(item: int | str) -> object:
+    """The square of a number; what a word says."""
+    if isinstance(item, int):
+        return item**2
+    if item == "modules":
+        return sorted({"torch", "pytest", "transformers"} & set(sys.modules))
+    if item == "process":
+        return os.getpid()
+    if item == "refuse":
+        raise UserError("it is refused", where="here", fix="nothing")
+    if item == "fail":
+        raise KeyError("a bug")
+    if item == "die":
+        os._exit(9)
+    time.sleep(3600)
+    return None
+
+
+def note_and_square(item: tuple[str, int]) -> int:
+    """The square; leaves a file that says the item was taken."""
+    (Path(item[0]) / str(item[1])).touch()
+    return item[1] ** 2
