@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
     {"launch"},
     {"runtime"},
     {"data", "reward", "algorithm", "kernels", "observability", "plan"},
+    {"record_check"},
     {"model"},
     {"checkpoint"},
     {"train", "rollout"},

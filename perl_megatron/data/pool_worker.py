@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import traceback
 from multiprocessing.connection import Connection
 
@@ -22,7 +21,7 @@ def main(file_descriptor: int) -> None:
     connection = Connection(file_descriptor)
     try:
         function = connection.recv()
-        connection.send(("ready", "torch" in sys.modules))
+        connection.send("ready")
         while True:
             item = connection.recv()
             try:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from perl_megatron.errors import UserError
+from perl_megatron.types import Record
 
 
 def work(item: int | str) -> object:
@@ -30,3 +31,11 @@ def note_and_square(item: tuple[str, int]) -> int:
     """The square; leaves a file that says the item was taken."""
     (Path(item[0]) / str(item[1])).touch()
     return item[1] ** 2
+
+
+def check(record: Record) -> None:
+    """Refuses what is asked to be refused, and everything where torch is loaded."""
+    if "torch" in sys.modules and "pytest" not in sys.modules:
+        raise UserError("torch is loaded in a worker")
+    if record.answer == "refuse":
+        raise UserError("the answer is refused")
