@@ -81,7 +81,6 @@ class Record:
     answer: str
     answer_type: str = "text"
     """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math' or 'text'."""
-    grading: Grading = Grading()
     contract: PermutationContract = PermutationContract()
     demonstration: str | None = None
     """A response to imitate in supervised training; None where the record has none."""
@@ -89,6 +88,7 @@ class Record:
     """The question kind, for reports."""
     source: str = ""
     """The dataset file and line that the record came from, for error messages."""
+    grading: Grading = Grading()
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,8 @@ class Rollout:
     importance: np.ndarray | None = None
     """float64 [R]: bounded weights π_old / π_rollout of the policy loss; None without such a correction."""
     advantage: float | None = None
+    readable: bool = True
+    """Whether the response holds an answer that can be graded."""
 
 
 @dataclass
