@@ -28,6 +28,7 @@ FLOORS: list[set[str]] = [
     {"checkpoint"},
     {"train", "rollout"},
     {"evaluation", "verification", "triage"},
+    {"questions"},
     {"collect", "drawn", "step_metrics", "session", "loop", "build", "jobs", "serving", "ahead", "training_session"},
     {"cli"},
     {"__main__"},
