@@ -123,13 +123,14 @@ def read_records(path: Path, *, max_corrupt_fraction: float) -> Dataset:
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write JSON lines (to a temporary name, then renamed). Raises ``UserError`` for an image outside the folder."""
     path = Path(path)
-    lines = [json.dumps(_to_json(record, path.parent), ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(record_to_json(record, path.parent), ensure_ascii=False) + "\n" for record in records]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
 
-def _to_json(record: Record, folder: Path) -> dict[str, object]:
+def record_to_json(record: Record, folder: Path) -> dict[str, object]:
+    """The object of a record's line in a file in ``folder``. Raises ``UserError`` for an image outside the folder."""
     images = [PurePosixPath(Path(os.path.relpath(image, folder)).as_posix()) for image in record.images]
     outside = [str(image) for image in images if ".." in image.parts]
     if outside:

@@ -93,6 +93,18 @@ def columns(path: Path) -> list[str]:
     return []
 
 
+def count_rows(path: Path) -> int | None:
+    """The number of rows of parquet files, from their metadata; None for others, which would have to be read for it."""
+    files = table_files(path)
+    if files[0].suffix != ".parquet":
+        return None
+    total = 0
+    for file in files:
+        with _reading(file):
+            total += pyarrow.parquet.read_metadata(file).num_rows
+    return total
+
+
 def _refuse(where: str, reason: str) -> None:
     raise UserError(f"the row cannot be read: {reason}", where=where, fix="mend or remove it")
 
