@@ -88,16 +88,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         counts = run(options, console)
     except UserError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here")
+        print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     console.print(summary(counts))
-    console.print(f"train with data.train={options.target}", highlight=False)
+    print(f"train with data.train={options.target}")
     if counts.dropped > options.max_dropped * max(1, counts.rows):
-        named = options.target / DROPPED_NAME
-        console.print(f"error: more than {options.max_dropped:.0%} of the rows were dropped; {named} says why")
+        named, share = options.target / DROPPED_NAME, f"{options.max_dropped:.0%}"
+        print(f"error: more than {share} of the rows were dropped; {named} says why", file=sys.stderr)
         return 1
     return 0
 
