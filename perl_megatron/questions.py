@@ -46,7 +46,6 @@ def training_questions(config: Config, encoder: PromptEncoder, *, demonstrations
     files = _open(config, paths)
     if demonstrations:
         files = files.with_demonstration()
-    encoder.decode_ahead(num_processes=config.data.processes, max_bytes=config.data.decode_ahead_mib * 2**20)
     checks = DrawChecks(
         lambda record: problem_of(record, config.data.max_prompt_tokens, encoder),
         encoder.expect,
@@ -54,6 +53,7 @@ def training_questions(config: Config, encoder: PromptEncoder, *, demonstrations
         where=", ".join(map(str, config.data.train)),
     )
     sampler = make_sampler(_sizes(paths, files.sizes), config.data.weights, config.run.seed)
+    encoder.decode_ahead(num_processes=config.data.processes, max_bytes=config.data.decode_ahead_mib * 2**20)
     return QuestionStream(files, sampler, checks)
 
 

@@ -93,7 +93,8 @@ class PromptEncoder:
 
     def decode_ahead(self, *, num_processes: int, max_bytes: int) -> None:
         """From now on let ``num_processes`` processes decode the images that are expected, up to ``max_bytes``."""
-        assert self._ahead is None, "images are decoded ahead already"
+        if self._ahead is not None:
+            self._ahead.close()
         self._ahead = ImagesAhead(self.min_pixels, self.max_pixels, num_processes=num_processes, max_bytes=max_bytes)
 
     def expect(self, images: Iterable[Path]) -> None:
