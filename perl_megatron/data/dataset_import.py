@@ -8,6 +8,7 @@ are `records.jsonl.part` until all are there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -49,6 +50,8 @@ class ImportCounts:
     """Of the dropped ones, without their details."""
     sources: Counter[str] = field(default_factory=Counter)
     """Records by the dataset that their rows name."""
+    not_permutable: Counter[str] = field(default_factory=Counter)
+    """Records whose images keep their places, by the reason without its details."""
 
 
 def import_dataset(
@@ -158,6 +161,8 @@ class _Target:
                     self.counts.records += 1
                     self.counts.images += outcome.num_images
                     self.counts.sources[outcome.source] += 1
+                    if outcome.not_permutable is not None:
+                        self.counts.not_permutable[_class_of(outcome.not_permutable)] += 1
         if time.monotonic() - self._saved_at > SAVE_SECONDS:
             self._save(complete=False)
 
@@ -177,7 +182,7 @@ class _Target:
     def _drop(self, dropped: DroppedRecord) -> None:
         self._dropped.write(json.dumps(asdict(dropped)).encode() + b"\n")
         self.counts.dropped += 1
-        self.counts.reasons[" ".join(REASON_DETAILS.sub("…", dropped.reason).split())[:80]] += 1
+        self.counts.reasons[_class_of(dropped.reason)] += 1
 
     def _read_state(self) -> dict[str, Any] | None:
         """What an earlier call noted; sets the counts."""
@@ -188,8 +193,9 @@ class _Target:
             state: dict[str, Any] = json.loads(file.read_bytes())
             if state["of"] == self._fingerprint:
                 counts = state["counts"]
-                reasons, sources = Counter(counts.pop("reasons")), Counter(counts.pop("sources"))
-                self.counts = ImportCounts(**counts, reasons=reasons, sources=sources)
+                self.counts = ImportCounts(
+                    **{name: Counter(one) if isinstance(one, dict) else one for name, one in counts.items()}
+                )
                 return state
         except (ValueError, KeyError, TypeError):
             pass
@@ -209,6 +215,11 @@ class _Target:
         self._saved_at = time.monotonic()
 
 
+def _class_of(reason: str) -> str:
+    """The reason without its details, so that equal ones can be counted."""
+    return " ".join(REASON_DETAILS.sub("…", reason).split())[:80]
+
+
 def _continued(path: Path, num_bytes: int) -> IO[bytes]:
     """The file as it was when the state was saved, to be written on."""
     file = path.open("ab")
@@ -225,8 +236,8 @@ def _fingerprint(source: Path, settings: RowSettings) -> dict[str, Any]:
         for file in table_files(source)
     ]
     how = {name: getattr(settings, name) for name in ("format", "source", "all_turns", "answer_type", "prefix")}
-    contract = None if settings.contract is None else settings.contract.__qualname__
-    return {"files": files, **how, "image_root": str(settings.image_root.resolve()), "contract": contract}
+    templates = hashlib.blake2b(repr(settings.templates).encode(), digest_size=16).hexdigest()
+    return {"files": files, **how, "image_root": str(settings.image_root.resolve()), "templates": templates}
 
 
 def _numbered(source: Path) -> Iterator[NumberedRow]:

@@ -8,47 +8,84 @@ follows as the question does.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from perl_megatron.data.reference_phrases import Reference
+from perl_megatron.data.reference_phrases import NOUN, Reference, preceded_by
 from perl_megatron.errors import UserError
 from perl_megatron.types import IMAGE_PLACEHOLDER, AnswerRule, Record
 
 _MARKER = re.compile(r"\(([A-Z])\)|(?<![^\s,;])([A-Z])[).:=]")
+_NOUN_BEFORE = re.compile(rf"\b{NOUN}s?\.?\s?$", re.IGNORECASE)
+_NO_CONTENT = re.compile(r"\W*(?:(?:and|or|vs|to|with)\b\W*)?", re.IGNORECASE)
 _NO_BREAK = re.compile(r"\s*")
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class LetteredOption:
+    """Where an option stands in a text: ``text[marker:start]`` holds its letter, ``text[start:end]`` its own text."""
+
+    marker: int
+    start: int
+    end: int
+
+    def holds(self, reference: Reference) -> bool:
+        """Whether a reference stands in the option's text."""
+        return self.start <= reference.start < self.end
 
 
 def letter(index: int) -> str:
     """'A' for 0."""
-    return chr(ord("A") + index)
+    return ALPHABET[index]
+
+
+def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
+    """The options A, B, … that a text lists, at least ``count`` (None: two) of them; empty if it does not.
+
+    Options are marked '(A)', 'A.', 'A)', 'A:' or 'A='. Letters that follow nouns ('image A: … image B: …'), or each
+    other ('(A), (B) and (C)'), mark none. Of several lists the last is taken, but not one within another's last option.
+    The last option ends with its line. An option's text has no blanks around it.
+    """
+    markers = list(_MARKER.finditer(text))
+    letters = [marker[1] or marker[2] for marker in markers]
+    following: list[int | None] = [None] * len(markers)
+    nearest: dict[str, int] = {}
+    for number in reversed(range(len(markers))):
+        following[number] = nearest.get(chr(ord(letters[number]) + 1))
+        nearest[letters[number]] = number
+    found: list[LetteredOption] = []
+    for first in (number for number, own in enumerate(letters) if own == "A"):
+        if found and found[-1].marker < markers[first].start() < found[-1].end:
+            continue
+        options, current = list[LetteredOption](), first
+        while len(options) < (count or len(ALPHABET)):
+            after = following[current]
+            end = _line_end(text, markers[current].end()) if after is None else markers[after].start()
+            options.append(_option(text, markers[current], end))
+            if after is None:
+                break
+            current = after
+        if len(options) >= (count or 2) and _is_list(text, options):
+            found = options
+    return found
 
 
 def option_spans(text: str, count: int | None) -> list[tuple[int, int]]:
-    """Where the text of each option A, B, … stands, (start, end); empty if the text does not list them by letter.
+    """Where the text of each listed option stands, (start, end); empty if the text lists none."""
+    return [(option.start, option.end) for option in lettered_options(text, count)]
 
-    Options are marked '(A)', 'A.', 'A)', 'A:' or 'A='. The last chain of ``count`` letters is taken (None: the longest
-    chain of at least two), since a question can hold a letter of its own, and an option the letters of others. The last
-    option ends with its line.
-    """
-    markers = list(_MARKER.finditer(text))
-    following: list[int | None] = [None] * len(markers)
-    lengths = [1] * len(markers)
-    nearest: dict[str, int] = {}
-    for number in reversed(range(len(markers))):
-        own = markers[number][1] or markers[number][2]
-        following[number] = after = nearest.get(chr(ord(own) + 1))
-        lengths[number] = 1 + (0 if after is None else lengths[after])
-        nearest[own] = number
-    starts = [number for number, marker in enumerate(markers) if (marker[1] or marker[2]) == "A"]
-    enough = [number for number in starts if lengths[number] >= (count or 2)]
-    if not enough:
-        return []
-    current: int | None = enough[-1] if count else max(enough, key=lambda number: (lengths[number], number))
-    spans: list[tuple[int, int]] = []
-    while current is not None and len(spans) < (count or 26):
-        after, start = following[current], markers[current].end()
-        spans.append((start, _line_end(text, start) if after is None else markers[after].start()))
-        current = after
-    return spans
+
+def _option(text: str, marker: re.Match[str], end: int) -> LetteredOption:
+    own = text[marker.end() : end]
+    start = marker.end() + len(own) - len(own.lstrip())
+    return LetteredOption(marker.start(), start, start + len(own.strip()))
+
+
+def _is_list(text: str, options: list[LetteredOption]) -> bool:
+    """Whether letters mark options, and not images ('image A: <image> image B: <image>') or a mention of options."""
+    if all(preceded_by(text, option.marker, _NOUN_BEFORE) for option in options):
+        return False
+    return not any(_NO_CONTENT.fullmatch(text, option.start, option.end) for option in options[:-1])
 
 
 def _line_end(text: str, start: int) -> int:
@@ -59,10 +96,10 @@ def _line_end(text: str, start: int) -> int:
     return len(text) if end < 0 else end
 
 
-def slots_within(text: str, span: tuple[int, int]) -> list[int]:
-    """The slots of the placeholders in a part of the text."""
-    first = text.count(IMAGE_PLACEHOLDER, 0, span[0])
-    return list(range(first, first + text.count(IMAGE_PLACEHOLDER, *span)))
+def slots_within(text: str, option: LetteredOption) -> list[int]:
+    """The slots of the placeholders in an option."""
+    first = text.count(IMAGE_PLACEHOLDER, 0, option.start)
+    return list(range(first, first + text.count(IMAGE_PLACEHOLDER, option.start, option.end)))
 
 
 def check_option_slots(record: Record) -> None:
@@ -93,12 +130,13 @@ def check_inline_images(record: Record) -> None:
     """Refuse options that show movable images, '(A) <image> (B) <image>', but that the contract does not say to be."""
     contract = record.contract
     by_letter = contract.answer is AnswerRule.OPTION_LETTER
-    if not contract.permutable or not (by_letter or re.fullmatch("[A-Z]", record.answer)):
+    by_letter_unchanged = contract.answer is AnswerRule.UNCHANGED and re.fullmatch("[A-Z]", record.answer)
+    if not contract.permutable or not (by_letter or by_letter_unchanged):
         return
-    spans = option_spans(record.text, len(contract.option_slots) or None)
-    for index, span in enumerate(spans):
-        shown = slots_within(record.text, span)
-        expected = contract.option_slots[index] if by_letter else None
+    listed = lettered_options(record.text, len(contract.option_slots) or None) or lettered_options(record.text, None)
+    for index, option in enumerate(listed):
+        shown = slots_within(record.text, option)
+        expected = contract.option_slots[index] if by_letter and index < len(contract.option_slots) else None
         if len(shown) == 1 and shown[0] in contract.movable and shown[0] != expected:
             raise UserError(
                 f"option {letter(index)} shows the image of slot {shown[0]}, which moves, but the contract "
@@ -107,12 +145,12 @@ def check_inline_images(record: Record) -> None:
             )
 
 
-def check_named_slots(record: Record, spans: list[tuple[int, int]], references: list[Reference]) -> None:
+def check_named_slots(record: Record, options: list[LetteredOption], references: list[Reference]) -> None:
     """Refuse an option whose text names another image than the contract does."""
-    for slot, (start, end) in zip(record.contract.option_slots, spans, strict=False):
-        named = [reference.slots for reference in references if start <= reference.start < end]
+    for slot, option in zip(record.contract.option_slots, options, strict=False):
+        named = [reference.slots for reference in references if option.holds(reference)]
         if slot is not None and any(slots != (slot,) for slots in named):
             raise UserError(
-                f"option '{record.text[start:end].strip()}' names another image than its slot {slot}",
+                f"option '{record.text[option.start : option.end]}' names another image than its slot {slot}",
                 fix="option_slots are counted from 0, image numbers in the text from 1",
             )

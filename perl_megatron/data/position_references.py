@@ -72,20 +72,20 @@ def find_positions(text: str, num_images: int) -> Iterator[Phrase]:
         return
     if stacked := _UNFOLLOWED.search(text):
         raise cannot_follow(stacked[0])
-    understood: set[int] = set()
     before, after = list(_BEFORE.finditer(text)), list(_AFTER.finditer(text))
     sides = [match[group] for match in before for group in ("side", "second", "third") if match[group]]
     sides += [match["side"] for match in after]
     has_middle = any(_slot(side, 3) == 1 for side in sides)
+    understood = {match.start("side") for match in after}
     for match in before:
         found = [(match[side], match.start(side), match[hand]) for side, hand in _GROUPS if match[side]]
+        found = [item for item in found if item[1] not in understood]  # "the image on the left or the right image"
         understood.update(start for _, start, _ in found)
         references = [_adjective(*item, num_images, has_middle) for item in found]
         if match["plural"] and len(found) == 1:
             raise cannot_follow(match[0])
-        yield Phrase(match.start(), match.end(), tuple(references))
+        yield Phrase(found[0][1], match.end(), tuple(references))
     for match in after:
-        understood.add(match.start("side"))
         if match["plural"]:
             raise cannot_follow(match[0])
         yield Phrase(match.start(), match.end(), (_prepositional(match, num_images, has_middle),))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from perl_megatron.data.answer_guess import guess_answer, lettered_options
+from perl_megatron.data.contract_templates import ContractTemplates, apply_template
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES, ImageStore
 from perl_megatron.data.images import check_image
 from perl_megatron.data.permutation import validate_contract
@@ -20,8 +21,6 @@ from perl_megatron.types import Grading, Record
 
 IMAGES = "images"
 """The image store's folder in the target."""
-Contract = Callable[[str, Record], Record]
-"""Gives a record of a source its permutation contract. Raises UserError where it should be dropped instead."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class RowSettings:
     """Begins every id."""
     check: Check | None = None
     """What else has to hold for a record."""
-    contract: Contract | None = None
-    """None: the images keep their places."""
+    templates: ContractTemplates | None = None
+    """Give a record its contract, by its source; None: no record can be permuted."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ class Converted:
     """Why it was dropped."""
     source: str = ""
     num_images: int = 0
+    not_permutable: str | None = None
+    """Why its images keep their places; None where they may move."""
 
 
 def convert_rows(rows: Sequence[NumberedRow], *, settings: RowSettings) -> list[list[Converted]]:
@@ -130,8 +131,8 @@ def _own_record(row: NumberedRow, settings: RowSettings) -> Record:
 
 
 def _finish(record: Record, source: str, settings: RowSettings, row: NumberedRow) -> Converted:
-    if settings.contract is not None and settings.format != RECORDS:
-        record = settings.contract(source, record)
+    if settings.templates is not None and settings.format != RECORDS:
+        record = apply_template(record, settings.templates, family=family_of(source))
     validate_contract(record)
     if settings.check is not None:
         settings.check(record)
@@ -140,7 +141,8 @@ def _finish(record: Record, source: str, settings: RowSettings, row: NumberedRow
     again = parse_record(line.encode(), row.where, settings.target)
     if isinstance(again, DroppedRecord):
         raise UserError(again.reason)
-    return Converted(row.where, record.id, line, source=source, num_images=len(record.images))
+    fixed = None if record.contract.permutable else record.contract.reason or "no contract"
+    return Converted(row.where, record.id, line, source=source, num_images=len(record.images), not_permutable=fixed)
 
 
 def _stored(image: bytes | str, settings: RowSettings) -> Path:
@@ -165,6 +167,11 @@ def _read(image: str, root: Path) -> bytes:
 def _refused(row: NumberedRow, record_id: str | None, error: Exception) -> Converted:
     reason = error.what if isinstance(error, UserError) else str(error)
     return Converted(row.where, record_id, None, reason.encode(errors="backslashreplace").decode())
+
+
+def family_of(source: str) -> str:
+    """The family of contract templates of a source: its name without owner or folder, in lower case."""
+    return source.rstrip("/").rpartition("/")[2].lower()
 
 
 def readable_id(values: dict[str, Any]) -> str | None:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from perl_megatron.data.answer_transform import image_letters
 from perl_megatron.data.bare_references import WholeText, read_whole
-from perl_megatron.data.options import check_named_slots, letter, option_spans
+from perl_megatron.data.options import LetteredOption, check_named_slots, letter, lettered_options
 from perl_megatron.data.reference_phrases import Reference
 from perl_megatron.data.references import find_references, refuse_relative, rewrite_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import AnswerRule, Record, ReferenceRule
-
-_Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -31,20 +29,20 @@ class MovingReferences:
 def moving_references(record: Record) -> MovingReferences:
     """Find them. Raises ``UserError`` for wordings that cannot follow, and for options that contradict the text."""
     contract = record.contract
-    spans = _option_spans(record)
-    references = _text_references(record, spans)
+    listed = _listed_options(record)
+    references = _text_references(record, listed)
     if contract.permutable:
         _check_sets(record.text, references, set(contract.movable))
     moving = references
-    if stays := [span for span, slot in zip(spans, contract.option_slots, strict=False) if slot is not None]:
-        check_named_slots(record, spans, _named_by_number_too(record, references))
-        moving = [item for item in references if not any(start <= item.start < end for start, end in stays)]
-    elif _options_move(record) and any(set(contract.movable) & set(item.slots) for item in references):
+    if stays := [option for option, slot in zip(listed, contract.option_slots, strict=False) if slot is not None]:
+        check_named_slots(record, listed, _named_by_number_too(record, references))
+        moving = [item for item in references if not any(option.holds(item) for option in stays)]
+    elif _options_move(record) and any(item.render and item.slots[0] in contract.movable for item in references):
         raise UserError(
             "cannot tell the options from the question: the text refers to images that are options",
             fix="write the options as '(A) …' or 'A. …', one after the other",
         )
-    return MovingReferences(moving, _grading_references(record, spans, references))
+    return MovingReferences(moving, _grading_references(record, listed, references))
 
 
 def follow(record: Record, moving: MovingReferences, new_slots: Sequence[int]) -> tuple[str, tuple[str, ...]]:
@@ -65,44 +63,43 @@ def _options_move(record: Record) -> bool:
     )
 
 
-def _option_spans(record: Record) -> list[_Span]:
-    """Where the options stand, without blanks around; only if they are, name or may name images."""
-    contract, text = record.contract, record.text
+def _listed_options(record: Record) -> list[LetteredOption]:
+    """The options that the text lists, where its references matter or options are images."""
+    contract = record.contract
     if not contract.option_slots and not contract.references:
         return []
-    in_options = ReferenceRule.OPTION_TEXT in contract.references
-    num_options = len(contract.option_slots or record.grading.options)
-    if num_options == 0 and not in_options:
-        return []
-    spans = option_spans(text, num_options or None)
-    if in_options and not spans:
+    listed = lettered_options(record.text, len(contract.option_slots or record.grading.options) or None)
+    if ReferenceRule.OPTION_TEXT in contract.references and not listed:
         raise UserError(
             "the contract says that options name images, but the text lists no options",
             fix="write the options as '(A) …' or 'A. …', one after the other",
         )
-    stripped = []
-    for start, end in spans:
-        option = text[start:end]
-        first = start + len(option) - len(option.lstrip())
-        stripped.append((first, first + len(option.strip())))
-    return stripped
+    return listed
 
 
 def _sentence_rules(record: Record) -> list[ReferenceRule]:
     return [rule for rule in record.contract.references if rule is not ReferenceRule.OPTION_TEXT]
 
 
-def _text_references(record: Record, spans: list[_Span]) -> list[Reference]:
-    """All references of the text; options that consist of them are read first, and not as part of a sentence."""
-    rules, text, bare = _sentence_rules(record), record.text, list[Reference]()
-    if ReferenceRule.OPTION_TEXT in record.contract.references:
-        for start, end in spans:
-            option = _read_option(record, record.text[start:end])
-            if option.bare:
-                bare += [item.moved(start) for item in option.references]
-                text = text[:start] + " " * (end - start) + text[end:]
+def _text_references(record: Record, listed: list[LetteredOption]) -> list[Reference]:
+    """All references of the text, option by option: no phrase goes on from one option into the next.
+
+    Options that consist of references are read first, and not as part of a sentence.
+    """
+    rules, bare = _sentence_rules(record), list[Reference]()
+    pieces, end = [], 0
+    for option in listed:
+        pieces += [record.text[end : option.marker], ";" * (option.start - option.marker)]
+        end = option.start
+        if ReferenceRule.OPTION_TEXT in record.contract.references:
+            read = _read_option(record, record.text[option.start : option.end])
+            if read.bare:
+                bare += [item.moved(option.start) for item in read.references]
+                pieces.append(";" * (option.end - option.start))
+                end = option.end
     if not rules:
         return bare
+    text = "".join([*pieces, record.text[end:]])
     if record.contract.permutable:
         refuse_relative(text)
     found = find_references(text, rules, len(record.images), image_letters(record))
@@ -131,7 +128,9 @@ def _check_sets(text: str, references: list[Reference], movable: set[int]) -> No
             )
 
 
-def _grading_references(record: Record, spans: list[_Span], references: list[Reference]) -> list[list[Reference]]:
+def _grading_references(
+    record: Record, listed: list[LetteredOption], references: list[Reference]
+) -> list[list[Reference]]:
     """What each of ``grading.options`` names; nothing where it stands for a slot. It has to agree with the text."""
     texts, slots = record.grading.options, record.contract.option_slots
     if not record.contract.references:
@@ -141,16 +140,16 @@ def _grading_references(record: Record, spans: list[_Span], references: list[Ref
         if index < len(slots) and slots[index] is not None:
             found.append([])
             continue
-        start, end = spans[index] if len(spans) == len(texts) else (0, 0)
-        shown = [item for item in references if start <= item.start < end]
-        if start < end and record.text[start:end] == text:
-            found.append([item.moved(-start) for item in shown])
+        option = listed[index] if len(listed) == len(texts) else None
+        shown = [item for item in references if option is not None and option.holds(item)]
+        if option is not None and record.text[option.start : option.end] == text:
+            found.append([item.moved(-option.start) for item in shown])
             continue
         graded = _graded_references(record, text)
-        if start < end and [item.slots for item in shown] != [item.slots for item in graded]:
+        if option is not None and [item.slots for item in shown] != [item.slots for item in graded]:
             raise UserError(
-                f"option {letter(index)} names other images in the text, '{record.text[start:end]}', than in "
-                f"grading.options, '{text}'",
+                f"option {letter(index)} names other images in the text, "
+                f"'{record.text[option.start : option.end]}', than in grading.options, '{text}'",
                 fix="give the options' texts as the question shows them",
             )
         found.append(graded)

@@ -3,11 +3,10 @@
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from perl_megatron.errors import UserError
-from perl_megatron.types import PermutationContract, Record
+from perl_megatron.types import Record
 
 
 def work(item: int | str) -> object:
@@ -46,10 +45,3 @@ def die_over(record: Record) -> None:
     """Ends the process over text answers."""
     if record.answer_type == "text":
         os._exit(7)
-
-
-def refuse_contract(source: str, record: Record) -> Record:
-    """A contract for NLVR2 only."""
-    if source != "nlvr2":
-        raise UserError(f"no contract for {source}")
-    return replace(record, contract=PermutationContract(movable=(0, 1)))

@@ -6,15 +6,16 @@ import pytest
 from foreign_rows import EASYR1, MANTIS, MMK12, PLAIN, VERL, embedded, png, write_lines, write_parquet, write_scans
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pool_functions import die_over, refuse_contract
+from pool_functions import die_over
 
 from perl_megatron.data import dataset_import as module
+from perl_megatron.data.contract_templates import load_templates
 from perl_megatron.data.dataset_import import ImportCounts, import_dataset
 from perl_megatron.data.records import read_records
 from perl_megatron.data.row_import import NumberedRow, RowSettings, convert_rows
 from perl_megatron.errors import UserError
 from perl_megatron.record_check import check_answer
-from perl_megatron.types import Grading, Record
+from perl_megatron.types import AnswerRule, Grading, PermutationContract, Record, ReferenceRule
 
 
 def settings_for(source: Path, target: Path, format: str, **changes) -> RowSettings:
@@ -131,13 +132,16 @@ def test_bad_rows_are_named(tmp_path):
     assert counts.reasons["the image path … leaves the dataset's folder"] == 2
 
 
-def test_a_contract_is_given_by_the_source_and_refused_with_its_reason(tmp_path):
-    source = write_parquet(tmp_path / "a.parquet", MANTIS)
-    imported(source, tmp_path / "target", "mantis", contract=refuse_contract)
-    (record,) = read(tmp_path / "target")
-    assert record.contract.movable == (0, 1)
-    (line,) = dropped(tmp_path / "target")
-    assert (line["id"], line["reason"]) == ("iconqa_7", "no contract for iconqa")
+def test_contracts_are_given_by_the_source(tmp_path):
+    statement = {"role": "user", "content": "<image><image>The left image shows a dog. (A) True (B) False"}
+    row = MANTIS[0] | {"conversation": [statement, {"role": "assistant", "content": "B"}], "source": "lil-lab/NLVR2"}
+    source = write_parquet(tmp_path / "a.parquet", [row, MANTIS[1]])
+    counts = imported(source, tmp_path / "target", "mantis", templates=load_templates())
+    first, second = read(tmp_path / "target")
+    assert first.contract == PermutationContract((0, 1), first.contract.references, AnswerRule.UNCHANGED)
+    assert ReferenceRule.POSITION in first.contract.references
+    assert second.contract.answer is AnswerRule.NOT_PERMUTABLE
+    assert counts.not_permutable == {"there are fewer than two images": 1}
 
 
 def many(tmp_path: Path) -> Path:
