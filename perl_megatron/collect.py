@@ -20,16 +20,16 @@ from perl_megatron.config.schema import AlgorithmConfig, Config
 from perl_megatron.data.group_state import group_from_json, group_to_json
 from perl_megatron.data.planner import plan_views
 from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.data.recover_order import maybe_recover_order
-from perl_megatron.data.sampler import ShuffledSampler
-from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, Drawn, DrawnQuestion
+from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, DrawnQuestion
 from perl_megatron.errors import UserError
 from perl_megatron.reward.boxed import last_boxed
 from perl_megatron.reward.score import score, total
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
 from perl_megatron.runtime.collective import shared_map
 from perl_megatron.runtime.rng import derive_seed
-from perl_megatron.types import Group, Record, Rollout, View
+from perl_megatron.types import Group, Rollout, View
 
 
 class NothingKeptError(UserError):
@@ -51,12 +51,11 @@ class GroupCollector:
     def __init__(
         self,
         config: Config,
-        records: Sequence[Record],
-        sampler: ShuffledSampler,
+        questions: QuestionStream,
         encoder: PromptEncoder,
         engine: RolloutEngine,
     ):
-        self.config, self.records, self.sampler = config, records, sampler
+        self.config, self.questions = config, questions
         self.encoder, self.engine = encoder, engine
         self._waiting: tuple[DrawnQuestion, ...] = ()
 
@@ -97,12 +96,12 @@ class GroupCollector:
 
     def state(self) -> Callable[[], dict[str, Any]]:
         """Where a resumed run has to go on, as it is now; the call that writes it out (as JSON) may come later."""
-        sampler, waiting = self.sampler.state_dict(), self._waiting
+        sampler, waiting = self.questions.state_dict(), self._waiting
         return lambda: {"sampler": sampler, "waiting": [_question_to_json(question) for question in waiting]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` wrote (before groups could wait, it was the sampler's alone)."""
-        self.sampler.load_state_dict(state["sampler"])
+        self.questions.load_state_dict(state["sampler"])
         self._waiting = tuple(self._question_from_json(saved) for saved in state.get("waiting", ()))
 
     def _take_waiting(self, step: int) -> list[DrawnQuestion]:
@@ -119,21 +118,25 @@ class GroupCollector:
                 num_kept += 1
         return questions
 
-    def _bounded(self, count: int) -> int:
-        """``count``, or the number of questions that are left of all `data.epochs`, if these are fewer."""
+    def _left(self) -> int | None:
+        """The number of questions that are left of all `data.epochs`; None without a limit."""
         epochs = self.config.data.epochs
-        return count if epochs is None else min(count, epochs * len(self.records) - self.sampler.num_drawn)
+        return None if epochs is None else epochs * self.questions.num_records - self.questions.num_drawn
+
+    def _bounded(self, count: int) -> int:
+        """``count``, or the number of questions that are left, if these are fewer."""
+        left = self._left()
+        return count if left is None else min(count, left)
 
     def _draw(self, count: int, step: int, refill: int) -> list[DrawnQuestion]:
-        first = self.sampler.num_drawn
         return [
-            DrawnQuestion(self.records[index], first + number, step, refill, None)
-            for number, index in enumerate(self.sampler.next(count))
+            DrawnQuestion(question.record, question.draw_index, step, refill, None, question.problem)
+            for question in self.questions.next(count, limit=self._left())
         ]
 
     def _decide(self, question: DrawnQuestion, *, has_room: bool) -> None:
         if question.group is None:
-            question.decide("dropped", OVER_LONG)
+            question.decide("dropped", OVER_LONG if question.problem is None else UNUSABLE)
             return
         within_views = self.config.algorithm.advantage_level == "view"
         verdict = judge(question.group, self.config.filter, within_views=within_views)
@@ -151,6 +154,8 @@ class GroupCollector:
         groups: list[Group] = []
         seeds: list[int] = []
         for question in questions:
+            if question.problem is not None:
+                continue
             question.record = maybe_recover_order(question.record, probability=permutation.recover_order, **keys)
             views = plan_views(
                 question.record, num_permuted=permutation.num_permuted, orders=permutation.orders, alpha=alpha, **keys

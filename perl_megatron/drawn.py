@@ -14,6 +14,8 @@ from perl_megatron.types import Group, Record
 
 Decision = Literal["kept", "dropped", "carried"]
 
+UNUSABLE = "unusable"
+"""Drop reason: the question cannot be asked (`DrawnQuestion.problem` says why); others were drawn in its place."""
 OVER_LONG = "over_long"
 """Drop reason: a view's prompt exceeds `data.max_prompt_tokens` after its text followed the images; not sampled."""
 SURPLUS = "surplus"
@@ -35,6 +37,8 @@ class DrawnQuestion:
     """0: drawn at the beginning of that step; k: with its k-th refill."""
     group: Group | None
     """None where it was not sampled."""
+    problem: str | None = None
+    """Why the question cannot be asked: found as it was drawn, with `data.check=draw`."""
     decision: Decision = "dropped"
     reason: str = ""
     """'kept', or why it was not (``algorithm/filter.py``, and the constants of this file)."""
@@ -104,6 +108,7 @@ def ledger_rows(drawn: Drawn) -> list[dict[str, Any]]:
             "refill": question.refill,
             "decision": question.decision,
             "reason": question.reason,
+            **({} if question.problem is None else {"problem": question.problem}),
             **({} if question.group is None else _outcome(question.group)),
         }
         for question in drawn.questions

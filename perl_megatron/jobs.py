@@ -13,14 +13,15 @@ from perl_megatron.build import (
     build_supervised,
     build_training,
     derive_for,
-    read_questions,
 )
 from perl_megatron.config.load import LoadedConfig
+from perl_megatron.config.schema import PermutationConfig
 from perl_megatron.evaluation.evaluate import evaluate
 from perl_megatron.launch.torchrun import launcher_pid
 from perl_megatron.loop import supervise, train
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.summary import read_summary, summary_table
+from perl_megatron.questions import most_images, read_questions
 from perl_megatron.runtime import garbage, platform, topology
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.session import Session
@@ -75,7 +76,7 @@ def _evaluate(loaded: LoadedConfig, place: topology.Topology) -> int:
     derived = derive_for(config, place.world_size, "eval")
     encoder = build_encoder(config)
     records = read_questions(config, config.data.evaluation, "data.evaluation", encoder)
-    engine = build_engine(config, derived, encoder, place, records)
+    engine = build_engine(config, derived, encoder, place, most_images(records, PermutationConfig()))
     try:
         result = evaluate(config, records, encoder, engine)
     finally:

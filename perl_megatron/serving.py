@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from perl_megatron.build import build_encoder, read_questions
+from perl_megatron.build import build_encoder
 from perl_megatron.config.derive_engine import check_serving
 from perl_megatron.config.schema import Config
 from perl_megatron.data.processor import PromptEncoder
-from perl_megatron.data.recover_order import most_images
 from perl_megatron.errors import UserError
+from perl_megatron.questions import most_images, read_questions, training_questions
 from perl_megatron.rollout.engine import INSTALL_VLLM, vllm_obstacle
 from perl_megatron.rollout.server_key import read_key
 from perl_megatron.runtime import environment, platform
@@ -48,12 +48,14 @@ def serve(config: Config, *, host: str, port: int, max_images: int | None, log_r
 
 
 def _most_images(config: Config, encoder: PromptEncoder) -> int:
-    files = {"data.train": config.data.train, "data.evaluation": config.data.evaluation}
-    read = [read_questions(config, path, key, encoder) for key, path in files.items() if path is not None]
-    if not read:
+    if not config.data.train and config.data.evaluation is None:
         raise UserError(
             "it is not known how many images a prompt may have",
             where="perl-megatron serve",
             fix="pass --max-images N, or set data.train as in the run",
         )
-    return max(1, *(most_images(record, config.permutation) for records in read for record in records))
+    found = [most_images(training_questions(config, encoder).records, config.permutation)] if config.data.train else []
+    if config.data.evaluation is not None:
+        held_out = read_questions(config, config.data.evaluation, "data.evaluation", encoder)
+        found.append(most_images(held_out, config.permutation))
+    return max(1, *found)

@@ -6,7 +6,7 @@ Every rank holds one and calls the same methods; only rank 0 writes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from perl_megatron.checkpoint.manifest import latest_checkpoint, on_rank_zero
 from perl_megatron.config.load import LoadedConfig
 from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
-from perl_megatron.data.sampler import ShuffledSampler
+from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import stop_status
 from perl_megatron.observability.journal import Journal
@@ -39,8 +39,7 @@ class Session:
         topology: Topology,
         actor: Actor,
         encoder: PromptEncoder,
-        records: Sequence[Record],
-        sampler: ShuffledSampler,
+        questions: QuestionStream,
         *,
         total_steps: int,
         resume: bool,
@@ -49,8 +48,7 @@ class Session:
     ):
         self.config = loaded.config
         self.topology, self.actor, self.encoder = topology, actor, encoder
-        self.records, self.total_steps = records, total_steps
-        self.sampler = sampler
+        self.questions, self.total_steps = questions, total_steps
         self.folder = RunFolder.of(loaded.config)
         self._loaded, self._resume, self._stop = loaded, resume, stop
         self._memory = memory
@@ -114,11 +112,11 @@ class Session:
 
     def progress(self) -> dict[str, Any]:
         """Where a resumed run has to go on with the records; JSON."""
-        return {"sampler": self.sampler.state_dict()}
+        return {"sampler": self.questions.state_dict()}
 
     def load_progress(self, progress: dict[str, Any]) -> None:
         """Go on from what ``progress`` gave."""
-        self.sampler.load_state_dict(progress["sampler"])
+        self.questions.load_state_dict(progress["sampler"])
 
     @contextmanager
     def saved_on_user_error(self, step: int) -> Iterator[None]:
@@ -200,8 +198,10 @@ class SupervisedSession(Session):
     def demonstrations(self) -> list[TrainingSequence]:
         """The next batch, each question in its original order."""
         sequences = []
-        for index in self.sampler.next(self.config.supervised.batch_size):
-            record = self.records[index]
+        for question in self.questions.next(self.config.supervised.batch_size):
+            record = question.record
+            if question.problem is not None:
+                continue
             assert record.demonstration is not None, "records without demonstration are dropped at load"
             sequences.append(TrainingSequence(self._prompt(record), self.encoder.encode_response(record.demonstration)))
         return sequences

@@ -11,8 +11,9 @@ import pytest
 
 from perl_megatron.collect import GroupCollector, NothingKeptError, assign_advantages
 from perl_megatron.config.schema import AlgorithmConfig, Config
+from perl_megatron.data.question_stream import DrawChecks, QuestionStream
 from perl_megatron.data.sampler import ShuffledSampler
-from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, Drawn, ledger_rows
+from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, ledger_rows
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.engine import Sampling
@@ -60,7 +61,8 @@ def collector(answer: Callable[[View, int], str], **sections: dict) -> tuple[Gro
     settings = {"model": {"path": Path("unused")}, "rollout": {"questions_per_step": 4, "num_rollouts": 3}} | sections
     config = Config.model_validate(settings)
     records, engine = make_records(10), ScriptedEngine(answer)
-    return GroupCollector(config, records, ShuffledSampler(10, 0), LengthEncoder(), engine), engine  # type: ignore[arg-type]
+    questions = QuestionStream(records, ShuffledSampler(10, 0))
+    return GroupCollector(config, questions, LengthEncoder(), engine), engine  # type: ignore[arg-type]
 
 
 def half_right(view: View, number: int) -> str:
@@ -91,7 +93,7 @@ def test_dropped_groups_are_replaced_until_enough_are_kept() -> None:
     assert all(int(group.record.id[1:]) % 2 == 1 for group in drawn.kept)
     assert drawn.reasons == {"no_signal": len(drawn.dropped)}
     assert drawn.refills >= 1
-    assert groups.sampler.num_drawn == len(drawn.kept) + len(drawn.dropped)
+    assert groups.questions.num_drawn == len(drawn.kept) + len(drawn.dropped)
     assert len(set(engine.seeds)) == len(engine.seeds)
 
 
@@ -196,7 +198,7 @@ def test_surplus_is_dropped_by_name_unless_it_is_carried() -> None:
     drawn = groups.collect(step=0, alpha=1.0)
     kept = [(draw, "kept", "kept") for draw in range(4)]
     assert decisions(drawn) == [*kept, (4, "dropped", SURPLUS), (5, "dropped", SURPLUS)]
-    assert groups.sampler.num_drawn == 6
+    assert groups.questions.num_drawn == 6
 
 
 def test_carried_groups_come_first_in_the_next_step_and_are_not_sampled_again() -> None:
@@ -256,7 +258,7 @@ def test_a_resumed_collector_goes_on_as_if_it_had_not_stopped(stop_after: int) -
 def test_a_checkpoint_from_before_groups_could_wait_is_taken_up() -> None:
     groups, _ = collector(half_right)
     groups.load_state({"sampler": {"num_records": 10, "seed": 0, "num_drawn": 7}})
-    assert groups.sampler.num_drawn == 7
+    assert groups.questions.num_drawn == 7
     assert len(groups.collect(0, 1.0).kept) == 4
 
 
@@ -270,7 +272,7 @@ def test_epochs_end_with_a_smaller_step_and_then_with_none() -> None:
     num_seeds = len(engine.seeds)
     assert odd.collect(3, 1.0).kept == []
     assert len(engine.seeds) == num_seeds
-    assert odd.sampler.num_drawn == 10
+    assert odd.questions.num_drawn == 10
 
 
 def test_at_the_end_of_the_last_epoch_dropped_groups_are_no_error() -> None:
@@ -295,3 +297,20 @@ def test_the_ledger_says_what_the_filter_saw() -> None:
     assert row["unparsable"] == pytest.approx(1 / 6)
     assert (row["step"], row["drawn_step"], row["refill"], row["truncated"]) == (1, 1, 0, 0)
     assert (row["decision"], row["reason"]) == ("kept", "kept")
+
+
+def test_questions_that_cannot_be_asked_are_in_the_ledger_and_others_come_in_their_place() -> None:
+    groups, engine = collector(half_right)
+    bad = {record.id for record in groups.questions.records[:3]}
+    checks = DrawChecks(lambda record: "no image" if record.id in bad else None, lambda images: None, 1.0, "x.jsonl")
+    groups.questions = QuestionStream(groups.questions.records, ShuffledSampler(10, 0), checks)
+    drawn = [question for step in range(2) for question in groups.collect(step=step, alpha=1.0).questions]
+    unusable = [question for question in drawn if question.problem is not None]
+    assert {(question.decision, question.reason, question.problem) for question in unusable} == {
+        ("dropped", UNUSABLE, "no image")
+    }
+    assert {question.record.id for question in unusable} <= bad
+    assert unusable
+    assert sum(question.decision == "kept" for question in drawn) == 8
+    assert all(question.refill == 0 for question in drawn)
+    assert len(engine.seeds) == 2 * 8

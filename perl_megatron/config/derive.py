@@ -137,11 +137,12 @@ def derive(
 
 def require_training_data(config: Config) -> None:
     """UserError where `data.train` is not set or does not exist, or `data.evaluation` is set and does not exist."""
-    if config.data.train is None:
+    if not config.data.train:
         raise UserError("there is no training data", where="data.train", fix="set it to a JSON-lines file of records")
-    _require_file("data.train", config.data.train)
+    for path in config.data.train:
+        _require("data.train", path, folder=True)
     if config.data.evaluation is not None:
-        _require_file("data.evaluation", config.data.evaluation)
+        _require("data.evaluation", config.data.evaluation)
 
 
 def require_evaluation_data(config: Config) -> None:
@@ -149,11 +150,11 @@ def require_evaluation_data(config: Config) -> None:
     if config.data.evaluation is None:
         fix = "set it to a JSON-lines file of held-out records"
         raise UserError("there is no evaluation data", where="data.evaluation", fix=fix)
-    _require_file("data.evaluation", config.data.evaluation)
+    _require("data.evaluation", config.data.evaluation)
 
 
-def _require_file(key: str, path: Path) -> None:
-    if not path.is_file():
+def _require(key: str, path: Path, *, folder: bool = False) -> None:
+    if not (path.is_file() or (folder and path.is_dir())):
         raise UserError(
             f"the file {path} does not exist",
             where=key,
@@ -168,6 +169,12 @@ def _check_sections(config: Config) -> None:
             f"images cannot have at least {data.min_pixels} and at most {data.max_pixels} pixels",
             where="data.min_pixels, data.max_pixels",
             fix="make data.min_pixels the smaller one",
+        )
+    if data.weights is not None and len(data.weights) != len(data.train):
+        raise UserError(
+            f"there are {len(data.weights)} weights for {len(data.train)} paths",
+            where="data.weights, data.train",
+            fix="give one weight for each path of data.train, or none at all",
         )
     if optimizer.min_learning_rate > optimizer.learning_rate:
         raise UserError(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from perl_megatron.config.section import Section
+from perl_megatron.config.section import Section, as_numbers, as_paths
 
 
 class DataConfig(Section):
     """The questions."""
 
-    train: Path | None = None
-    """JSON-lines file of training records."""
+    train: Annotated[tuple[Path, ...], BeforeValidator(as_paths)] = ()
+    """Training records: a JSON-lines file, a folder that `tools/import_dataset.py` wrote, or a list of such, which are
+    sources of their own."""
+    weights: Annotated[
+        tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None, BeforeValidator(as_numbers)
+    ] = None
+    """How often each path of data.train is drawn from, in any unit; None: by size (all end their epochs together)."""
     evaluation: Path | None = None
     """JSON-lines file of held-out records."""
     epochs: int | None = Field(default=None, ge=1)
@@ -31,6 +36,13 @@ class DataConfig(Section):
     """Images are reduced to this area at most, once, before engine and trainer; None: the checkpoint's own setting."""
     max_corrupt_fraction: float = Field(default=0.01, ge=0, le=1)
     """The run is refused if more than this share of records is corrupt (each one is dropped and named)."""
+    check: Literal["auto", "load", "draw"] = "auto"
+    """When training images are decoded and prompts measured for the first time: 'load', before the run; 'draw', each
+    question as it is drawn, so that large sets open in seconds; 'auto': at load up to 2 MiB of records."""
+    processes: int = Field(default=2, ge=1)
+    """With data.check=draw: processes of each rank that decode images ahead of need, and check a new file's records."""
+    decode_ahead_mib: int = Field(default=256, ge=1)
+    """With data.check=draw: images decoded ahead of need are kept up to this size, on each rank."""
 
 
 class PermutationConfig(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -16,3 +18,18 @@ def as_texts(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, list) else value
+
+
+def as_paths(value: object) -> object:
+    """A list of paths; one path may stand alone, and several in one text, with commas."""
+    if value is None:
+        return ()
+    texts = as_texts((value,) if isinstance(value, Path) else value)
+    return tuple(Path(text) if isinstance(text, str) else text for text in texts) if isinstance(texts, tuple) else texts
+
+
+def as_numbers(value: object) -> object:
+    """A list of numbers; a single one may stand alone, and several in one text, with commas."""
+    if isinstance(value, str):
+        return tuple(float(text) for text in value.split(","))
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int | float) else value

@@ -7,6 +7,7 @@ Engine and trainer both get the pixels of ``load_image``; neither may resize aga
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from pathlib import Path
 
@@ -51,13 +52,13 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
     return new_height * MERGED_PATCH, new_width * MERGED_PATCH
 
 
-def check_image(path: Path) -> None:
-    """Decode the whole image and forget it.
+def check_image(path: Path, content: bytes | None = None) -> None:
+    """Decode the whole image and forget it; with ``content`` the image of these bytes, which came from ``path``.
 
     Raises ``UserError`` (naming the file) where it is missing, corrupt, truncated, not an image, too large to be
     decoded safely, or has an aspect ratio above 200.
     """
-    image = _decode(path)
+    image = _decode(path, content)
     _resized_sides(image, path, min_pixels=MERGED_PATCH**2, max_pixels=MAX_SOURCE_PIXELS)
 
 
@@ -87,10 +88,10 @@ def image_key(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path, content: bytes | None = None) -> Image.Image:
     """The image with its pixels decoded and its EXIF rotation applied."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             too_large = image.width * image.height > MAX_SOURCE_PIXELS
             if not too_large:
                 image.load()

@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.images import image_key, load_image
+from perl_megatron.data.images_ahead import ImagesAhead
 from perl_megatron.data.tokenizer_check import check_tokenizer
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import torchvision_schema
@@ -31,13 +32,15 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 PATCH_SIZE = 14
 PATCH_VALUES = 3 * 2 * PATCH_SIZE * PATCH_SIZE
 MERGE_SIZE = 2
+MAX_KNOWN_IMAGES = 2**17
+"""What is known of an image without its pixels is kept for so many, far more than a step has; about 500 bytes each."""
 
 
 class PromptEncoder:
     """Encodes views for one checkpoint. P prompt tokens, I images, N patches of an image.
 
     Pixels and patches are each kept up to ``cache_bytes``, prompts up to an eighth of it; what was dropped is made
-    again from the image file when it is needed.
+    again from the image file when it is needed. Other processes can decode images ahead (``decode_ahead``).
     """
 
     def __init__(
@@ -86,6 +89,18 @@ class PromptEncoder:
         self._grids: dict[str, tuple[int, int, int]] = {}
         self._images: ByteBoundedCache[Image] = ByteBoundedCache(cache_bytes)
         self._patches: ByteBoundedCache[np.ndarray] = ByteBoundedCache(cache_bytes)
+        self._ahead: ImagesAhead | None = None
+
+    def decode_ahead(self, *, num_processes: int, max_bytes: int) -> None:
+        """From now on let ``num_processes`` processes decode the images that are expected, up to ``max_bytes``."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = ImagesAhead(self.min_pixels, self.max_pixels, num_processes=num_processes, max_bytes=max_bytes)
+
+    def expect(self, images: Iterable[Path]) -> None:
+        """These images will be encoded next, in this order."""
+        if self._ahead is not None:
+            self._ahead.expect(path for path in images if self._images.get(self._key_of_path.get(path)) is None)
 
     def encode(self, view: View) -> EncodedPrompt:
         """The view's prompt, up to where the assistant's turn begins; nothing is truncated.
@@ -105,7 +120,7 @@ class PromptEncoder:
         image = self._images.get(key)
         if image is None:
             path = self._path_of_key[key]
-            image = load_image(path, self.min_pixels, self.max_pixels)
+            image = self._load(path)
             if image_key(image) != key:
                 raise UserError("the image file changed while it was in use", where=str(path), fix="restart the run")
             self._images.put(key, image, num_bytes=3 * image.width * image.height)
@@ -168,8 +183,8 @@ class PromptEncoder:
 
     def _read_image(self, path: Path) -> str:
         """Key of the image at ``path``; its grid is checked and remembered."""
-        if path not in self._key_of_path:
-            image = load_image(path, self.min_pixels, self.max_pixels)
+        if self._key_of_path.get(path) not in self._grids:
+            image = self._load(path)
             key = image_key(image)
             if key not in self._grids:
                 patches, grid = self._process_image(image, where=str(path))
@@ -177,7 +192,23 @@ class PromptEncoder:
                 self._images.put(key, image, num_bytes=3 * image.width * image.height)
                 self._patches.put(key, patches, num_bytes=patches.nbytes)
             self._key_of_path[path] = key
+            self._forget_oldest()
+        elif self._ahead is not None and self._ahead.holds(path):
+            self.image(self._key_of_path[path])  # takes what was decoded for the time when it is needed
         return self._key_of_path[path]
+
+    def _load(self, path: Path) -> Image:
+        if self._ahead is not None:
+            return self._ahead.load(path)
+        return load_image(path, self.min_pixels, self.max_pixels)
+
+    def _forget_oldest(self) -> None:
+        """Forget the images that were read first, some at once, where too many are known."""
+        if len(self._key_of_path) > MAX_KNOWN_IMAGES:
+            for path in list(self._key_of_path)[: MAX_KNOWN_IMAGES // 4]:
+                key = self._key_of_path.pop(path)
+                if self._path_of_key.get(key) == path:
+                    del self._path_of_key[key], self._grids[key]
 
     def _process_image(self, image: Image, *, where: str) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Patches float32 [N, 1176] and (time, height, width) in patches of an image that is resized already."""

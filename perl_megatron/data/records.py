@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -101,7 +101,7 @@ def read_records(path: Path, *, max_corrupt_fraction: float) -> Dataset:
     if not numbered:
         raise UserError("the dataset is empty", where=str(path), fix="write one JSON object a line")
 
-    parsed = [_parse(line, where, path.parent) for where, line in numbered]
+    parsed = [parse_record(line, where, path.parent) for where, line in numbered]
     broken_images = _broken_images(record for record in parsed if isinstance(record, Record))
     records: dict[str, Record] = {}
     dropped: list[DroppedRecord] = []
@@ -116,20 +116,21 @@ def read_records(path: Path, *, max_corrupt_fraction: float) -> Dataset:
         else:
             records[record.id] = record
     if not records or len(dropped) > max_corrupt_fraction * len(numbered):
-        raise _too_many_dropped(path, dropped, num_records=len(numbered), max_corrupt_fraction=max_corrupt_fraction)
+        raise too_many_dropped(str(path), dropped, num_records=len(numbered), max_corrupt_fraction=max_corrupt_fraction)
     return Dataset(tuple(records.values()), tuple(dropped))
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write JSON lines (to a temporary name, then renamed). Raises ``UserError`` for an image outside the folder."""
     path = Path(path)
-    lines = [json.dumps(_to_json(record, path.parent), ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(record_to_json(record, path.parent), ensure_ascii=False) + "\n" for record in records]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
 
-def _to_json(record: Record, folder: Path) -> dict[str, object]:
+def record_to_json(record: Record, folder: Path) -> dict[str, object]:
+    """The object of a record's line in a file in ``folder``. Raises ``UserError`` for an image outside the folder."""
     images = [PurePosixPath(Path(os.path.relpath(image, folder)).as_posix()) for image in record.images]
     outside = [str(image) for image in images if ".." in image.parts]
     if outside:
@@ -162,8 +163,8 @@ def _to_json(record: Record, folder: Path) -> dict[str, object]:
     return line
 
 
-def _parse(line: bytes, where: str, folder: Path) -> Record | DroppedRecord:
-    """The record on a line, with its contract checked; its images are not opened yet."""
+def parse_record(line: bytes, where: str, folder: Path) -> Record | DroppedRecord:
+    """The record on a line of a file in ``folder``, with its contract checked; its images are not opened yet."""
     try:
         parsed = _RecordLine.model_validate_json(line)
     except ValidationError as error:
@@ -179,8 +180,8 @@ def _parse(line: bytes, where: str, folder: Path) -> Record | DroppedRecord:
         text=parsed.text,
         answer=parsed.answer,
         answer_type=parsed.answer_type,
-        grading=Grading(**parsed.grading.model_dump()),
-        contract=PermutationContract(**parsed.contract.model_dump()),
+        grading=Grading(**dict(parsed.grading)),
+        contract=PermutationContract(**dict(parsed.contract)),
         demonstration=parsed.demonstration,
         kind=parsed.kind,
         source=where,
@@ -208,14 +209,15 @@ def _broken_images(records: Iterable[Record]) -> dict[Path, str]:
         return {image: what for image, what in problems if what is not None}
 
 
-def _too_many_dropped(
-    path: Path, dropped: list[DroppedRecord], *, num_records: int, max_corrupt_fraction: float
+def too_many_dropped(
+    where: str, dropped: Sequence[DroppedRecord], *, num_records: int, max_corrupt_fraction: float
 ) -> UserError:
+    """The refusal of data of which more than ``max_corrupt_fraction`` cannot be used; the first ones are listed."""
     listed = [f"\n    {record}" for record in dropped[:NUM_LISTED]]
     if len(dropped) > NUM_LISTED:
         listed.append(f"\n    … and {len(dropped) - NUM_LISTED} more")
     return UserError(
         f"{len(dropped)} of {num_records} records cannot be used:{''.join(listed)}",
-        where=str(path),
+        where=where,
         fix=f"mend them; data.max_corrupt_fraction ({max_corrupt_fraction:g}) sets the share that may be dropped",
     )

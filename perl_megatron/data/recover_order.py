@@ -65,10 +65,11 @@ def recover_order_question(record: Record, order: Sequence[int]) -> Record:
     )
 
 
-def most_images(record: Record, permutation: PermutationConfig) -> int:
-    """The most images that a question made from the record may show."""
-    count = len(record.images)
-    return 2 * count if permutation.recover_order > 0 and 2 <= count <= MAX_IMAGES else count
+def most_images_asked(count: int, permutation: PermutationConfig) -> int:
+    """The most images that a question made from a record of at most ``count`` images may show."""
+    if permutation.recover_order == 0 or count < 2:
+        return count
+    return max(count, 2 * min(count, MAX_IMAGES))
 
 
 @lru_cache(maxsize=1 << 16)

@@ -47,7 +47,7 @@ def test_text_overrides_are_taken_as_they_are(file):
         file, ['data.system_prompt=Say: "é" # {x}', "data.train=null", "run.name='5'", "algorithm.dual_clip="]
     )
     assert loaded.config.data.system_prompt == 'Say: "é" # {x}'
-    assert loaded.config.data.train is None
+    assert loaded.config.data.train == ()
     assert loaded.config.run.name == "5"
     assert loaded.config.algorithm.dual_clip is None
 

@@ -11,7 +11,7 @@ from PIL import Image
 from perl_megatron.config.schema import PermutationConfig
 from perl_megatron.data.permutation import apply_order, validate_contract
 from perl_megatron.data.planner import plan_views
-from perl_megatron.data.recover_order import MAX_IMAGES, maybe_recover_order, most_images, recover_order_question
+from perl_megatron.data.recover_order import MAX_IMAGES, maybe_recover_order, most_images_asked, recover_order_question
 from perl_megatron.reward.grade import is_right
 from perl_megatron.types import PermutationContract, Record
 
@@ -96,9 +96,10 @@ def test_records_that_do_not_suit_are_left_alone(images, tmp_path):
     assert maybe_recover_order(plain, probability=0.0, seed=0, step=0) is plain
 
 
-def test_an_engine_has_to_take_twice_the_images(images):
+def test_an_engine_has_to_take_twice_the_images():
+    """Of records with up to so many: those of MAX_IMAGES are doubled, longer ones stay."""
     asked, plain = PermutationConfig(recover_order=0.1), PermutationConfig()
-    counts = [0, 1, 2, MAX_IMAGES, MAX_IMAGES + 1]
-    records = [record_of(*images[:count]) for count in counts]
-    assert [most_images(record, plain) for record in records] == counts
-    assert [most_images(record, asked) for record in records] == [0, 1, 4, 2 * MAX_IMAGES, MAX_IMAGES + 1]
+    counts = [0, 1, 2, MAX_IMAGES, MAX_IMAGES + 1, 3 * MAX_IMAGES]
+    assert [most_images_asked(count, plain) for count in counts] == counts
+    doubled = 2 * MAX_IMAGES
+    assert [most_images_asked(count, asked) for count in counts] == [0, 1, 4, doubled, doubled, 3 * MAX_IMAGES]

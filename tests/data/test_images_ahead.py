@@ -1,0 +1,107 @@
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from perl_megatron.data import images_ahead
+from perl_megatron.data.images import load_image
+from perl_megatron.data.images_ahead import ImagesAhead
+from perl_megatron.errors import UserError
+
+BOUNDS = (28 * 28, 56 * 56)
+IMAGE_BYTES = 56 * 56 * 3
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{number}.png" for number in range(12)]
+    for number, path in enumerate(paths):
+        pixels = np.random.default_rng(number).integers(0, 256, (90, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return paths
+
+
+@pytest.fixture
+def ahead():
+    made = ImagesAhead(*BOUNDS, num_processes=2, max_bytes=2**30)
+    yield made
+    made.close()
+
+
+def settled(ahead: ImagesAhead, num_bytes: int) -> None:
+    deadline = time.monotonic() + 60
+    while ahead.num_bytes != num_bytes:
+        assert time.monotonic() < deadline, f"{ahead.num_bytes} bytes wait, not {num_bytes}"
+        time.sleep(0.01)
+
+
+def test_expected_and_other_images_are_those_of_load_image(ahead, paths, monkeypatch):
+    whole = [load_image(path, *BOUNDS) for path in paths]
+    size = sum(len(image.tobytes()) for image in whole[:6])
+    ahead.expect(paths[:6])
+    settled(ahead, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(images_ahead, "load_image", None)  # decoded elsewhere
+        loaded = [ahead.load(path) for path in paths[:6]]
+    loaded += [ahead.load(path) for path in paths[6:]]
+    assert [image.tobytes() for image in loaded] == [image.tobytes() for image in whole]
+    assert [image.size for image in loaded] == [image.size for image in whole]
+    assert ahead.num_bytes == 0
+    assert not any(map(ahead.holds, paths))
+
+
+def test_memory_is_bounded_and_work_goes_on_as_images_are_taken(paths):
+    one = len(load_image(paths[0], *BOUNDS).tobytes())
+    ahead = ImagesAhead(*BOUNDS, num_processes=1, max_bytes=3 * one)
+    try:
+        ahead.expect(paths)
+        peak = 0
+        for path in paths:
+            for _ in range(10):
+                peak = max(peak, ahead.num_bytes)
+                time.sleep(0.002)
+            assert ahead.load(path).tobytes() == load_image(path, *BOUNDS).tobytes()
+        assert 0 < peak <= 3 * one + 2 * one  # and the two that were under way
+    finally:
+        ahead.close()
+
+
+def test_what_is_no_longer_expected_is_let_go(ahead, paths):
+    ahead.expect(paths[:4])
+    settled(ahead, sum(len(load_image(path, *BOUNDS).tobytes()) for path in paths[:4]))
+    ahead.expect(paths[3:5])
+    settled(ahead, sum(len(load_image(path, *BOUNDS).tobytes()) for path in paths[3:5]))
+    assert [path for path in paths if ahead.holds(path)] == paths[3:5]
+
+
+def test_errors_are_those_of_load_image(ahead, tmp_path, paths):
+    missing, broken = tmp_path / "missing.png", tmp_path / "broken.png"
+    broken.write_bytes(paths[0].read_bytes()[:100])
+    ahead.expect([missing, broken, paths[0]])
+    settled(ahead, len(load_image(paths[0], *BOUNDS).tobytes()))
+    for path, reason in [(missing, "not found"), (broken, "cannot read the image")]:
+        with pytest.raises(UserError, match=reason):
+            ahead.load(path)
+        with pytest.raises(UserError, match=reason):
+            ahead.load(path)  # not expected any more
+    assert ahead.load(paths[0]).size
+
+
+def test_threads_may_take_at_once(ahead, paths):
+    taken: dict[Path, bytes] = {}
+    ahead.expect(paths)
+
+    def take(share: list[Path]) -> None:
+        for path in share:
+            taken[path] = ahead.load(path).tobytes()
+
+    threads = [threading.Thread(target=take, args=(paths[number::3],)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert taken == {path: load_image(path, *BOUNDS).tobytes() for path in paths}
