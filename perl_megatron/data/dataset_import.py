@@ -138,10 +138,9 @@ class _Target:
             self._ids.update(json.loads(line)["id"] for line in lines)
         return self
 
-    def __exit__(self, kind: object, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        # Nothing is noted here: an interrupt can come in the middle of a row.
         if not self.complete:
-            if kind is not None:
-                self._save(complete=False)
             self._records.close()
             self._dropped.close()
 
@@ -226,6 +225,7 @@ def _continued(path: Path, num_bytes: int) -> IO[bytes]:
     if path.stat().st_size < num_bytes:
         raise UserError("the file is shorter than its import noted", where=str(path), fix="remove the folder")
     file.truncate(num_bytes)
+    file.seek(0, os.SEEK_END)
     return file
 
 

@@ -83,16 +83,18 @@ class WorkerPool(Generic[Item, Result]):
 
     def close(self) -> None:
         """End the workers; items that wait are cancelled."""
+        waiting: list[Future[Result]] = []
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             while not self._tasks.empty():
                 task = self._tasks.get()
-                if task is not None:
-                    task[1].cancel()
+                waiting += [] if task is None else [task[1]]
             for _ in self._threads:
                 self._tasks.put(None)
+        for future in waiting:  # without the lock: whoever is told may have one of its own
+            future.cancel()
         for thread in self._threads:
             thread.join()
 

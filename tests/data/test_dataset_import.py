@@ -1,5 +1,6 @@
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -164,9 +165,12 @@ def test_an_interrupted_import_goes_on(tmp_path, stop_after, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         imported(source, tmp_path / "target", "easyr1", on_progress=interrupt)
     assert not (tmp_path / "target/records.jsonl").exists()
-    with (tmp_path / "target/records.jsonl.part").open("a") as part:
-        part.write("half a li")  # what a killed process leaves behind the last note
-    seen = []
+    for name in ("records.jsonl.part", "dropped.jsonl"):
+        with (tmp_path / "target" / name).open("a") as file:
+            file.write("half a li")  # what a killed process leaves behind the last note
+    with suppress(KeyboardInterrupt):  # where anything was left to do
+        imported(source, tmp_path / "target", "easyr1", on_progress=interrupt)
+    seen: list[int] = []
     again = imported(source, tmp_path / "target", "easyr1", on_progress=lambda counts: seen.append(counts.rows))
     assert again == whole
     assert min(seen, default=61) > stop_after

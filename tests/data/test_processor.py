@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from tiny_checkpoint import make_images, make_policy, make_view
 
+from perl_megatron.data import processor
 from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.images import image_key
 from perl_megatron.data.processor import VISION_TOKENS, PromptEncoder
@@ -154,3 +155,38 @@ def test_cache_drops_the_least_recently_used_by_bytes():
     cache.put("d", 4, num_bytes=11)
     assert cache.get("d") is None
     assert cache.num_bytes == 8
+
+
+def test_what_is_decoded_ahead_is_taken_also_where_the_image_is_known(checkpoint, tmp_path):
+    paths = make_images(tmp_path, SIZES)
+    plain = PromptEncoder(checkpoint, system_prompt="", cache_bytes=0)
+    ahead = PromptEncoder(checkpoint, system_prompt="", cache_bytes=2**20)
+    ahead.decode_ahead(num_processes=2, max_bytes=2**30)
+    for _ in range(2):
+        ahead._images = ByteBoundedCache(2**20)  # as if others had pushed them out
+        ahead.expect(paths)
+        assert all(map(ahead._ahead.holds, paths))
+        for path in paths:
+            prompt = ahead.encode(make_view([path], question=str(path)))
+            assert prompt.image_keys == plain.encode(make_view([path])).image_keys
+            assert not ahead._ahead.holds(path)
+            ahead._prompts = ByteBoundedCache(2**20)
+    ahead.expect(paths)
+    assert not any(map(ahead._ahead.holds, paths))  # their pixels are there
+    ahead._ahead.close()
+
+
+def test_only_so_many_images_are_known(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(processor, "MAX_KNOWN_IMAGES", 4)
+    paths = make_images(tmp_path, [(28, 28), (28, 56), (28, 84), (56, 28), (84, 28), (56, 56)])
+    twin = tmp_path / "twin.png"
+    shutil.copy(paths[0], twin)
+    encoder, plain = PromptEncoder(checkpoint, system_prompt=""), PromptEncoder(checkpoint, system_prompt="")
+    for path in [twin, *paths, paths[0], twin]:
+        view = make_view([path])
+        prompt = encoder.encode(view)
+        assert prompt.token_ids.tolist() == plain.encode(view).token_ids.tolist()
+        assert encoder.image(prompt.image_keys[0]).size
+        assert len(encoder._key_of_path) <= 4
+        assert len(encoder._grids) <= 4
+        encoder._prompts = ByteBoundedCache(0)
