@@ -16,7 +16,12 @@ from pathlib import Path
 
 from perl_megatron import __version__
 from perl_megatron.config.architecture import read_architecture_numbers
-from perl_megatron.config.derive import derive, require_evaluation_data, require_training_data
+from perl_megatron.config.derive import (
+    check_endpoint_evaluation,
+    derive,
+    require_evaluation_data,
+    require_training_data,
+)
 from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import LoadedConfig, load_config
 from perl_megatron.errors import UserError
@@ -61,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, description, handler in (
         ("train", "permuted GRPO", run_job),
         ("sft", "supervised warm start on the records' demonstrations", run_job),
-        ("eval", "held-out accuracy and flip rate of model.path", run_job),
+        ("eval", "held-out accuracy and order bias of model.path, or its results on benchmarks", run_job),
         ("serve", "a vLLM server of model.path, for runs with rollout.engine=server", run_serve),
         ("plan", "batch arithmetic and topology, without starting anything", run_plan),
     ):
@@ -162,7 +167,8 @@ def run_job(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.launch import torchrun
 
     loaded = load_config(options.config, options.overrides)
-    if torchrun.needs_launch(loaded.config):
+    by_endpoint = options.command == "eval" and loaded.config.evaluation.ask == "endpoint"
+    if torchrun.needs_launch(loaded.config) and not by_endpoint:
         processes = launched_processes(loaded.config)
         check_before_start(loaded, options, processes)
         from perl_megatron.observability.run_folder import RunFolder
@@ -186,8 +192,17 @@ def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_
     from perl_megatron.observability.run_folder import RunFolder
 
     config, command = loaded.config, options.command
-    derive(config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command)
-    if command == "eval":
+    if command == "eval" and config.evaluation.ask == "endpoint":
+        check_endpoint_evaluation(config)
+    else:
+        derive(
+            config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command
+        )
+    if command == "eval" and config.evaluation.benchmarks:
+        from perl_megatron.evaluation.benchmarks.registry import local_copies
+
+        local_copies(config.evaluation.benchmarks, config.evaluation.benchmark_folder)
+    elif command == "eval":
         require_evaluation_data(config)
     else:
         require_training_data(config)
