@@ -41,6 +41,9 @@ from perl_megatron.types import Record
 
 logger = logging.getLogger(__name__)
 
+WIDTH = 120
+"""Of what is printed where there is no terminal."""
+
 
 def by_engine(config: Config, place: Topology) -> int:
     """Evaluate `model.path` in the engine of `rollout.engine`; the exit status. Called by all ranks."""
@@ -118,13 +121,15 @@ def _run_benchmarks(config: Config, asker: Asker, benchmarks: Mapping[str, Seque
     folder, sampling = output_folder(config), evaluation_sampling(config)
     results: dict[str, BenchmarkResult] = {}
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     for name, items in benchmarks.items():
         benchmark = BENCHMARKS[name]
         rows = run_benchmark(benchmark, items, asker, sampling, folder, chunk_size=config.evaluation.chunk_size)
         results[name] = summarize(benchmark, items, rows, seed=config.run.seed, limit=config.evaluation.max_records)
         if rank() == 0:
             console.print(render(results[name]))
-            for reason, count in sorted(results[name].reasons.items(), key=lambda pair: -pair[1])[:10]:
+            for reason, count in results[name].most_common_reasons()[:10]:
                 logger.warning("%s: %d questions have no answer and count as wrong: %s", benchmark.title, count, reason)
     on_rank_zero(lambda: _write_benchmarks(folder, who, settings, results), what="the results")
     if rank() == 0:

@@ -51,6 +51,10 @@ class BenchmarkResult:
     reasons: Mapping[str, int]
     """Why questions were not asked, and how many."""
 
+    def most_common_reasons(self) -> list[tuple[str, int]]:
+        """Why questions were not asked, and how many, most common first."""
+        return Counter(self.reasons).most_common()
+
     @property
     def value(self) -> float:
         """The headline's value, from 0 to 1."""
@@ -116,9 +120,7 @@ def markdown(result: BenchmarkResult) -> str:
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table_rows(result)]
     if result.reasons:
         lines += ["", "Not asked or not answered, and counted as wrong:", ""]
-        lines += [
-            f"- {count} × {reason}" for reason, count in sorted(result.reasons.items(), key=lambda pair: -pair[1])
-        ]
+        lines += [f"- {count} × {reason}" for reason, count in result.most_common_reasons()]
     return "\n".join(lines) + "\n"
 
 

@@ -65,6 +65,7 @@ def _answer(benchmark: Benchmark, chunk: Sequence[Item], asker: Asker, sampling:
             "benchmark": benchmark.name,
             "id": item.id,
             "task": item.task,
+            "cluster": item.cluster,
             "rollout": number,
             "order": list(range(len(item.record.images))),
             "prompt": item.record.text,

@@ -103,7 +103,7 @@ def paired_difference(
     """
     tasks = sorted({answer.task for answer in first})
     tables = [_tables(answers, tasks) for answers in (first, second)]
-    assert [table[2] for table in tables][0] == tables[1][2], "the two have other questions"
+    assert tables[0][2] == tables[1][2], "the two have other questions"
     micro, macro, exact = [], [], []
     for sums, counts, strata in tables:
         drawn = _resample(sums, counts, strata, num_resamples, seed)  # the same seed: the same questions

@@ -2,8 +2,8 @@
 
 Published: PeRL (arXiv 2506.14907, NeurIPS 2025), main table and ablation of n_s at 12 rollouts a question;
 Qwen2.5-VL-7B, greedy, 2048 new tokens; no error bars. All means are recomputed here: the paper prints 47.90 for its
-base model, but its eight numbers have the mean 46.80. (Its PeRL row has 43.38 for ReMI, its n_s = 1 row 41.65; the other
-seven numbers are the same.)
+base model, but its eight numbers have the mean 46.80. (Its PeRL row has 43.38 for ReMI, its n_s = 1 row 41.65; the
+other seven numbers are the same.)
 """
 
 from __future__ import annotations

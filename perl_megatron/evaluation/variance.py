@@ -3,10 +3,10 @@
 A reward r of question q, order o, rollout k is taken as r = μ + Q_q + O_qo + E_qok with independent effects: a nested
 random-effects model. Two answers are given to "how much is due to the order?":
 
-- sums of squares, which add up exactly: Σ(r - r̄)² = Σ(r̄_q - r̄)² + Σ(r̄_qo - r̄_q)² + Σ(r - r̄_qo)². They describe these
-  answers; the middle one also holds sampling noise that was averaged over few rollouts.
-- unbiased estimates of the components σ²_Q, σ²_O, σ²_E: the analysis of variance with unequal numbers (Searle, Casella &
-  McCulloch 1992, section 5.3; Henderson's method 1), where each mean square is set equal to its expectation. They
+- sums of squares over all rewards, which add up exactly: Σ(r - r̄)² = Σ(r̄_q - r̄)² + Σ(r̄_qo - r̄_q)² + Σ(r - r̄_qo)².
+  They describe these answers; the middle one also holds sampling noise that few rollouts did not average out.
+- unbiased estimates of the components σ²_Q, σ²_O, σ²_E: the analysis of variance with unequal numbers (Searle, Casella
+  & McCulloch 1992, section 5.3; Henderson's method 1), where each mean square is set equal to its expectation. They
   describe the policy; an unbiased estimate of a small component can be negative.
 """
 

@@ -161,36 +161,39 @@ def place_images(text: str, images: Sequence[Path], placeholder: str) -> tuple[s
     Args:
         text: with some or all placeholders, or none.
         images: in the table's order.
-        placeholder: a pattern; with a group for the image's number ('<image_(\\d+)>') the images follow the numbers, and
-            a number's later mentions become 'image k', with k its place. Without a group, placeholders are in order.
+        placeholder: a pattern. With a group for the image's number, '<image_(\\d+)>', the images follow the numbers,
+            and later mentions of one become 'image k', k being its place. Without, the placeholders are in order.
 
     Images without a placeholder come first. UserError for a placeholder without an image.
     """
-    shown: list[int] = []
-    mentioned = {int(match[1]) for match in re.finditer(placeholder, text)} if "(" in placeholder else set()
-    too_large = [number for number in mentioned if not 1 <= number <= len(images)]
-    if too_large:
-        raise UserError(f"its text names image {too_large[0]} of {len(images)}")
-    ahead = [index for index in range(len(images)) if index + 1 not in mentioned] if "(" in placeholder else []
-    if "(" in placeholder:
-
-        def replace(match: re.Match[str]) -> str:
-            index = int(match[1]) - 1
-            if index in shown:
-                return f"image {len(ahead) + shown.index(index) + 1}"
-            shown.append(index)
-            return IMAGE_PLACEHOLDER
-
-        literal = IMAGE_PLACEHOLDER if re.fullmatch(placeholder, IMAGE_PLACEHOLDER) is None else None
-        if literal is not None and literal in text:
-            raise UserError(f"its text holds {IMAGE_PLACEHOLDER}, which stands for no image")
-        text = re.sub(placeholder, replace, text)
-        order = [*ahead, *shown]
+    if re.compile(placeholder).groups:
+        text, shown = _place_numbered(text, len(images), placeholder)
     else:
-        missing = len(images) - text.count(IMAGE_PLACEHOLDER)
-        if missing < 0:
-            raise UserError(f"its text has {-missing} more {IMAGE_PLACEHOLDER} than it has images")
-        ahead, order = list(range(missing)), list(range(len(images)))
+        shown = list(range(len(images) - text.count(IMAGE_PLACEHOLDER), len(images)))
+        if shown and shown[0] < 0:
+            raise UserError(f"its text has {len(shown)} {IMAGE_PLACEHOLDER} for {len(images)} images")
+    ahead = [index for index in range(len(images)) if index not in shown]
     if ahead:
         text = IMAGE_PLACEHOLDER * len(ahead) + ("" if text.startswith(IMAGE_PLACEHOLDER) else "\n") + text
-    return text, tuple(images[index] for index in order)
+    return text, tuple(images[index] for index in (*ahead, *shown))
+
+
+def _place_numbered(text: str, num_images: int, placeholder: str) -> tuple[str, list[int]]:
+    """The text with ``<image>`` at the first mention of each image, and the images (from 0) in that order."""
+    if IMAGE_PLACEHOLDER in text:
+        raise UserError(f"its text holds {IMAGE_PLACEHOLDER}, which stands for no image")
+    numbers = list(dict.fromkeys(int(match[1]) for match in re.finditer(placeholder, text)))
+    wrong = [number for number in numbers if not 1 <= number <= num_images]
+    if wrong:
+        raise UserError(f"its text names image {wrong[0]} of {num_images}")
+    num_ahead = num_images - len(numbers)
+    mentioned: set[int] = set()
+
+    def replace(match: re.Match[str]) -> str:
+        number = int(match[1])
+        if number in mentioned:
+            return f"image {num_ahead + numbers.index(number) + 1}"
+        mentioned.add(number)
+        return IMAGE_PLACEHOLDER
+
+    return re.sub(placeholder, replace, text), [number - 1 for number in numbers]

@@ -83,7 +83,7 @@ def score_integer(response: str, item: Item) -> Verdict:
 
 
 def score_float(response: str, item: Item) -> Verdict:
-    """The same number after both are rounded (as MathVista does: ``round`` of floats) to ``item.precision`` decimals."""
+    """The same number after both are rounded to ``item.precision`` decimals, with ``round`` as in MathVista."""
     decimals = item.precision
     if decimals is None:
         decimals = len(item.record.answer.strip().partition(".")[2])
@@ -176,7 +176,10 @@ SCORERS: dict[str, Callable[[str, Item], Verdict]] = {
 
 
 def number_in(text: str) -> Fraction | None:
-    """The one number of a text, with or without unit: '12 cm', '$1,200', 'x = 5', '50%' (50); None for 'none' or '3 or 4'."""
+    """The one number of a text, with or without unit: '12 cm', '$1,200', 'x = 5', '50%' (50).
+
+    None for a text without a number or with several ('3 or 4').
+    """
     text = _tidy(text).replace("%", "")
     for whole in (text, _split_unit(text)[0]):
         number = read_number(whole)
