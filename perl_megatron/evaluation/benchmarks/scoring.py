@@ -249,11 +249,11 @@ def _math_same(expected: str, given: str) -> bool:
     expected, given = _tidy(expected), _tidy(given)
     if not given:
         return False
-    if fold(expected) == fold(given) or math_equal(expected, given):
-        return True
     bare = [_split_unit(text) for text in (expected, given)]
     if bare[0][1] and bare[1][1] and fold(bare[0][1]) != fold(bare[1][1]):
-        return False  # 3 m is not 3 cm
+        return False  # 3 m is not 3 cm; math-verify does not look at units
+    if fold(expected) == fold(given) or math_equal(expected, given):
+        return True
     return bare != [(expected, ""), (given, "")] and math_equal(bare[0][0], bare[1][0])
 
 
