@@ -148,8 +148,16 @@ def _resample(
         step = max(1, MAX_WEIGHTS // len(rows))
         for start in range(0, num_resamples, step):
             size = min(step, num_resamples - start)
-            weights = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=size).astype(np.float64)
+            weights = _weights(random, size, len(rows))
             part = slice(start, start + size)
             drawn_sums[part, tasks] += weights @ sums[np.ix_(rows, tasks)]
             drawn_counts[part, tasks] += weights @ counts[np.ix_(rows, tasks)]
     return drawn_sums, drawn_counts
+
+
+def _weights(random: np.random.Generator, size: int, num_clusters: int) -> np.ndarray:
+    """float64 [size, C]: how often each cluster is among C drawn ones (much faster than ``random.multinomial``)."""
+    drawn = random.integers(0, num_clusters, size=(size, num_clusters))
+    drawn += np.arange(size)[:, None] * num_clusters
+    counts = np.bincount(drawn.ravel(), minlength=size * num_clusters)
+    return counts.reshape(size, num_clusters).astype(np.float64)

@@ -70,7 +70,7 @@ def test_all_alike_is_not_certain(value):
 
 
 def test_the_same_seed_gives_the_same_interval():
-    rows = answers(np.random.default_rng(0).integers(0, 2, 50))
+    rows = answers(np.random.default_rng(0).random(50))
     assert bootstrap(rows, seed=7) == bootstrap(rows, seed=7)
     assert bootstrap(rows, seed=7).micro != bootstrap(rows, seed=8).micro
 

@@ -67,11 +67,11 @@ def test_sums_of_squares_add_up(table):
 
 @pytest.mark.parametrize("balanced", [True, False])
 def test_estimates_are_unbiased(balanced):
-    """Known components, 400 simulated evaluations: the mean estimate is within 4 of its standard errors."""
+    """Known components, 150 simulated evaluations: the mean estimate is within 4 of its standard errors."""
     random = np.random.default_rng(3)
     truth = {"question_variance": 0.5, "order_variance": 0.2, "sampling_variance": 0.8}
     estimates = {name: [] for name in truth}
-    for _ in range(400):
+    for _ in range(150):
         table = []
         for _ in range(12):
             question = random.normal(0, truth["question_variance"] ** 0.5)
