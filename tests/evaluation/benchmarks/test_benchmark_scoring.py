@@ -47,7 +47,16 @@ def test_choice_right(response):
 @pytest.mark.parametrize(
     "response",
     [
-        *("\\boxed{A}", "\\boxed{A or B}", "The answer is not B", "\\boxed{B, A}", "cat", "dogs", "Both", "B is not it"),
+        *(
+            "\\boxed{A}",
+            "\\boxed{A or B}",
+            "The answer is not B",
+            "\\boxed{B, A}",
+            "cat",
+            "dogs",
+            "Both",
+            "B is not it",
+        ),
         *("<think>B</think>", "\\boxed{C}", "\\boxed{the dog and the cat}", *HOSTILE),
     ],
 )
@@ -135,7 +144,11 @@ def test_one_of():
         *(("125", {"absolute": 10.0}, "125 minutes", True), ("0", {"relative": 0.01}, "0.001", False)),
         *(("45%", {"relative": 0.01}, "45", True), ("45", {"relative": 0.01}, "45%", True)),
         *(("f(x)", {}, "f", True), ("f", {}, "f(x)", True), ("f", {}, "g(x)", False), ("(b)", {}, "b", True)),
-        *(("x = 3", {"relative": 0.01}, "x=3", True), ("New York", {}, "new york", True), ("York", {}, "New York", False)),
+        *(
+            ("x = 3", {"relative": 0.01}, "x=3", True),
+            ("New York", {}, "new york", True),
+            ("York", {}, "New York", False),
+        ),
         *(("3", {"relative": 0.01}, "3 or 4", False), ("3", {"relative": 0.01}, "three", False)),
     ],
 )

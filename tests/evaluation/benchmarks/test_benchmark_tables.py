@@ -96,7 +96,10 @@ def test_math_verse(load):
     items = load("math_verse")
     assert set(items) == {"1", "2", "3"}  # not the versions without image
     first, vision_only, free = items.values()
-    assert first.record.text == "<image>\nFirst reason, then answer with the letter.\nFind the angle.\nChoices:\nA:30°\nB:40°"
+    assert (
+        first.record.text
+        == "<image>\nFirst reason, then answer with the letter.\nFind the angle.\nChoices:\nA:30°\nB:40°"
+    )
     assert (first.task, vision_only.task) == ("Text Dominant", "Vision Only")
     assert first.cluster == vision_only.cluster == "1"
     assert vision_only.record.grading.options == ("30°", "40°")

@@ -56,7 +56,14 @@ def test_value_is_one_line_unless_boxed():
     [
         *(("B", "B"), ("b", "B"), ("(B)", "B"), ("[b]", "B"), ("B.", "B"), ("b)", "B"), ("B:", "B"), ("**B**", "B")),
         *((r"\text{B}", "B"), (r"\text{(B)}", "B"), ("$B$", "B"), ("Option B", "B"), ('"B"', "B"), ("choice (b)", "B")),
-        *(("A cat", "A"), ("B. dog", "B"), ("(B) dog", "B"), ("B dog", "B"), ("B: a dog, I think", "B"), ("B.\nThe dog", "B")),
+        *(
+            ("A cat", "A"),
+            ("B. dog", "B"),
+            ("(B) dog", "B"),
+            ("B dog", "B"),
+            ("B: a dog, I think", "B"),
+            ("B.\nThe dog", "B"),
+        ),
         *(("B because it barks", "B"), ("B is correct", "B"), ("B - dog", "B"), ("B (dog)", "B")),
         *(("dog", "B"), ("Dog.", "B"), ("a cat and a dog", "C"), ("none of these", "D")),
         # Articles, pronouns, letters inside words
