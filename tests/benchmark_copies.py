@@ -114,7 +114,7 @@ def mmiu(folder: Path) -> Path:
             "task": "visual_cloze",
             "question": "What fits here?",
             "options": "A: x\nB: y",
-            "context": "",
+            "context": "Study every image.",
             "input_image_path": ["./cloze/missing.png"],
             "output": "A",
         },

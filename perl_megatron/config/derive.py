@@ -17,7 +17,7 @@ from perl_megatron.config.derive_engine import (
 )
 from perl_megatron.config.derive_model import check_fp8, check_objective, check_parts, check_psutil
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
-from perl_megatron.config.schema import Config, EvaluationConfig
+from perl_megatron.config.schema import Config, EvaluationConfig, RolloutConfig
 from perl_megatron.errors import UserError
 
 Command = Literal["train", "sft", "eval"]
@@ -162,7 +162,7 @@ def _require_file(key: str, path: Path) -> None:
 
 def check_endpoint_evaluation(config: Config) -> None:
     """UserError where `perl-megatron eval` could not ask an endpoint."""
-    check_answers(config.evaluation)
+    check_answers(config.evaluation, config.rollout)
     if not config.endpoint.url:
         raise UserError(
             "there is no endpoint to ask",
@@ -171,19 +171,26 @@ def check_endpoint_evaluation(config: Config) -> None:
         )
 
 
-def check_answers(evaluation: EvaluationConfig) -> None:
-    """UserError where an evaluation would ask for the same answer several times."""
+def check_answers(evaluation: EvaluationConfig, rollout: RolloutConfig) -> None:
+    """UserError where an evaluation asks for the same answer several times, or for more at once than a server takes."""
     if evaluation.num_rollouts > 1 and evaluation.temperature == 0:
         raise UserError(
             f"{evaluation.num_rollouts} greedy answers to a question are {evaluation.num_rollouts} times the same",
             where="evaluation.num_rollouts, evaluation.temperature = 0",
             fix="set evaluation.temperature=1, or evaluation.num_rollouts=1",
         )
+    if rollout.engine == "server" and evaluation.num_rollouts > rollout.max_concurrent_sequences:
+        raise UserError(
+            f"all {evaluation.num_rollouts} answers to a question are one request, and a server takes at most "
+            f"{rollout.max_concurrent_sequences} sequences at once",
+            where="evaluation.num_rollouts, rollout.max_concurrent_sequences",
+            fix="make rollout.max_concurrent_sequences at least evaluation.num_rollouts",
+        )
 
 
 def _check_sections(config: Config) -> None:
     data, optimizer = config.data, config.optimizer
-    check_answers(config.evaluation)
+    check_answers(config.evaluation, config.rollout)
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         raise UserError(
             f"images cannot have at least {data.min_pixels} and at most {data.max_pixels} pixels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from perl_megatron.evaluation.benchmarks.benchmark import Benchmark
-from perl_megatron.evaluation.benchmarks.extraction import fold, split_options
+from perl_megatron.evaluation.benchmarks.extraction import split_options, without_letter
 from perl_megatron.evaluation.benchmarks.fields import Fields
 from perl_megatron.evaluation.benchmarks.item import Item
 
@@ -13,14 +13,14 @@ def read(fields: Fields) -> Item:
     question, context = fields.text("question"), fields.optional("context")
     listed = fields.row.values.get("options")
     if isinstance(listed, list | tuple):
-        options = fields.texts("options")
+        options = tuple(without_letter(option, index) for index, option in enumerate(fields.texts("options")))
         option_text = "\n".join(f"{chr(ord('A') + index)}: {option}" for index, option in enumerate(options))
     else:
         option_text = fields.optional("options")
         options = split_options(option_text) or split_options(context)
-    if options and fold(options[-1]) in fold(context):
+    if options and split_options(context) == options:
         parts = (question, context)
-    elif options and fold(options[-1]) in fold(question) and split_options(question):
+    elif options and split_options(question) == options:
         parts = (context, question)
     else:
         parts = (context, question, option_text)

@@ -116,11 +116,11 @@ def score_one_of(response: str, item: Item) -> Verdict:
 
 
 def score_tolerant(response: str, item: Item) -> Verdict:
-    """A number within the record's tolerances; with none, or for words, the same value or text."""
+    """A number within the record's tolerances; where the expected answer is no mere number, the same text."""
     text, grading = _answer_text(response), item.record.grading
     if text is None:
         return Verdict(None, False)
-    given, expected = number_in(text), number_in(item.record.answer)
+    given, expected = number_in(text), read_number(_tidy(item.record.answer).replace("%", ""))
     if given is not None and expected is not None:
         relative, absolute = (
             Fraction(str(bound)) for bound in (grading.relative_tolerance, grading.absolute_tolerance)
@@ -233,7 +233,7 @@ def _answer_text(response: str) -> str | None:
 
 def _same_value(expected: str, given: str) -> bool:
     """Equal as numbers (a percent sign does not count), or as texts without spaces and outer brackets."""
-    numbers = number_in(expected), read_number(_tidy(given).replace("%", ""))
+    numbers = [read_number(_tidy(text).replace("%", "")) for text in (expected, given)]
     if None not in numbers:
         return numbers[0] == numbers[1]
 

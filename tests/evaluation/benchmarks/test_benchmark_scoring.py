@@ -149,6 +149,7 @@ def test_one_of():
             ("New York", {}, "new york", True),
             ("York", {}, "New York", False),
         ),
+        *(("x = 3", {"relative": 0.01}, "y = 3", False), ("a", {}, "answer", False)),
         *(("3", {"relative": 0.01}, "3 or 4", False), ("3", {"relative": 0.01}, "three", False)),
     ],
 )

@@ -80,6 +80,7 @@ def test_mmiu(load):
     assert cloze.record.answer == "N"
     assert score("\\boxed{n}", cloze).correct
     assert not score("\\boxed{O}", cloze).correct
+    assert missing.record.text == "Study every image.\nWhat fits here?\nA: x\nB: y"
     assert missing.problem == "the image file ./cloze/missing.png is missing"
 
 
@@ -224,7 +225,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert "no copy of mmiu; the folder holds BLINK" in str(error.value)
     assert "FanqingM/MMIU-Benchmark" in str(error.value)
     assert set(local_copies(("all",), tmp_path)) == {"blink"}
-    with pytest.raises(UserError, match="'?mnist'? is unknown"):
+    with pytest.raises(UserError, match="the benchmark mnist is unknown"):
         local_copies(("mnist",), tmp_path)
     with pytest.raises(UserError, match="no folder with benchmarks"):
         local_copies(("blink",), None)
