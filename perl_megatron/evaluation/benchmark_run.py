@@ -6,6 +6,7 @@ All ranks call these functions together; only rank 0 touches the folder of outpu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run_benchmark(
         for start in range(0, len(waiting), chunk_size):
             chunk = waiting[start : start + chunk_size]
             answered = _answer(benchmark, chunk, asker, sampling)
-            on_rank_zero(lambda new=answered: log.append(new), what="the answers")
+            on_rank_zero(partial(log.append, answered), what="the answers")
             for row in answered:
                 rows.setdefault(row["id"], []).append(row)
             if progress is not None:

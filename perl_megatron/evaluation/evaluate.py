@@ -65,7 +65,8 @@ def evaluate_by(asker: Asker, config: Config, records: Sequence[Record]) -> Eval
 
     The orders depend on `run.seed` and the record only, so evaluations of one run are comparable view by view.
     """
-    views, contracts = [], []
+    views: list[View] = []
+    contracts: list[PermutationContract] = []
     for record in records[: config.evaluation.max_records]:
         mine = evaluation_views(record, num_orders=config.evaluation.num_orders, seed=config.run.seed)
         views += mine

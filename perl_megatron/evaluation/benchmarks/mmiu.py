@@ -19,11 +19,11 @@ def read(fields: Fields) -> Item:
         option_text = fields.optional("options")
         options = split_options(option_text) or split_options(context)
     if options and split_options(context) == options:
-        parts = (question, context)
+        parts = [question, context]
     elif options and split_options(question) == options:
-        parts = (context, question)
+        parts = [context, question]
     else:
-        parts = (context, question, option_text)
+        parts = [context, question, option_text]
     images = fields.images(fields.row.values["input_image_path"] or [])
     task = fields.text("task")
     letter = fields.letter(fields.text("output"), options)
