@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from perl_megatron.build import build_encoder, build_engine, derive_for, read_questions
 from perl_megatron.chat.client import ChatClient
@@ -96,13 +97,13 @@ def _report_records(config: Config, result: Evaluation, who: str) -> None:
     report.write(json_file)
     plot_order_bias(report.to_dict(), picture, title=config.run.name)
     console = Console()
-    console.print(result.table(title=who))
+    console.print(result.table(title=escape(who)))
     console.print(report.render())
     problems = Counter(row["problem"] for row in result.outputs if row["problem"] is not None)
     for problem, count in problems.most_common():
         logger.warning("%d answers are missing and count as wrong: %s", count, problem)
-    console.print(f"all answers: {stem}")
-    console.print(f"order bias:  {json_file}, {picture}")
+    console.print(f"all answers: {stem}", markup=False)
+    console.print(f"order bias:  {json_file}, {picture}", markup=False)
 
 
 def _load_benchmarks(config: Config) -> dict[str, list[Item]]:
@@ -133,7 +134,7 @@ def _run_benchmarks(config: Config, asker: Asker, benchmarks: Mapping[str, Seque
                 logger.warning("%s: %d questions have no answer and count as wrong: %s", benchmark.title, count, reason)
     on_rank_zero(lambda: _write_benchmarks(folder, who, settings, results), what="the results")
     if rank() == 0:
-        console.print(f"all answers and results: {folder}")
+        console.print(f"all answers and results: {folder}", markup=False)
 
 
 def _open(config: Config, settings: dict[str, object]) -> None:

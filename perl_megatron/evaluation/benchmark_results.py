@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from perl_megatron.errors import UserError
@@ -17,6 +18,8 @@ from perl_megatron.evaluation.benchmarks.item import Item
 from perl_megatron.evaluation.bootstrap import Answer, Estimate, bootstrap
 
 FORMAT = 1
+MAX_REASONS = 20
+"""Reasons that the Markdown lists; the JSON has all."""
 HEADER = ("task", "questions", "not asked", "cut", "accuracy", "95 % interval")
 
 
@@ -105,11 +108,11 @@ def table_rows(result: BenchmarkResult) -> list[tuple[str, ...]]:
 
 def render(result: BenchmarkResult) -> Table:
     """The table of one benchmark, for a terminal."""
-    table = Table(title=f"{result.title}{_note(result)}")
+    table = Table(title=escape(f"{result.title}{_note(result)}"))
     for name in HEADER:
         table.add_column(name, justify="left" if name == "task" else "right")
     for cells in table_rows(result):
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     return table
 
 
@@ -120,7 +123,9 @@ def markdown(result: BenchmarkResult) -> str:
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table_rows(result)]
     if result.reasons:
         lines += ["", "Not asked or not answered, and counted as wrong:", ""]
-        lines += [f"- {count} × {reason}" for reason, count in result.most_common_reasons()]
+        reasons = result.most_common_reasons()
+        lines += [f"- {count} × {' '.join(reason.split())}" for reason, count in reasons[:MAX_REASONS]]
+        lines += [f"- … and {len(reasons) - MAX_REASONS} other reasons"] * (len(reasons) > MAX_REASONS)
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from perl_megatron.config.schema import Config
@@ -46,7 +47,7 @@ class Evaluation:
         table = Table("questions", "accuracy", "flip rate", "asked", "views", title=title)
         for name, rates in (*self.bias.by_kind.items(), ("all", self.bias.overall)):
             counts = (str(rates.num_records), str(rates.num_views))
-            table.add_row(name, f"{rates.accuracy:.1%}", f"{rates.flip_rate:.1%}", *counts)
+            table.add_row(escape(name), f"{rates.accuracy:.1%}", f"{rates.flip_rate:.1%}", *counts)
         return table
 
     def write(self, path: Path) -> None:

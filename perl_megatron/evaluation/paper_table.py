@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from perl_megatron.errors import UserError
@@ -95,7 +96,7 @@ def render(rows: Sequence[ResultRow]) -> Table:
     """For a terminal."""
     table = Table("", *COLUMNS.values(), "mean", title="Accuracy in % (± half of the 95 % interval; means recomputed)")
     for index, row in enumerate(rows):
-        table.add_row(*cells(row), end_section=index == len(PUBLISHED) - 1)
+        table.add_row(*map(escape, cells(row)), end_section=index == len(PUBLISHED) - 1)
     return table
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from perl_megatron.errors import UserError
@@ -43,7 +44,7 @@ def run(folders: Sequence[Path], *, markdown_file: Path | None, difference: bool
 def difference_table(first: Path, second: Path) -> Table:
     """The second's accuracies minus the first's, in points, on the questions that both were asked."""
     columns = ("benchmark", "questions", "micro", "95 % interval", "macro", "95 % interval")
-    table = Table(*columns, title=f"{second.name} minus {first.name}, paired, in points")
+    table = Table(*columns, title=escape(f"{second.name} minus {first.name}, paired, in points"))
     results = [read_results(folder)["benchmarks"] for folder in (first, second)]
     for name, result in results[0].items():
         if name not in results[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -87,8 +88,14 @@ def test_table():
     assert "14 questions; 2600 are published" in text
     assert "- 1 × it has no image" in text
     assert "the first 14 questions" in markdown(result(limit=14))
-    console = Console(width=120, record=True, quiet=True)
-    console.print(render(result()))
+
+
+def test_names_are_no_markup():
+    """A task may be called anything; what it is called is shown."""
+    rows = [row(0, "[/bold] [red]x", True), row(1, "y", False, problem="[/bold]")]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render(result(rows)))
+    assert "[/bold] [red]x" in console.export_text()
 
 
 def test_means_of_the_paper_are_recomputed():
