@@ -35,6 +35,7 @@ from perl_megatron.evaluation.output_log import answer_settings, open_folder, ou
 from perl_megatron.evaluation.paper_table import PUBLISHED, own_row
 from perl_megatron.evaluation.paper_table import markdown as paper_markdown
 from perl_megatron.observability.order_bias_plot import plot_order_bias
+from perl_megatron.observability.progress import RunProgress
 from perl_megatron.reward.grade import check_expected
 from perl_megatron.runtime.collective import rank
 from perl_megatron.runtime.topology import Topology
@@ -81,8 +82,24 @@ def _evaluate(
     if benchmarks:
         _run_benchmarks(config, asker, benchmarks, who)
         return
-    result = evaluate_by(asker, config, records)
+    result = evaluate_by(asker, config, records, on_chunk=_ViewProgress(config.run.name))
     on_rank_zero(lambda: _report_records(config, result, who), what="the evaluation")
+
+
+class _ViewProgress:
+    """The progress over views, on rank 0."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._progress: RunProgress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """``done`` of ``total`` views are answered."""
+        if rank() == 0:
+            self._progress = self._progress or RunProgress(self._name, total, unit="view")
+            self._progress.step(done, {})
+            if done == total:
+                self._progress.close()
 
 
 def _report_records(config: Config, result: Evaluation, who: str) -> None:

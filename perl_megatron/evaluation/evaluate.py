@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,14 @@ def evaluate(config: Config, records: Sequence[Record], encoder: PromptEncoder, 
     return evaluate_by(EngineAsker(config, encoder, engine, checked=True), config, records)
 
 
-def evaluate_by(asker: Asker, config: Config, records: Sequence[Record]) -> Evaluation:
+def evaluate_by(
+    asker: Asker, config: Config, records: Sequence[Record], *, on_chunk: Callable[[int, int], None] | None = None
+) -> Evaluation:
     """Ask each record in up to `evaluation.num_orders` image orders and grade the answers (by default greedy ones).
 
-    The orders depend on `run.seed` and the record only, so evaluations of one run are comparable view by view.
+    The orders depend on `run.seed` and the record only, so evaluations of one run are comparable view by view. With
+    ``on_chunk``, `evaluation.chunk_size` views are asked at once, and it is told how many of how many are done; without,
+    all are.
     """
     views: list[View] = []
     contracts: list[PermutationContract] = []
@@ -72,7 +76,12 @@ def evaluate_by(asker: Asker, config: Config, records: Sequence[Record]) -> Eval
         mine = evaluation_views(record, num_orders=config.evaluation.num_orders, seed=config.run.seed)
         views += mine
         contracts += [record.contract] * len(mine)
-    replies = asker.ask(views, evaluation_sampling(config))
+    replies: list[list[Reply]] = []
+    chunk_size = len(views) if on_chunk is None else config.evaluation.chunk_size
+    while len(replies) < len(views):
+        replies += asker.ask(views[len(replies) : len(replies) + chunk_size], evaluation_sampling(config))
+        if on_chunk is not None:
+            on_chunk(len(replies), len(views))
     answers = [
         (view, contract, number, reply)
         for view, contract, of_view in zip(views, contracts, replies, strict=True)

@@ -68,6 +68,15 @@ def test_grades_and_slots(tmp_path):
     assert (row["record"], row["order"], row["answer"], row["rollout"]) == ("q0", [0, 1, 2], "B", 0)
 
 
+def test_chunks_do_not_matter(tmp_path):
+    records, told = make_records(tmp_path), []
+    whole = evaluate_by(FirstSlot(), config(tmp_path), records)
+    settings = config(tmp_path, chunk_size=5)
+    chunked = evaluate_by(FirstSlot(), settings, records, on_chunk=lambda *progress: told.append(progress))
+    assert chunked.outputs == whole.outputs
+    assert told == [(5, 12), (10, 12), (12, 12)]
+
+
 def test_several_rollouts(tmp_path):
     records = make_records(tmp_path, 1)
     result = evaluate_by(FirstSlot(), config(tmp_path, num_orders=2, num_rollouts=3, temperature=1.0), records)

@@ -60,6 +60,14 @@ def test_several_rollouts_flip_by_majority():
     assert rates.accuracy == 7 / 12
 
 
+def test_half_is_no_majority():
+    rows = [
+        *(outcome("a", (0, 1), right, rollout=number) for number, right in enumerate((True, False))),
+        *(outcome("a", (1, 0), right, rollout=number) for number, right in enumerate((False, False))),
+    ]
+    assert flips(rows) == {"a": False}
+
+
 def test_no_second_order_has_no_flip_rate():
     report = order_report([outcome("a", (0, 1), True), outcome("b", (0, 1), False)], greedy=True, seed=0)
     assert report.flip_rate is None

@@ -31,6 +31,21 @@ def test_by_hand():
     assert split.question_variance == (0.5 - 0.25 - 0) / 4
 
 
+def test_equal_numbers_give_the_textbook_formula():
+    """σ²_E = MS_E, σ²_O = (MS_O - MS_E) / n, σ²_Q = (MS_Q - MS_O) / (m · n), for m orders of n rollouts each."""
+    rewards = np.random.default_rng(0).normal(size=(7, 3, 4)) + np.arange(7)[:, None, None] + np.arange(3)[:, None]
+    split = split_variance(cases(rewards.tolist()), greedy=False)
+    of_question, of_order = rewards.mean((1, 2)), rewards.mean(2)
+    mean_squares = {
+        "question": 12 * ((of_question - rewards.mean()) ** 2).sum() / 6,
+        "order": 4 * ((of_order - of_question[:, None]) ** 2).sum() / 14,
+        "sampling": ((rewards - of_order[:, :, None]) ** 2).sum() / 63,
+    }
+    assert split.sampling_variance == pytest.approx(mean_squares["sampling"])
+    assert split.order_variance == pytest.approx((mean_squares["order"] - mean_squares["sampling"]) / 4)
+    assert split.question_variance == pytest.approx((mean_squares["question"] - mean_squares["order"]) / 12)
+
+
 def test_greedy_answers_have_no_sampling_variance():
     split = split_variance(cases([[[1], [0]], [[1], [1]], [[0], [0]]]), greedy=True)
     assert split.sampling_variance == 0
