@@ -82,24 +82,31 @@ def _evaluate(
     if benchmarks:
         _run_benchmarks(config, asker, benchmarks, who)
         return
-    result = evaluate_by(asker, config, records, on_chunk=_ViewProgress(config.run.name))
+    with _ViewProgress(config.run.name) as progress:
+        result = evaluate_by(asker, config, records, on_chunk=progress.show)
     on_rank_zero(lambda: _report_records(config, result, who), what="the evaluation")
 
 
 class _ViewProgress:
-    """The progress over views, on rank 0."""
+    """The progress over views, on rank 0. A context manager."""
 
     def __init__(self, name: str):
         self._name = name
         self._progress: RunProgress | None = None
 
-    def __call__(self, done: int, total: int) -> None:
+    def show(self, done: int, total: int) -> None:
         """``done`` of ``total`` views are answered."""
-        if rank() == 0:
-            self._progress = self._progress or RunProgress(self._name, total, unit="view")
+        if self._progress is not None:
             self._progress.step(done, {})
-            if done == total:
-                self._progress.close()
+        elif rank() == 0:
+            self._progress = RunProgress(self._name, total, first_step=done, unit="view")
+
+    def __enter__(self) -> _ViewProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
 
 
 def _report_records(config: Config, result: Evaluation, who: str) -> None:

@@ -66,9 +66,9 @@ def evaluate_by(
 ) -> Evaluation:
     """Ask each record in up to `evaluation.num_orders` image orders and grade the answers (by default greedy ones).
 
-    The orders depend on `run.seed` and the record only, so evaluations of one run are comparable view by view. With
-    ``on_chunk``, `evaluation.chunk_size` views are asked at once, and it is told how many of how many are done; without,
-    all are.
+    The orders depend on `run.seed` and the record only, so evaluations of one run are comparable view by view. All
+    views are asked at once; with ``on_chunk`` `evaluation.chunk_size` of them, and before and after each chunk it is
+    told how many of how many are answered.
     """
     views: list[View] = []
     contracts: list[PermutationContract] = []
@@ -78,6 +78,8 @@ def evaluate_by(
         contracts += [record.contract] * len(mine)
     replies: list[list[Reply]] = []
     chunk_size = len(views) if on_chunk is None else config.evaluation.chunk_size
+    if on_chunk is not None:
+        on_chunk(0, len(views))
     while len(replies) < len(views):
         replies += asker.ask(views[len(replies) : len(replies) + chunk_size], evaluation_sampling(config))
         if on_chunk is not None:

@@ -74,7 +74,7 @@ def test_chunks_do_not_matter(tmp_path):
     settings = config(tmp_path, chunk_size=5)
     chunked = evaluate_by(FirstSlot(), settings, records, on_chunk=lambda *progress: told.append(progress))
     assert chunked.outputs == whole.outputs
-    assert told == [(5, 12), (10, 12), (12, 12)]
+    assert told == [(0, 12), (5, 12), (10, 12), (12, 12)]
 
 
 def test_several_rollouts(tmp_path):
