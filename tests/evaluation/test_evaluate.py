@@ -110,7 +110,9 @@ def test_records_by_endpoint(tmp_path, capsys):
     assert report["flip_rate"] == 1.0
     assert (tmp_path / "runs" / "mine.order_bias.png").is_file()
     assert len((tmp_path / "runs" / "mine.evaluation.jsonl").read_text().splitlines()) == 18
-    assert "Slots, worst first" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "Slots, worst first" in captured.out
+    assert "view 18/18" in captured.err
 
 
 def test_benchmarks_by_endpoint_go_on_after_failures(tmp_path, capsys):
