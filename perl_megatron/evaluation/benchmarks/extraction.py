@@ -30,6 +30,7 @@ _CONTINUES = re.compile(r"\s*(?:$|[-–—:(]|(?:because|since|as|due|for|is (?:
 _OTHER_LETTER = re.compile(
     r"\s*(?:[,/&;+|]|or\b|and\b)*\s*(?:option\s*)?[(\[]?\s*[A-Za-z]\s*(?:$|[)\].,:;])", re.IGNORECASE
 )
+_DECORATION = " \t*_`'\""
 _MARKED_OPTION = re.compile(r"(?:^|(?<=[\s,;]))\(?([A-Z])\s?[).:]\s*")
 
 
@@ -91,33 +92,35 @@ def all_boxed(text: str) -> list[str]:
     return found
 
 
-def read_option(text: str, options: Sequence[str], *, num_options: int | None = None) -> str | None:
+def read_option(text: str, options: Sequence[str]) -> str | None:
     """The letter of the option that ``text`` names: by its leading letter, or by the option's whole text.
 
-    A leading letter stands alone, in brackets, before ``. ) : , ;``, before the option's own text, or before a reason
-    ("B because …"); one that other letters follow ('A or B') names nothing. A letter wins over an option's text.
-
-    Args:
-        text: a prediction.
-        options: the options' texts, where they are known.
-        num_options: how many options there are, where only that is known (default: as many as texts, or 26).
+    A leading letter stands alone (on its line), in brackets, before ``. ) : , ;``, before the option's own text, or
+    before a reason ("B because …"); one that other letters follow ('A or B') names nothing. A letter wins over an
+    option's text. Without ``options`` (their texts) every letter names one.
     """
-    text = plain(text[:MAX_LENGTH]).strip(" \t\n*_`'\"")
-    count = num_options or len(options) or 26
+    text = plain(text[:MAX_LENGTH]).strip(_DECORATION + "\n")
     match = _LETTER.fullmatch(text)
-    if match is not None and ord(match["letter"].upper()) - ord("A") < count:
-        letter, rest = match["letter"].upper(), match["rest"].strip(" \t*_`'\"")
+    index = -1 if match is None else ord(match["letter"].upper()) - ord("A")
+    if match is not None and index < (len(options) or 26):
+        rest = match["rest"].strip(_DECORATION)
         if rest and _OTHER_LETTER.match(rest):
             return None
-        marked = bool(match["open"] or match["close"])
-        own_text = options[ord(letter) - ord("A")] if options else None
-        attached = not marked and match["rest"][:1].isalnum()
-        if not attached and (not rest or (own_text is not None and fold(rest) == fold(own_text))):
-            return letter
-        if marked or (match["letter"].isupper() and match["rest"][:1].isspace() and _CONTINUES.match(rest)):
-            return letter
+        if _stands_for_option(match, rest, options[index] if options else None):
+            return match["letter"].upper()
     named = [index for index, option in enumerate(options) if fold(option) == fold(text)]
     return chr(ord("A") + named[0]) if len(named) == 1 else None
+
+
+def _stands_for_option(match: re.Match[str], rest: str, own_text: str | None) -> bool:
+    """Whether a leading letter is an option's, and not the beginning of a word, an article or a pronoun."""
+    if not rest or match["open"] or match["close"] or match["rest"].lstrip(" \t").startswith("\n"):
+        return True
+    if match["rest"][0].isalnum():
+        return False  # a word
+    if own_text is not None and fold(rest) == fold(own_text):
+        return True
+    return match["letter"].isupper() and match["rest"][0].isspace() and _CONTINUES.match(rest) is not None
 
 
 def fold(text: str) -> str:

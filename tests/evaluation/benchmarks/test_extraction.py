@@ -64,6 +64,7 @@ def test_value_is_one_line_unless_boxed():
             ("B: a dog, I think", "B"),
             ("B.\nThe dog", "B"),
         ),
+        *(("B\n\nA dog barks.", "B"), ("b \nIt barks", "B"), ("A\nB", None), ("A\n\nor B", None)),
         *(("B because it barks", "B"), ("B is correct", "B"), ("B - dog", "B"), ("B (dog)", "B")),
         *(("dog", "B"), ("Dog.", "B"), ("a cat and a dog", "C"), ("none of these", "D")),
         # Articles, pronouns, letters inside words
@@ -91,8 +92,10 @@ def test_options_that_are_letters_or_numbers():
 
 def test_letters_without_known_options():
     assert read_option("N", ()) == "N"
-    assert read_option("n.", (), num_options=14) == "N"
-    assert read_option("O", (), num_options=14) is None
+    assert read_option("n.", ()) == "N"
+    fourteen = [f"option {number}" for number in range(14)]
+    assert read_option("n", fourteen) == "N"
+    assert read_option("O", fourteen) is None
 
 
 @settings(deadline=None, max_examples=200)
