@@ -94,7 +94,15 @@ class OrderReport:
 
     def render(self) -> Group:
         """Tables for a terminal."""
-        return Group(*(table for table in (self._orders(), self._slots(), self._variance()) if table.row_count))
+        tables = (self._overall(), self._orders(), self._slots(), self._variance())
+        return Group(*(table for table in tables if table.row_count))
+
+    def _overall(self) -> Table:
+        table = Table("", "value", "95 % interval", title="All questions")
+        for name, estimate in (("accuracy", self.accuracy), ("flip rate", self.flip_rate)):
+            if estimate is not None:
+                table.add_row(name, f"{estimate.value:.1%}", f"{estimate.low:.1%} - {estimate.high:.1%}")
+        return table
 
     def _orders(self) -> Table:
         table = Table("images", "order", "answers", "accuracy", title="Accuracy by image order")

@@ -27,13 +27,14 @@ def plot_order_bias(report: Mapping[str, Any], path: Path, *, title: str) -> Non
 
 
 def _plot_orders(axes: Axes, by_order: list[dict[str, Any]]) -> None:
+    by_order = [row for row in by_order if row["num_images"] > 1]
     shown = by_order[:MAX_BARS]
     labels = [" ".join(str(slot + 1) for slot in row["order"]) for row in shown]
     axes.bar(range(len(shown)), [row["accuracy"] for row in shown], color="tab:blue")
     axes.set_xticks(range(len(shown)), labels, rotation=90, fontsize="x-small")
     axes.set_ylim(0, 1)
-    rest = len(by_order) - len(shown)
-    axes.set_title("Accuracy by image order" + (f" (the {MAX_BARS} most asked of {len(by_order)})" if rest > 0 else ""))
+    cut = f" (the first {MAX_BARS} of {len(by_order)})" if len(by_order) > MAX_BARS else ""
+    axes.set_title(f"Accuracy by image order{cut}")
 
 
 def _plot_slots(axes: Axes, slots: list[dict[str, Any]]) -> None:
