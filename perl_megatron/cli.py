@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, serve, plan, verify, verify-weights, triage, doctor.
+"""The command `perl-megatron`: train, sft, eval, results, serve, plan, verify, verify-weights, triage, doctor.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -16,11 +16,12 @@ from pathlib import Path
 
 from perl_megatron import __version__
 from perl_megatron.config.architecture import read_architecture_numbers
-from perl_megatron.config.derive import derive, require_evaluation_data, require_training_data
+from perl_megatron.config.derive import derive, require_training_data
 from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import LoadedConfig, load_config
 from perl_megatron.config.preset_source import preset_names
 from perl_megatron.errors import UserError
+from perl_megatron.evaluation.results_options import add_results_options
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
 
 
@@ -62,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, description, handler in (
         ("train", "permuted GRPO", run_job),
         ("sft", "supervised warm start on the records' demonstrations", run_job),
-        ("eval", "held-out accuracy and flip rate of model.path", run_job),
+        ("eval", "held-out accuracy and order bias of model.path, or its results on benchmarks", run_job),
         ("serve", "a vLLM server of model.path, for runs with rollout.engine=server", run_serve),
         ("plan", "batch arithmetic and topology, without starting anything", run_plan),
     ):
@@ -103,6 +104,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write every row")
     add_triage(commands)
+    description = "results of benchmarks in the form of PeRL's table, the paper's rows beside them"
+    results = commands.add_parser("results", help=description, description=description)
+    results.set_defaults(handler=run_results)
+    add_results_options(results)
     doctor = commands.add_parser("doctor", help="versions, device, live fused paths, what to install")
     doctor.set_defaults(handler=run_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -165,7 +170,8 @@ def run_job(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.launch import torchrun
 
     loaded = load_config(options.config, options.overrides)
-    if torchrun.needs_launch(loaded.config):
+    by_endpoint = options.command == "eval" and loaded.config.evaluation.ask == "endpoint"
+    if torchrun.needs_launch(loaded.config) and not by_endpoint:
         processes = launched_processes(loaded.config)
         check_before_start(loaded, options, processes)
         from perl_megatron.observability.run_folder import RunFolder
@@ -189,10 +195,14 @@ def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_
     from perl_megatron.observability.run_folder import RunFolder
 
     config, command = loaded.config, options.command
-    derive(config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command)
     if command == "eval":
-        require_evaluation_data(config)
-    else:
+        from perl_megatron.evaluation.preflight import check_evaluation
+
+        check_evaluation(config)
+        if config.evaluation.ask == "endpoint":
+            return  # which needs neither the policy nor a layout
+    derive(config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command)
+    if command != "eval":
         require_training_data(config)
         folder = RunFolder.of(config)
         folder.check_available(resume=options.resume)
@@ -301,6 +311,14 @@ def run_triage(options: argparse.Namespace, argv: list[str]) -> int:
 
     settings = {"policy": options.policy, "other_policies": options.other_policy, "limit": options.limit}
     return 0 if command.run(options.dump, json_file=options.json, **settings) else 1
+
+
+def run_results(options: argparse.Namespace, argv: list[str]) -> int:
+    """Print the table of results."""
+    from perl_megatron.evaluation import results_command
+
+    results_command.run(options.folders, markdown_file=options.markdown, difference=options.difference)
+    return 0
 
 
 def _live_loss_kernel() -> str | None:
