@@ -1,4 +1,4 @@
-"""Prepare training questions as PeRL does: `python tools/prepare_mantis.py OUT source.path=FOLDER [section.key=value …]`.
+"""Prepare training questions as PeRL does: `python tools/prepare_mantis.py OUT source.path=FOLDER [section.key=value]`.
 
 From a local copy of Mantis-Instruct to `OUT/records.jsonl`, which `perl-megatron train` reads: rules → open questions
 rephrased as multiple choice → difficulty by rollouts of a policy → resampling to a histogram of difficulty → does the

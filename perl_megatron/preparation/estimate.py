@@ -85,8 +85,8 @@ def estimate(
 
 
 def image_tokens(sizes: tuple[tuple[int, int], ...], *, min_pixels: int, max_pixels: int) -> int:
-    """Tokens of images of (width, height) in Qwen2.5-VL: one for every 28 × 28 pixels after its resizing, and two around
-    each image."""
+    """Tokens of images of (width, height) in Qwen2.5-VL: one for every 28 × 28 pixels after its resizing, and two
+    around each image."""
     total = 0
     for width, height in sizes:
         try:

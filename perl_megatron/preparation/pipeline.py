@@ -114,7 +114,7 @@ class Pipeline:
             judged = apply_rules(self.settings.source, self.settings.rules, self.folder, done)
             new = (outcome for outcome in judged if not isinstance(outcome, AlreadyDone))
             files.write(self._watch(name, new, None), counts)
-            files.finish([])
+            files.finish()
             return
         before = self.files[STAGES[STAGES.index(name) - 1]]
         order = [question.id for question in before.questions()]
@@ -191,7 +191,7 @@ class Pipeline:
                 again = question if use == 1 else replace(question, id=f"{question.id}~{use}")
                 outcomes.append(Kept(again))
         files.write(self._watch("resample", outcomes, len(outcomes)), counts)
-        files.finish([])
+        files.finish()
 
     def _contract_outcome(self, question: Question) -> Outcome:
         given = give_contract(question, self.folder)

@@ -111,10 +111,12 @@ class StageFiles:
                 file.close()
             self._open.clear()
 
-    def finish(self, order: Sequence[str]) -> None:
-        """Bring the kept and dropped questions into the order of the input: questions that were not answered at first
-        stand at the end until now."""
+    def finish(self, order: Sequence[str] | None = None) -> None:
+        """Bring the files into the ``order`` of the input (None: they are in it): questions that were not answered at
+        first stand at the end until now."""
         self._paths[KEPT].touch()  # a stage that keeps nothing is finished too
+        if order is None:
+            return
         rank = {identifier: place for place, identifier in enumerate(order)}
         for path in self.paths:
             _sort_lines(path, [rank[row["id"]] for row in _rows(path)])
