@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from perl_megatron.preparation.question import letter_of
+from perl_megatron.types import IMAGE_PLACEHOLDER
 
 _MARKER = re.compile(r"\(([A-Z])\)|(?<![^\s,;])([A-Z])[).:](?=\s|<)")
 _INSTRUCTION = re.compile(r"\s*(?:please\s+)?(?:answer|choose|select|pick|respond|reply|give|write)\b.*", re.I | re.S)
@@ -41,11 +42,14 @@ def split_choice(text: str, answer: str) -> Choice | None:
     end = len(text) if last_line_end < 0 else last_line_end
     ends = [marker.start() for marker in markers[1:]] + [end]
     options = [_clean(text[marker.end() : stop]) for marker, stop in zip(markers, ends, strict=True)]
-    if not all(options) or len({option.casefold() for option in options}) < len(options):
+    worded = [option.casefold() for option in options if IMAGE_PLACEHOLDER not in option]
+    if not all(options) or len(set(worded)) < len(worded):
         return None
     rest = text[end:]
     stem = _HEADING.sub("", text[: markers[0].start()]).rstrip()
-    if not _INSTRUCTION.fullmatch(rest):
+    if IMAGE_PLACEHOLDER in rest and len(worded) < len(options):
+        return None  # the images would change their order
+    if IMAGE_PLACEHOLDER in rest or not _INSTRUCTION.fullmatch(rest):
         stem += rest.rstrip()
     return Choice(stem, tuple(options), _letter(answer, options))
 

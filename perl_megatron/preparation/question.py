@@ -59,13 +59,14 @@ class Question:
 
     def record(self, folder: Path) -> Record:
         """As a record of a dataset in ``folder``, without a contract: it does not say that images may move."""
+        shows_images = any(IMAGE_PLACEHOLDER in option for option in self.options)
         return Record(
             id=self.id,
             images=tuple(folder / image for image in self.images),
             text=self.full_text(),
             answer=self.answer,
             answer_type="choice" if self.is_choice else "text",
-            grading=Grading(options=self.options),
+            grading=Grading(options=() if shows_images else self.options),
             kind=self.question_type or ("choice" if self.is_choice else "open"),
             source=self.source,
         )
@@ -121,8 +122,3 @@ def from_values(values: dict[str, Any], *, where: str) -> Question:
 def letter_of(index: int) -> str:
     """'A' for 0."""
     return chr(ord("A") + index)
-
-
-def placeholders_missing(text: str, num_images: int) -> int:
-    """How many placeholders the text lacks (negative: has too many)."""
-    return num_images - text.count(IMAGE_PLACEHOLDER)

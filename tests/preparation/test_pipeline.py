@@ -117,8 +117,7 @@ def interrupted_at(stage: str, after: int):
     return watch
 
 
-@pytest.mark.parametrize("after", [0, 5])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "after"), [("difficulty", 0), *((stage, 5) for stage in STAGES)])
 def test_an_interruption_changes_nothing_and_nothing_is_asked_twice(finished, source, endpoint, tmp_path, stage, after):
     given = settings(source, endpoint.url)
     with pytest.raises(KeyboardInterrupt):
