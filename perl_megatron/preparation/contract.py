@@ -1,74 +1,58 @@
 """The last stage: from a question and its label to a record with its permutation contract.
 
-The label is a language model's opinion, so it only says which contract is tried; the contract is then checked against
-the record's text, and where it does not hold, the record's images must not move.
+The label is a language model's opinion: it only helps to choose the contract's template, and the contract is then
+checked against the record's text (``data/contract_templates.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
-from perl_megatron.data.permutation import validate_contract
+from perl_megatron.data.contract_templates import ContractTemplates, OrderLabel, apply_template, load_templates
 from perl_megatron.errors import UserError
-from perl_megatron.preparation.question import OrderLabel, Question
-from perl_megatron.types import IMAGE_PLACEHOLDER, AnswerRule, PermutationContract, Record, ReferenceRule
+from perl_megatron.preparation.question import Dropped, Kept, Question
+from perl_megatron.preparation.settings import OutputSettings
+from perl_megatron.types import Record
 
-_REFERENCES = (ReferenceRule.INDEX, ReferenceRule.ORDINAL)
+FAMILY = "mantis"
+"""The templates for free text: those of all questions that are not as their subset has them."""
 
 
 @dataclass(frozen=True)
-class Contract:
-    """A record as it is written, and why its images must not move (None: they may)."""
+class Contracts:
+    """Gives records their contracts."""
 
-    record: Record
-    reason: str | None
+    settings: OutputSettings
+    templates: ContractTemplates
 
-    def values(self) -> dict[str, Any]:
-        """For the stage's raw outputs."""
-        return {"movable": list(self.record.contract.movable), "answer": self.record.contract.answer.value} | (
-            {} if self.reason is None else {"reason": self.reason}
-        )
+    @classmethod
+    def of(cls, settings: OutputSettings) -> Contracts:
+        """With the templates of the settings; UserError for a file that holds none."""
+        return cls(settings, load_templates(settings.templates))
 
+    def record(self, question: Question, folder: Path) -> Record:
+        """The question's record with its contract. UserError for one that is unusable itself."""
+        label = None
+        if question.label is not None:
+            given = question.label
+            label = OrderLabel(should_change=given.should_change, is_multichoice_images=given.is_multichoice_images)
+        return apply_template(question.record(folder), self.templates, family=self.family(question), label=label)
 
-def give_contract(question: Question, folder: Path) -> Contract:
-    """The question's record, with a contract that holds for every order."""
-    record = question.record(folder)
-    if len(question.images) < 2 or question.label is None:
-        return Contract(record, "there are fewer than two images")
-    contract = _tried_contract(question, question.label)
-    if isinstance(contract, str):
-        return Contract(record, contract)
-    permuted = replace(record, contract=contract)
-    try:
-        validate_contract(permuted)
-    except UserError as error:
-        return Contract(record, error.what)
-    return Contract(permuted, None)
+    def outcome(self, question: Question, folder: Path) -> Kept | Dropped:
+        """Whether the question's record is written, and its contract as a raw output."""
+        try:
+            contract = self.record(question, folder).contract
+        except UserError as error:
+            return Dropped(question.id, question.source, "the record is not usable", error.what)
+        raw = {"permutable": contract.permutable, "answer": contract.answer.value, "reason": contract.reason}
+        if contract.permutable or self.settings.keep_unpermutable:
+            return Kept(question, raw)
+        return Dropped(question.id, question.source, "its images must not move", contract.reason, raw)
 
-
-def _tried_contract(question: Question, label: OrderLabel) -> PermutationContract | str:
-    slots = tuple(range(len(question.images)))
-    if label.is_multichoice_images:
-        option_slots = _option_slots(question)
-        if option_slots is None:
-            return "the options are images, but do not show them"
-        movable = tuple(slot for slot in option_slots if slot is not None)
-        return PermutationContract(movable, _REFERENCES, AnswerRule.OPTION_LETTER, option_slots)
-    if not label.should_change:
-        return PermutationContract(slots, _REFERENCES, AnswerRule.UNCHANGED)
-    return "the order changes the answer, and no rule says how"
-
-
-def _option_slots(question: Question) -> tuple[int | None, ...] | None:
-    """The slot of each option '<image>'; None for an option that shows no image. None if none does, or one several."""
-    slots: list[int | None] = []
-    slot = question.text.count(IMAGE_PLACEHOLDER)
-    for option in question.options:
-        num = option.count(IMAGE_PLACEHOLDER)
-        if num > 1:
-            return None
-        slots.append(slot if num else None)
-        slot += num
-    return tuple(slots) if any(each is not None for each in slots) else None
+    def family(self, question: Question) -> str:
+        """The subset that the question comes from (the folder of its table), where that has templates of its own and
+        the question is worded as there."""
+        folders = PurePosixPath(question.source.rpartition(":")[0]).parent.parts
+        found = [folder for folder in folders if folder in self.templates.families]
+        return found[-1] if found and not question.question_type else FAMILY

@@ -17,14 +17,16 @@ from typing import Any
 
 from perl_megatron.chat.client import ChatClient
 from perl_megatron.config.endpoint_section import EndpointConfig
+from perl_megatron.data.contract_templates import ContractTemplates
 from perl_megatron.data.records import write_records
 from perl_megatron.errors import UserError
-from perl_megatron.preparation.contract import Contract, give_contract
+from perl_megatron.preparation.contract import Contracts
 from perl_megatron.preparation.difficulty import EndpointPolicy, Policy, measure
 from perl_megatron.preparation.label import Label
 from perl_megatron.preparation.language_stage import LanguageStage, ask_all
 from perl_megatron.preparation.manifest import Manifest, file_fingerprint, fingerprint, only_one
 from perl_megatron.preparation.mantis import source_tables
+from perl_megatron.preparation.prompts import Prompt
 from perl_megatron.preparation.question import Dropped, Kept, Outcome, Question
 from perl_megatron.preparation.rephrase import Rephrase
 from perl_megatron.preparation.resample import Resampled, resample
@@ -57,7 +59,7 @@ class Pipeline:
         watch: sees every outcome.
 
     Raises:
-        UserError: a prompt that cannot be used, or a manifest that cannot be read.
+        UserError: a prompt or a file of templates that cannot be used.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Pipeline:
         self.files = {name: StageFiles(folder, number, name) for number, name in enumerate(STAGES, start=1)}
         self.rephrase = Rephrase.of(settings.rephrase, settings.output.seed)
         self.label = Label.of(settings.label)
+        self.contracts = Contracts.of(settings.output)
         self.counts: dict[str, StageCounts] = {}
         self.resampled: Resampled | None = None
         self.put_aside: Path | None = None
@@ -136,7 +139,7 @@ class Pipeline:
             with self._make_policy(waiting) as policy:
                 yield measure(waiting, policy, self.folder)
         elif name == "contract":
-            yield (self._contract_outcome(question) for question in pending)
+            yield (self.contracts.outcome(question, self.folder) for question in pending)
         else:
             yield from self._language_outcomes(self.rephrase if name == "rephrase" else self.label, pending)
 
@@ -193,15 +196,9 @@ class Pipeline:
         files.write(self._watch("resample", outcomes, len(outcomes)), counts)
         files.finish()
 
-    def _contract_outcome(self, question: Question) -> Outcome:
-        given = give_contract(question, self.folder)
-        if given.reason is None or self.settings.output.keep_unpermutable:
-            return Kept(question, given.values())
-        return Dropped(question.id, question.source, "its images must not move", given.reason, given.values())
-
     def _write_records(self) -> None:
-        given: list[Contract] = [give_contract(each, self.folder) for each in self.files["contract"].questions()]
-        write_records(self.folder / RECORDS, (each.record for each in given))
+        questions = self.files["contract"].questions()
+        write_records(self.folder / RECORDS, (self.contracts.record(each, self.folder) for each in questions))
 
     def _write_counts(self) -> None:
         """`counts.json`: what went into and came out of each stage."""
@@ -222,7 +219,7 @@ class Pipeline:
             "difficulty": [settings.difficulty, settings.policy_endpoint.model, self._policy_mark],
             "resample": [settings.resample, settings.output.seed],
             "label": [settings.label, self.label.prompt, settings.endpoint.model],
-            "contract": [settings.output],
+            "contract": [settings.output, self.contracts.templates],
         }
         marks: dict[str, str] = {}
         before = ""
@@ -234,5 +231,7 @@ class Pipeline:
 def _plain(value: Any) -> Any:
     """A value as JSON; what does not decide a stage's result (how many questions go together) is left out."""
     if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", exclude={"questions_at_once", "policy", "prompt"})
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+        return value.model_dump(mode="json", exclude={"questions_at_once", "policy", "prompt", "templates"})
+    if isinstance(value, ContractTemplates):
+        return {name: [each.model_dump(mode="json") for each in family] for name, family in value.families.items()}
+    return asdict(value) if isinstance(value, Prompt) else value

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from perl_megatron.errors import UserError
+from perl_megatron.preparation.choices import with_options
 from perl_megatron.types import IMAGE_PLACEHOLDER, Grading, Record
 
 
@@ -54,8 +55,7 @@ class Question:
 
     def full_text(self) -> str:
         """The question as it is asked, its options each on a line."""
-        lines = [f"({letter_of(index)}) {option}" for index, option in enumerate(self.options)]
-        return "\n".join([self.text, *lines])
+        return with_options(self.text, self.options)
 
     def record(self, folder: Path) -> Record:
         """As a record of a dataset in ``folder``, without a contract: it does not say that images may move."""
@@ -117,8 +117,3 @@ def from_values(values: dict[str, Any], *, where: str) -> Question:
         raise UserError(
             f"not a question of this version: {first['loc']}: {first['msg']}", where=where, fix="use another folder"
         ) from error
-
-
-def letter_of(index: int) -> str:
-    """'A' for 0."""
-    return chr(ord("A") + index)

@@ -9,9 +9,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from perl_megatron.data.options import letter
+from perl_megatron.preparation.choices import reads_back
 from perl_megatron.preparation.language_stage import Unusable
 from perl_megatron.preparation.prompts import Prompt, mark_images, read_prompt, unmark_images
-from perl_megatron.preparation.question import Question, letter_of
+from perl_megatron.preparation.question import Question
 from perl_megatron.preparation.settings import RephraseSettings
 
 _ABOUT_THE_OTHERS = re.compile(r"(?:none|all|both|neither|any|either)\b.*\b(?:above|these|them|options?)\.?", re.I)
@@ -76,6 +78,8 @@ class Rephrase:
             raise Unusable("the options are not distinct texts", "; ".join(options))
         if any("[IMAGE" in option or "<image>" in option for option in options):
             raise Unusable("an option shows an image", "; ".join(options))
+        if not reads_back(text, options):
+            raise Unusable("the text holds what looks like other options", text)
         answer = " ".join(reply.answer.split()).casefold()
         if answer not in folded:
             raise Unusable("the answer is none of the options", reply.answer)
@@ -86,6 +90,6 @@ class Rephrase:
             question,
             text=text,
             options=tuple(options[index] for index in order),
-            answer=letter_of(order.index(folded.index(answer))),
+            answer=letter(order.index(folded.index(answer))),
             question_type=reply.question_type,
         )

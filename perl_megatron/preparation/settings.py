@@ -128,8 +128,10 @@ class LabelSettings(LanguageModelSettings):
 
 
 class OutputSettings(Section):
-    """The final records."""
+    """The final records, and what is drawn on the way to them."""
 
+    templates: Path | None = None
+    """YAML file of contract templates (docs/permutation.md); None: the one that comes with the package."""
     keep_unpermutable: bool = True
     """Keep records whose images must not move; training asks them in their one order."""
     seed: int = Field(default=0, ge=0)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ CHOICE = [
     ("What is the total of the numbers shown?\n(A) 10\n(B) 11\n(C) 12\n(D) 13", "(D)"),
     ("Are there more people than chairs?\n(A) yes\n(B) no\n(C) as many", "C"),
     ("Does image 1 show the older car?\n(A) yes\n(B) no", "A"),
-    ("What season do all images show?\n(A) spring\n(B) winter", "(B) winter"),
+    ("What is the next step after these images?\n(A) stir\n(B) winter", "(B) winter"),
 ]
 
 
@@ -173,6 +174,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     names = [f"{number:02d}_{name}" for number, name in enumerate(STAGES, start=1)]
     files = [path for path in folder.iterdir() if path.name.split(".")[0] in (*names, "records", "counts")]
     return {path.name: path.read_bytes() for path in sorted(files)}
+
+
+def copied_until(stage: str, finished: Path, folder: Path) -> Path:
+    """The folder of a run that has finished all stages before ``stage``, without its cached replies."""
+    before = STAGES[: STAGES.index(stage)]
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("*.jsonl", "replies", "replaced", ".lock"))
+    manifest = json.loads((finished / "manifest.json").read_text())
+    manifest["stages"] = {name: manifest["stages"][name] for name in before}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for number, name in enumerate(before, start=1):
+        for path in finished.glob(f"{number:02d}_{name}.*"):
+            shutil.copy(path, folder)
+    return folder
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,155 @@
+"""The lettered options of a question: where they stand in its text, and which of them are images.
+
+An option is an image if the contract gives its slot (``option_slots``): "(A) <image>", "(A) image 1", or a bare letter
+that a prompt maps to an image. Its text stays and the answer's letter follows the image; the text of all other options
+follows as the question does.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from perl_megatron.data.reference_phrases import NOUN, Reference, preceded_by
+from perl_megatron.errors import UserError
+from perl_megatron.types import IMAGE_PLACEHOLDER, AnswerRule, Record
+
+_MARKER = re.compile(r"\(([A-Z])\)|(?<![^\s,;])([A-Z])[).:=]")
+_NOUN_BEFORE = re.compile(rf"\b{NOUN}s?\.?\s?$", re.IGNORECASE)
+_NO_CONTENT = re.compile(r"\W*(?:(?:and|or|vs|to|with)\b\W*)?", re.IGNORECASE)
+_NO_BREAK = re.compile(r"\s*")
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class LetteredOption:
+    """Where an option stands in a text: ``text[marker:start]`` holds its letter, ``text[start:end]`` its own text."""
+
+    marker: int
+    start: int
+    end: int
+
+    def holds(self, reference: Reference) -> bool:
+        """Whether a reference stands in the option's text."""
+        return self.start <= reference.start < self.end
+
+
+def letter(index: int) -> str:
+    """'A' for 0."""
+    return ALPHABET[index]
+
+
+def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
+    """The options A, B, … that a text lists, at least ``count`` (None: two) of them; empty if it does not.
+
+    Options are marked '(A)', 'A.', 'A)', 'A:' or 'A='. Letters that follow nouns ('image A: … image B: …'), or each
+    other ('(A), (B) and (C)'), mark none. Of several lists the last is taken, but not one within another's last option.
+    The last option ends with its line. An option's text has no blanks around it.
+    """
+    markers = list(_MARKER.finditer(text))
+    letters = [marker[1] or marker[2] for marker in markers]
+    following: list[int | None] = [None] * len(markers)
+    nearest: dict[str, int] = {}
+    for number in reversed(range(len(markers))):
+        following[number] = nearest.get(chr(ord(letters[number]) + 1))
+        nearest[letters[number]] = number
+    found: list[LetteredOption] = []
+    for first in (number for number, own in enumerate(letters) if own == "A"):
+        if found and markers[first].start() < found[-1].end:
+            continue
+        options, current = list[LetteredOption](), first
+        while len(options) < (count or len(ALPHABET)):
+            after = following[current]
+            end = _line_end(text, markers[current].end()) if after is None else markers[after].start()
+            options.append(_option(text, markers[current], end))
+            if after is None:
+                break
+            current = after
+        if len(options) >= (count or 2) and _is_list(text, options):
+            found = options
+    return found
+
+
+def option_spans(text: str, count: int | None) -> list[tuple[int, int]]:
+    """Where the text of each listed option stands, (start, end); empty if the text lists none."""
+    return [(option.start, option.end) for option in lettered_options(text, count)]
+
+
+def _option(text: str, marker: re.Match[str], end: int) -> LetteredOption:
+    own = text[marker.end() : end]
+    start = marker.end() + len(own) - len(own.lstrip())
+    return LetteredOption(marker.start(), start, start + len(own.strip()))
+
+
+def _is_list(text: str, options: list[LetteredOption]) -> bool:
+    """Whether letters mark options, and not images ('image A: <image> image B: <image>') or a mention of options."""
+    if all(preceded_by(text, option.marker, _NOUN_BEFORE) for option in options):
+        return False
+    return not any(_NO_CONTENT.fullmatch(text, option.start, option.end) for option in options[:-1])
+
+
+def _line_end(text: str, start: int) -> int:
+    """The end of the line on which the first word after ``start`` stands."""
+    first_word = _NO_BREAK.match(text, start)
+    assert first_word is not None
+    end = text.find("\n", first_word.end())
+    return len(text) if end < 0 else end
+
+
+def slots_within(text: str, option: LetteredOption) -> list[int]:
+    """The slots of the placeholders in an option."""
+    first = text.count(IMAGE_PLACEHOLDER, 0, option.start)
+    return list(range(first, first + text.count(IMAGE_PLACEHOLDER, option.start, option.end)))
+
+
+def check_option_slots(record: Record) -> None:
+    """Refuse ``option_slots`` that contradict the answer, the movable slots, or the placeholders in the options."""
+    options, answer, movable = record.contract.option_slots, record.answer, set(record.contract.movable)
+    letters = [letter(index) for index in range(len(options))]
+    if not 1 <= len(options) <= 26:
+        raise UserError(
+            "the answer rule 'option_letter' needs 1 to 26 option_slots", fix="give one slot for each option"
+        )
+    if answer not in letters:
+        raise UserError(
+            f"the answer '{answer}' is not one of the letters {', '.join(letters)}", fix="write the letter alone"
+        )
+    slots = [slot for slot in options if slot is not None]
+    if len(set(slots)) != len(slots):
+        raise UserError(f"option_slots {list(options)} name a slot twice", fix="give each option its own slot")
+    if any(not 0 <= slot < len(record.images) for slot in slots):
+        raise UserError(f"option_slots {list(options)} name a slot that does not exist", fix="slots are counted from 0")
+    if record.contract.permutable and movable & set(slots) and not movable <= set(slots):
+        raise UserError(
+            f"movable slots {sorted(movable)} mix images that are options with others that are not",
+            fix="an option's image could move to a slot without a letter: let only options move, or only others",
+        )
+
+
+def check_inline_images(record: Record) -> None:
+    """Refuse options that show movable images, '(A) <image> (B) <image>', but that the contract does not say to be."""
+    contract = record.contract
+    by_letter = contract.answer is AnswerRule.OPTION_LETTER
+    by_letter_unchanged = contract.answer is AnswerRule.UNCHANGED and re.fullmatch("[A-Z]", record.answer)
+    if not contract.permutable or not (by_letter or by_letter_unchanged):
+        return
+    for index, option in enumerate(lettered_options(record.text, len(contract.option_slots) or None)):
+        shown = slots_within(record.text, option)
+        expected = contract.option_slots[index] if by_letter else None
+        if len(shown) == 1 and shown[0] in contract.movable and shown[0] != expected:
+            raise UserError(
+                f"option {letter(index)} shows the image of slot {shown[0]}, which moves, but the contract "
+                + ("says nothing of it" if expected is None else f"gives slot {expected}"),
+                fix="use the answer rule 'option_letter' with the slot of each option",
+            )
+
+
+def check_named_slots(record: Record, options: list[LetteredOption], references: list[Reference]) -> None:
+    """Refuse an option whose text names another image than the contract does."""
+    for slot, option in zip(record.contract.option_slots, options, strict=False):
+        named = [reference.slots for reference in references if option.holds(reference)]
+        if slot is not None and any(slots != (slot,) for slots in named):
+            raise UserError(
+                f"option '{record.text[option.start : option.end]}' names another image than its slot {slot}",
+                fix="option_slots are counted from 0, image numbers in the text from 1",
+            )

@@ -1,0 +1,87 @@
+"""Wordings that may tell images apart without being references that can follow: a guess at a contract stops at them.
+
+A contract that somebody wrote for a record says which references its text has. One that a template gives is a guess,
+and holds only if nothing else in the text depends on where an image stands: no "first panel", no "slide 2", no bare
+"(B) second", and no words between the placeholders that give the images roles ("Reference: <image> Candidate: <image>",
+"is <image> larger than <image>?").
+"""
+
+from __future__ import annotations
+
+import re
+
+from perl_megatron.data.bare_references import find_bare
+from perl_megatron.data.options import LetteredOption, lettered_options
+from perl_megatron.data.ordinal_references import ORDINAL_WORD
+from perl_megatron.data.reference_phrases import NOUN, NUMBERS
+from perl_megatron.errors import UserError
+from perl_megatron.types import IMAGE_PLACEHOLDER, PermutationContract, Record, ReferenceRule
+
+_OTHER_NOUN = (
+    r"(?:frame|panel|screenshot|slide|scene|view|painting|drawing|diagram|chart|graph|plot|map|scan|clip|illustration"
+    r"|sketch|snapshot|shot|page|poster|card|candidate|item|x-ray)s?\b"
+)
+_SIDE = r"(?:left|right|top|bottom|upper|lower|middle|central)(?:[- ]?most)?"
+_OTHER_NAMES = re.compile(
+    rf"\b(?:{ORDINAL_WORD}|{_SIDE})[\s-]++(?:\w++[\s-]++)?{_OTHER_NOUN}"
+    rf"|\b{_OTHER_NOUN}\s*+(?:#?\d++|\(?(?-i:[A-Z])\b)"
+    r"|(?<![a-z] )(?<![a-z])(?:#\d++|\(\d++\)|\[\d++\])",
+    re.IGNORECASE,
+)
+_LABEL = (
+    rf"(?:the\s++)?(?:{NOUN}\s*+[-_#]?(?:\s*+\(?(?:\d++|(?-i:[A-Z])\b|(?:{'|'.join(NUMBERS)})\b)\)?)?"
+    rf"|(?:{ORDINAL_WORD}|left|right|middle)(?:\s++{NOUN})?)"
+)
+_BETWEEN = re.compile(
+    rf"[\s,;.&:()<>\[\]-]*+(?:and\b\s*+)?(?:{_LABEL})?[\s,;.:()<>\[\]=-]*+(?:is\s*+:?\s*+)?", re.IGNORECASE
+)
+_ROLE = re.compile(
+    r"\b(?:reference|query|source|original|target|anchor|template|base|before|after|given)\s*+(?:image|picture)?\W*+$",
+    re.IGNORECASE,
+)
+
+
+def refuse_unread(record: Record, contract: PermutationContract) -> None:
+    """Refuse a record whose text may tell its movable images apart in a way that ``contract`` does not rewrite."""
+    if other := _OTHER_NAMES.search(record.text):
+        raise UserError(f"'{other[0]}' may name an image", fix="write the record's contract by hand")
+    options = lettered_options(record.text, None)
+    texts = [record.text[option.start : option.end] for option in options] or list(record.grading.options)
+    if ReferenceRule.OPTION_TEXT not in contract.references and not contract.option_slots:
+        kinds = (ReferenceRule.ORDINAL, ReferenceRule.POSITION)
+        for text in texts:
+            if _is_bare(text, kinds, len(record.images)):
+                raise UserError(f"the option '{text}' may name an image", fix="write the record's contract by hand")
+    _refuse_roles(record, contract, options)
+
+
+def _is_bare(text: str, kinds: tuple[ReferenceRule, ...], num_images: int) -> bool:
+    try:
+        return find_bare(text, kinds, num_images, range(num_images)) is not None
+    except UserError:  # names an image that the record does not have
+        return True
+
+
+def _refuse_roles(record: Record, contract: PermutationContract, options: list[LetteredOption]) -> None:
+    """Refuse words between, or just before, placeholders of movable images that are no label and stand in no option."""
+    movable = set(contract.movable)
+    placeholders = [match.span() for match in re.finditer(re.escape(IMAGE_PLACEHOLDER), record.text)]
+    within = [any(option.start <= start < option.end for option in options) for start, _ in placeholders]
+    for slot in movable:
+        start, end = placeholders[slot]
+        if within[slot]:
+            continue
+        role = _ROLE.search(record.text[max(0, start - 40) : start])
+        follower = slot + 1 if slot + 1 in movable and not within[slot + 1] else None
+        between = "" if follower is None else record.text[end : placeholders[follower][0]]
+        if role or not _BETWEEN.fullmatch(between):
+            words = role[0] if role else between
+            raise UserError(
+                f"'{words.strip()[:60]}' beside a placeholder may give its image a role",
+                fix="write the record's contract by hand",
+            )
+    gaps = sorted(slot for slot in movable if not within[slot])
+    if gaps and gaps != list(range(gaps[0], gaps[-1] + 1)):
+        raise UserError(
+            "images that do not move stand between those that do", fix="write the record's contract by hand"
+        )
