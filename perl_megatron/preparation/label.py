@@ -36,7 +36,7 @@ class Label:
 
     def asks(self, question: Question) -> bool:
         """A single image has one order."""
-        return len(question.images) > 1
+        return len(question.image_sizes) > 1
 
     def values(self, question: Question) -> dict[str, object]:
         """What is filled into the prompt."""

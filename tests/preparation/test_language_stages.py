@@ -128,7 +128,7 @@ def test_the_label():
     )
     judged = stage.judge(question, LabelReply(should_change=True, is_multichoice_images=True))
     assert judged == replace(question, label=OrderLabel(should_change=True, is_multichoice_images=True))
-    assert not stage.asks(replace(question, images=("images/a.png",)))
+    assert not stage.asks(replace(question, images=("images/a.png",), image_sizes=((28, 28),)))
 
 
 @settings(deadline=None, max_examples=100)
