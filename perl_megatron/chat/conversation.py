@@ -29,7 +29,7 @@ class _Heard:
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
 
-    def reply(self, error: str | None = None) -> ChatReply:
+    def reply(self, error: str | None = None, *, is_lasting: bool = False) -> ChatReply:
         has_reply = error is None
         return ChatReply(
             texts=tuple(self.texts) if has_reply else (),
@@ -38,6 +38,7 @@ class _Heard:
             num_completion_tokens=self.num_completion_tokens,
             cached=False,
             error=error,
+            error_is_lasting=is_lasting,
         )
 
 
@@ -89,8 +90,10 @@ class Conversation:
                 await self._hear(request, messages, heard)
             if request.schema is not None:
                 await self._make_valid(request, messages, heard)
-        except (Refused, NotAnswered) as error:
-            return heard.reply(str(error))
+        except Refused as error:
+            return heard.reply(str(error), is_lasting=True)
+        except NotAnswered as error:
+            return heard.reply(str(error), is_lasting=error.is_lasting)
         return heard.reply()
 
     async def _hear(self, request: ChatRequest, messages: Wire, heard: _Heard) -> None:
@@ -105,7 +108,8 @@ class Conversation:
             raise NotAnswered("the endpoint answered with no reply")
         for choice in completion.choices[:num_missing]:
             if choice.message.refusal or choice.finish_reason == "content_filter":
-                raise NotAnswered(f"the endpoint refuses to reply: {choice.message.refusal or 'content filter'}")
+                reason = choice.message.refusal or "content filter"
+                raise NotAnswered(f"the endpoint refuses to reply: {reason}", is_lasting=True)
             heard.texts.append(choice.message.content or "")
             heard.finish_reasons.append(choice.finish_reason or "")
 
@@ -126,7 +130,7 @@ class Conversation:
                 document, problem = find_document(again.texts[0], request.schema)
                 if problem is not None:
                     cut = " (it was cut at max_tokens)" if again.finish_reasons[0] == "length" else ""
-                    raise NotAnswered(f"no valid JSON, asked twice: {problem}{cut}")
+                    raise NotAnswered(f"no valid JSON, asked twice: {problem}{cut}", is_lasting=True)
                 heard.finish_reasons[index] = again.finish_reasons[0]
             heard.texts[index] = document
 

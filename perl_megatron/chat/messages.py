@@ -59,3 +59,6 @@ class ChatReply:
     """Whether nothing was asked, because the reply was known."""
     error: str | None
     """Why there is no reply, after all retries; None where there is one."""
+    error_is_lasting: bool = False
+    """Whether the error is about the request itself, so that asking again is no use: the endpoint refuses it, or the
+    replies were no valid JSON. Otherwise the endpoint was not well."""

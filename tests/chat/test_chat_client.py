@@ -147,6 +147,7 @@ def test_what_does_not_pass_is_an_error_of_that_request_alone(failure, reason):
         with ChatClient(config) as client:
             first, bad, last = client.ask([request("first"), request("bad"), request("last")])
     assert reason in bad.error
+    assert not bad.error_is_lasting
     assert (bad.texts, bad.finish_reasons) == ((), ())
     assert (first.texts, last.texts) == (("first",), ("last",))
     assert Counter(map(asked_text, endpoint.bodies)) == {"first": 1, "bad": 3, "last": 1}
@@ -164,6 +165,7 @@ def test_what_does_not_pass_is_an_error_of_that_request_alone(failure, reason):
 def test_a_refusal_is_not_asked_again(said, reason):
     reply, endpoint = ask_one(lambda body: said)
     assert reason in reply.error
+    assert reply.error_is_lasting == (said.texts != () or said.status == 400)
     assert len(endpoint.bodies) == 1
 
 

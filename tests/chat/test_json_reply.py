@@ -60,6 +60,7 @@ def test_a_reply_that_is_not_valid_is_corrected_once(bad):
 def test_a_reply_that_stays_invalid_is_an_error():
     (reply,), bodies = ask(lambda body: Said(texts=("no",), finish_reason="length"), request())
     assert "no valid JSON" in reply.error
+    assert reply.error_is_lasting
     assert "max_tokens" in reply.error
     assert (reply.texts, len(bodies), reply.num_prompt_tokens) == ((), 2, 20)
     with pytest.raises(ValueError, match="no valid JSON"):
