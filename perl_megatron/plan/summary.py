@@ -95,7 +95,9 @@ def render_plan(plan: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """For JSON: a path as text, a tuple as a list."""
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _settings_table(settings: dict[str, dict[str, Any]]) -> Table:

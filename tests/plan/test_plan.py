@@ -102,7 +102,7 @@ def test_settings_are_shown_with_their_origins():
     derived = derive(loaded.config, world_size=1, architecture=NUMBERS)
     plan = json.loads(json.dumps(make_plan(loaded.config, derived, origins=loaded.origins)))
     assert plan["settings"]["algorithm.clip_low"] == {"value": 0.0003, "origin": "preset gspo"}
-    assert plan["settings"]["data.train"] == {"value": "a.jsonl", "origin": "command line"}
+    assert plan["settings"]["data.train"] == {"value": ["a.jsonl"], "origin": "command line"}
     assert "run.seed" not in plan["settings"]
     text = render_plan(plan)
     row = next(line for line in text.splitlines() if "algorithm.clip_low" in line)

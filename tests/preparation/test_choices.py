@@ -50,7 +50,6 @@ def test_questions_with_options(text, answer, stem, options, letter):
         "(B) two (A) one",
         "(A) same (B) same",
         "(A) (B) x",
-        "Plan A. is best?\n(A) yes\n(B) no",
     ],
 )
 def test_questions_without(text):
