@@ -13,8 +13,8 @@ from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.drawn import Drawn
 from perl_megatron.types import Group, Rollout, View
 
-GROUP_PARTS = ("consistency", "overlong")
-"""The reward parts that are measured only where they have a weight (``algorithm/shaping.py``)."""
+SHAPING_PARTS = {"consistency": "reward/consistency", "overlong": "reward/overlong"}
+"""The metric of each reward part that is measured only where it has a weight (``algorithm/shaping.py``)."""
 
 
 def rollout_metrics(drawn: Drawn) -> dict[str, float]:
@@ -46,9 +46,9 @@ def _sampled(pairs: list[tuple[Group, Rollout]]) -> dict[str, float]:
         "response/truncated": float(np.mean([rollout.finish_reason == "length" for _, rollout in pairs])),
         "response/unparsable": float(np.mean([not rollout.readable for _, rollout in pairs])),
     }
-    for part in GROUP_PARTS:
+    for part, name in SHAPING_PARTS.items():
         if any(part in rollout.reward_parts for _, rollout in pairs):
-            metrics[f"reward/{part}"] = _mean_part(pairs, part)
+            metrics[name] = _mean_part(pairs, part)
     for name, wanted in (("original", False), ("permuted", True)):
         chosen = [(group, rollout) for group, rollout in pairs if group.views[rollout.view_index].permuted is wanted]
         if chosen:
