@@ -70,6 +70,8 @@ def rotated(permutable: Record) -> tuple[str, str]:
         ("mantis", TWO + "Is the dog in the second image black?", "yes", CHANGES, (0, 1), "in the first", "yes"),
         ("mantis", TWO + "Which animal is in both?", "a cat", SAME, (0, 1), "Which animal", "a cat"),
         ("some_subset", TWO + "How many dogs are there in total?", "2", None, (0, 1), "in total?", "2"),
+        ("mantis", THREE + "Which image is more like image 2? (A) image 1 (B) image 3", "A", ARE_IMAGES,
+         (0, 2), "like image 2? (A) image 1", "B"),
         # Not permutable, for a reason.
         ("nlvr2", TWO + "A dog stands on the left.", "True", None, None, "is ambiguous", None),
         ("nlvr2", THREE + "The left image shows a dog.", "True", None, None, "no template for 'nlvr2'", None),
@@ -85,6 +87,7 @@ def rotated(permutable: Record) -> tuple[str, str]:
         ("mantis", TWO + "How many dogs are in slide 2?", "3", None, None, "'slide 2' may name", None),
         ("mantis", "Is <image> larger than <image>?", "yes", None, None, "'larger than' beside a placeholder", None),
         ("mantis", "Query: <image> Candidate: <image> Equal?", "yes", None, None, "give its image a role", None),
+        ("mantis", "The reference image is <image> <image> Equal?", "yes", None, None, "give its image a role", None),
         ("mantis", "<image> shows a dog. Does <image>?", "yes", None, None, "give its image a role", None),
         ("mantis", TWO + "Where is the cat? (A) first (B) second", "A", None, None, "may name an image", None),
         ("mantis", "<image>\nHow many dogs?", "2", None, None, "fewer than two images", None),

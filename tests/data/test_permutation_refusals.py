@@ -116,6 +116,9 @@ def test_a_view_that_would_read_differently_is_refused():
     # "Image b dogs" can only be a letter; "image a dogs" may be an article.
     with pytest.raises(UserError, match=r"in the order \[1, 0\]: .* is ambiguous"):
         validate_contract(record("In image b dogs play.", "yes", references=(LETTER,)))
+    # In the other order each number agrees with the placeholder behind it, and would be its label.
+    with pytest.raises(UserError, match=r"in the order \[1, 0\] the text reads differently"):
+        validate_contract(record("Compare image 2 <image> with image 1 <image>.", "yes", references=(INDEX,)))
 
 
 def test_lists_of_letters_are_no_options():
