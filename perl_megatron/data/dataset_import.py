@@ -191,10 +191,8 @@ class _Target:
         try:
             state: dict[str, Any] = json.loads(file.read_bytes())
             if state["of"] == self._fingerprint:
-                counts = state["counts"]
-                self.counts = ImportCounts(
-                    **{name: Counter(one) if isinstance(one, dict) else one for name, one in counts.items()}
-                )
+                noted = {name: Counter(one) if isinstance(one, dict) else one for name, one in state["counts"].items()}
+                self.counts = ImportCounts(**noted)  # type: ignore[arg-type]
                 return state
         except (ValueError, KeyError, TypeError):
             pass

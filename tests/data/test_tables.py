@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perl_megatron.data import tables
-from perl_megatron.data.tables import Row, columns, rows, table_files
+from perl_megatron.data.tables import Row, columns, count_rows, rows, table_files
 from perl_megatron.errors import UserError
 
 VALUES = [
@@ -29,6 +29,10 @@ def test_rows_of_parquet_files_keep_bytes_and_nesting(tmp_path):
     path = write_parquet(tmp_path / "train.parquet", row_group_size=2)
     assert list(rows(path)) == [Row(f"{path}:{number}", values) for number, values in enumerate(VALUES, 1)]
     assert columns(path) == ["id", "images", "answer", "note"]
+    write_parquet(tmp_path / "more.parquet")
+    assert count_rows(tmp_path) == 6
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert count_rows(tmp_path / "a.jsonl") is None
 
 
 def test_memory_is_bounded_by_pages_and_batches_and_not_by_row_groups(tmp_path, monkeypatch):
