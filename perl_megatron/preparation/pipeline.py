@@ -215,11 +215,7 @@ class Pipeline:
         base = settings.source.path
         tables = [[os.path.relpath(each, base), file_fingerprint(each)] for each in source_tables(settings.source)]
         values: dict[str, Any] = {
-            "rules": [
-                settings.source.turns,
-                settings.rules,
-                [[name, file_fingerprint(each)] for name, each in zip(names, tables, strict=True)],
-            ],
+            "rules": [settings.source.turns, settings.rules, tables],
             "rephrase": [settings.rephrase, self.rephrase.prompt, settings.endpoint.model, settings.output.seed],
             "difficulty": [settings.difficulty, settings.policy_endpoint.model, self._policy_mark],
             "resample": [settings.resample, settings.output.seed],
