@@ -26,6 +26,9 @@ MESSAGE_TOKENS = 5
 IMAGE_BOUNDS = 3136, 1003520
 """Pixels: what Qwen2.5-VL's cookbook uses for images; what an endpoint does with images is its own business."""
 
+ASKING = ("rephrase", "difficulty", "label")
+"""The stages that ask somebody."""
+
 CountTokens = Callable[[str], int]
 
 
@@ -58,30 +61,25 @@ def estimate(
         num_shown: so many prompts of each stage are given to ``show``, as (stage, question id, prompt).
         count_tokens: tokens of a text.
     """
-    settings = pipeline.settings
-    costs = []
-    for name in ("rephrase", "difficulty", "label"):
-        cost = StageCost(name, is_done=_is_done(pipeline, name))
-        costs.append(cost)
-        if cost.is_done:
-            continue
-        for question in _incoming(pipeline, name):
-            if name == "difficulty":
-                _add_difficulty(cost, pipeline, question, count_tokens)
-                text = f"{settings.difficulty.system_prompt}\n\n{question.full_text()}"
-            else:
-                stage: LanguageStage = pipeline.rephrase if name == "rephrase" else pipeline.label
-                if not stage.asks(question):
-                    continue
-                messages = messages_of(stage, question, pipeline.folder)
-                _add_language(cost, stage, question, messages, count_tokens)
-                text = "\n\n".join(_shown(message) for message in messages)
-            if cost.num_requests <= num_shown:
-                show(name, question.id, text)
-    size = settings.resample.size
-    if size is not None and not _is_done(pipeline, "resample") and size < costs[-1].num_requests:
-        _scale(costs[-1], size)
-    return costs
+    costs = {name: StageCost(name, is_done=_is_done(pipeline, name)) for name in ASKING}
+    shown: dict[str, list[tuple[str, str]]] = {name: [] for name in ASKING}
+    sources: dict[str | None, list[str]] = {}
+    for name in ASKING:
+        if not costs[name].is_done:
+            sources.setdefault(_last_finished(pipeline, name), []).append(name)
+    for source, stages in sources.items():  # the tables are read once for all stages
+        for question in _questions(pipeline, source):
+            for name in stages:
+                text = _add(costs[name], pipeline, question, count_tokens)
+                if text is not None and len(shown[name]) < num_shown:
+                    shown[name].append((question.id, text))
+    for name in ASKING:
+        for identifier, text in shown[name]:
+            show(name, identifier, text)
+    size, label = pipeline.settings.resample.size, costs["label"]
+    if size is not None and not _is_done(pipeline, "resample") and size < label.num_requests:
+        _scale(label, size)
+    return list(costs.values())
 
 
 def image_tokens(sizes: tuple[tuple[int, int], ...], *, min_pixels: int, max_pixels: int) -> int:
@@ -101,15 +99,33 @@ def _is_done(pipeline: Pipeline, name: str) -> bool:
     return pipeline.folder.is_dir() and Manifest(pipeline.folder).is_finished(name, pipeline.marks()[name])
 
 
-def _incoming(pipeline: Pipeline, name: str) -> Iterator[Question]:
-    """The questions that come into a stage: those of the nearest stage before it that is finished."""
-    for before in reversed(STAGES[: STAGES.index(name)]):
-        if _is_done(pipeline, before):
-            yield from pipeline.files[before].questions()
-            return
+def _last_finished(pipeline: Pipeline, name: str) -> str | None:
+    """The nearest stage before this one that is finished; None if none is."""
+    before = reversed(STAGES[: STAGES.index(name)])
+    return next((stage for stage in before if _is_done(pipeline, stage)), None)
+
+
+def _questions(pipeline: Pipeline, source: str | None) -> Iterator[Question]:
+    """Those that a stage keeps, or of the source those that the rules would keep."""
+    if source is not None:
+        yield from pipeline.files[source].questions()
+        return
     for outcome in apply_rules(pipeline.settings.source, pipeline.settings.rules, None, ()):
         if isinstance(outcome, Kept):
             yield outcome.question
+
+
+def _add(cost: StageCost, pipeline: Pipeline, question: Question, count: CountTokens) -> str | None:
+    """Count a question; what would be asked about it, or None where nothing would."""
+    if cost.stage == "difficulty":
+        _add_difficulty(cost, pipeline, question, count)
+        return f"{pipeline.settings.difficulty.system_prompt}\n\n{question.full_text()}"
+    stage: LanguageStage = pipeline.rephrase if cost.stage == "rephrase" else pipeline.label
+    if not stage.asks(question):
+        return None
+    messages = messages_of(stage, question, pipeline.folder)
+    _add_language(cost, stage, question, messages, count)
+    return "\n\n".join(_shown(message) for message in messages)
 
 
 def _add_language(

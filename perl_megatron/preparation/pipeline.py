@@ -212,9 +212,10 @@ class Pipeline:
     def marks(self) -> dict[str, str]:
         """For each stage, what it depends on: its settings, and the mark of the stage before."""
         settings = self.settings
-        tables = source_tables(settings.source)
+        base = settings.source.path
+        tables = [[os.path.relpath(each, base), file_fingerprint(each)] for each in source_tables(settings.source)]
         values: dict[str, Any] = {
-            "rules": [settings.source.turns, settings.rules, [[each.name, file_fingerprint(each)] for each in tables]],
+            "rules": [settings.source.turns, settings.rules, tables],
             "rephrase": [settings.rephrase, self.rephrase.prompt, settings.endpoint.model, settings.output.seed],
             "difficulty": [settings.difficulty, settings.policy_endpoint.model, self._policy_mark],
             "resample": [settings.resample, settings.output.seed],

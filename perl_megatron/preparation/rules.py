@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from perl_megatron.data.image_store import ImageStore
-from perl_megatron.data.images import FORMATS, check_image
+from perl_megatron.data.image_store import MAX_IMAGE_BYTES, ImageStore, image_suffix
+from perl_megatron.data.images import FORMATS, MAX_SOURCE_PIXELS, MERGED_PATCH, smart_resize
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.choices import Choice, split_choice
 from perl_megatron.preparation.mantis import BrokenRow, Candidate, read_candidates
@@ -92,9 +92,11 @@ def _judge(
         return AlreadyDone(candidate.id)
     if reason is None:
         try:
-            return Kept(_question(candidate, choice, contents, store))
+            sizes = tuple(_checked_size(content, decode=store is not None) for content in contents)
         except UserError as error:
             reason, detail = "an image cannot be read", error.what
+        else:
+            return Kept(_question(candidate, choice, sizes, _stored(contents, store)))
     return Dropped(candidate.id, candidate.source, reason, detail)
 
 
@@ -140,32 +142,43 @@ def _key(candidate: Candidate, contents: list[bytes]) -> bytes:
     return digest.digest()
 
 
-def _question(candidate: Candidate, choice: Choice | None, contents: list[bytes], store: ImageStore | None) -> Question:
-    """Raises UserError for an image that is none."""
-    paths: list[str] = []
-    sizes = [_size(content) for content in contents]
-    if store is not None:
-        for content in contents:
-            path = store.add(content)
-            check_image(path)
-            paths.append(os.path.relpath(path, store.folder.parent))
+def _stored(contents: list[bytes], store: ImageStore | None) -> tuple[str, ...]:
+    """Paths relative to the pipeline's folder. UserError where they cannot be written, which ends the run."""
+    if store is None:
+        return ()
+    return tuple(os.path.relpath(store.add(content), store.folder.parent) for content in contents)
+
+
+def _question(
+    candidate: Candidate, choice: Choice | None, sizes: tuple[tuple[int, int], ...], paths: tuple[str, ...]
+) -> Question:
     return Question(
         id=candidate.id,
         source=candidate.source,
-        images=tuple(paths),
-        image_sizes=tuple(sizes),
+        images=paths,
+        image_sizes=sizes,
         text=candidate.text if choice is None else choice.stem,
         options=() if choice is None else choice.options,
         answer=candidate.answer if choice is None else str(choice.letter),
     )
 
 
-def _size(content: bytes) -> tuple[int, int]:
-    """(width, height) of an image as it is shown, from its header."""
+def _checked_size(content: bytes, *, decode: bool) -> tuple[int, int]:
+    """(width, height) of an image as it is shown. UserError for one that training would refuse; without ``decode``,
+    only as far as its header tells."""
+    if image_suffix(content) is None or len(content) > MAX_IMAGE_BYTES:
+        raise UserError("it is no image of a known format, or too large")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-            rotated = image.getexif().get(_ORIENTATION) in _ROTATED
+            if width * height > MAX_SOURCE_PIXELS:
+                raise UserError(f"the image has more than {MAX_SOURCE_PIXELS} pixels")
+            if decode:
+                image.load()
+            is_rotated = image.getexif().get(_ORIENTATION) in _ROTATED
+    except UserError:
+        raise
     except Exception as error:  # Pillow's readers raise nearly anything on corrupt bytes
         raise UserError(f"cannot read the image: {error}") from error
-    return (height, width) if rotated else (width, height)
+    smart_resize(height, width, min_pixels=MERGED_PATCH**2, max_pixels=MAX_SOURCE_PIXELS)  # refuses extreme shapes
+    return (height, width) if is_rotated else (width, height)

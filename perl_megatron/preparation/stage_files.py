@@ -15,8 +15,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.question import Kept, Outcome, Question, Unanswered, from_values, to_values
@@ -59,7 +60,7 @@ class StageFiles:
     def __init__(self, folder: Path, number: int, name: str):
         self.name = name
         self._paths = {suffix: folder / f"{number:02d}_{name}{suffix}.jsonl" for suffix in (KEPT, DROPPED, RAW)}
-        self._open: dict[str, BinaryIO] = {}
+        self._open: dict[str, FileIO] = {}
 
     @property
     def paths(self) -> list[Path]:
@@ -100,12 +101,6 @@ class StageFiles:
         try:
             for outcome in outcomes:
                 self._write(outcome, counts)
-        except OSError as error:
-            raise UserError(
-                f"the stage '{self.name}' cannot be written: {error.strerror}",
-                where=str(self._paths[KEPT]),
-                fix="free some space and start again: what is finished stays",
-            ) from error
         finally:
             for file in self._open.values():
                 file.close()
@@ -137,10 +132,16 @@ class StageFiles:
             counts.dropped[outcome.reason] += 1
 
     def _append(self, suffix: str, row: dict[str, Any]) -> None:
-        if suffix not in self._open:
-            self._open[suffix] = self._paths[suffix].open("ab")
-        self._open[suffix].write(_line(row))
-        self._open[suffix].flush()
+        try:
+            if suffix not in self._open:
+                self._open[suffix] = self._paths[suffix].open("ab", buffering=0)
+            self._open[suffix].write(_line(row))
+        except OSError as error:
+            raise UserError(
+                f"the stage '{self.name}' cannot be written: {error.strerror}",
+                where=str(self._paths[suffix]),
+                fix="free some space and start again: what is finished stays",
+            ) from error
 
 
 def refuse_unanswered(name: str, counts: StageCounts) -> None:

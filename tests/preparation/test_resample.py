@@ -64,7 +64,7 @@ def usable(accuracies: list[float], histogram: list[int]) -> bool:
     return any(histogram[bin_of(value, len(histogram))] for value in accuracies)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(questions, histograms, sizes, st.booleans(), st.integers(0, 5))
 def test_any_choice(accuracies, histogram, size, allow_repeats, seed):
     if not usable(accuracies, histogram):
@@ -112,7 +112,7 @@ def test_no_choice_of_the_size_is_nearer(available, histogram, size):
     assert distance(resample(accuracies, histogram, size=size).counts) - min(map(distance, every)) < 2
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=30)
 @given(questions, histograms)
 def test_the_largest_size_without_repeats(accuracies, histogram):
     if not usable(accuracies, histogram):
@@ -121,7 +121,7 @@ def test_the_largest_size_without_repeats(accuracies, histogram):
     present = [weight if count else 0 for weight, count in zip(histogram, result.available, strict=True)]
     size = sum(result.counts)
     assert not [number for number in result.short if present[number]]
-    for larger in range(size + 1, size + 40):
+    for larger in range(size + 1, size + 30):
         assert resample(accuracies, present, size=larger).short or larger > len(accuracies)
 
 

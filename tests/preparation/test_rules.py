@@ -11,6 +11,7 @@ import pytest
 from mantis_case import png, row
 from PIL import Image
 
+from perl_megatron.data.image_store import ImageStore
 from perl_megatron.data.images import load_image
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.question import Dropped, Kept, Question
@@ -211,6 +212,23 @@ def test_a_broken_zip_file_is_named(tmp_path):
     (tmp_path / "train_images.zip").write_bytes(b"not a zip")
     with pytest.raises(UserError, match="cannot read the image"):
         TableImages(None).read("a.png", tmp_path / "train.parquet")
+
+
+def test_a_full_disk_ends_the_run_instead_of_dropping_questions(tmp_path, monkeypatch):
+    def full(store: ImageStore, content: bytes) -> Path:
+        raise UserError("cannot write an image: No space left on device")
+
+    monkeypatch.setattr(ImageStore, "add", full)
+    with pytest.raises(UserError, match="No space left"):
+        decide(tmp_path, row("a", "What is on both of them?", "a cat", TWO))
+
+
+def test_images_that_training_would_refuse_are_refused(tmp_path):
+    long = png(5, (1000, 4))
+    outcomes = decide(tmp_path, row("a", "What is on both of them?", "a cat", [TWO[0], long]))
+    assert reasons(outcomes) == ["an image cannot be read"]
+    assert "aspect ratio" in outcomes[0].detail
+    assert not (tmp_path / "out").exists()  # nothing is kept of a question that is dropped
 
 
 def test_latin_letters():
