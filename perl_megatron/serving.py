@@ -10,9 +10,9 @@ from perl_megatron.config.schema import Config
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.engine import INSTALL_VLLM, vllm_obstacle
-from perl_megatron.rollout.server_key import read_key
 from perl_megatron.runtime import environment, platform
 from perl_megatron.runtime.addresses import is_loopback
+from perl_megatron.runtime.key_file import read_key
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def serve(config: Config, *, host: str, port: int, max_images: int | None, log_r
     obstacle = vllm_obstacle(cuda=platform.is_cuda())
     if obstacle is not None:
         raise UserError(obstacle, where="perl-megatron serve", fix=INSTALL_VLLM)
-    key = read_key(config.rollout.api_key_file)
+    key = read_key(config.rollout.api_key_file, "rollout.api_key_file")
     if key is None and not is_loopback(host):
         raise UserError(
             "whoever reaches the server could change its weights and run code in it",

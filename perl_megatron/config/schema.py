@@ -7,6 +7,7 @@ The help text, docs and error messages are made from the descriptions here. Batc
 from __future__ import annotations
 
 from perl_megatron.config.algorithm_sections import AlgorithmConfig, FilterConfig
+from perl_megatron.config.endpoint_section import EndpointConfig
 from perl_megatron.config.evaluation_section import EvaluationConfig
 from perl_megatron.config.question_sections import DataConfig, PermutationConfig
 from perl_megatron.config.reward_section import RewardConfig
@@ -36,3 +37,4 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     supervised: SupervisedConfig = SupervisedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    endpoint: EndpointConfig = EndpointConfig()
