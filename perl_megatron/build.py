@@ -23,6 +23,7 @@ from perl_megatron.data.records import Dataset, DroppedRecord, read_records
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.errors import UserError
 from perl_megatron.observability.memory import PeakMemory
+from perl_megatron.reward.functions import load_functions
 from perl_megatron.reward.grade import check_expected
 from perl_megatron.rollout.engine import RolloutEngine, vllm_obstacle
 from perl_megatron.rollout.server_engine import ServerEngine
@@ -50,6 +51,7 @@ def build_training(
     """Everything that permuted GRPO needs. Data are read and checked before the policy and the engine are built."""
     config = loaded.config
     derived = derive_for(config, topology.world_size, "train")
+    load_functions(config.reward)  # one that is not there ends the run before anything slow is built
     encoder = build_encoder(config)
     records = read_questions(config, config.data.train, "data.train", encoder)
     evaluation_records: tuple[Record, ...] = ()
@@ -197,7 +199,14 @@ def drop_unusable(dataset: Dataset, max_prompt_tokens: int, encoder: PromptEncod
     kept, dropped = [], list(dataset.dropped)
     for record in dataset.records:
         try:
-            check_expected(record.answer, record.answer_type, where=record.source)
+            check_expected(
+                record.answer,
+                record.answer_type,
+                where=record.source,
+                grading=record.grading,
+                option_slots=record.contract.option_slots,
+                num_images=len(record.images),
+            )
             num_tokens = len(encoder.encode(apply_order(record, range(len(record.images)), 0)).token_ids)
         except UserError as error:
             dropped.append(DroppedRecord(record.source, record.id, error.what))

@@ -44,7 +44,7 @@ def _sampled(pairs: list[tuple[Group, Rollout]]) -> dict[str, float]:
         chosen = [(group, rollout) for group, rollout in pairs if group.views[rollout.view_index].permuted is wanted]
         if chosen:
             metrics[f"reward/accuracy_{name}"] = _mean_part(chosen, "accuracy")
-    return metrics
+    return metrics | {f"reward/part/{name}": _mean_part(pairs, name) for name in pairs[0][1].reward_parts}
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:

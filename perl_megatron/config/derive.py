@@ -17,6 +17,7 @@ from perl_megatron.config.derive_engine import (
 )
 from perl_megatron.config.derive_filter import check_filter
 from perl_megatron.config.derive_model import check_fp8, check_objective, check_parts, check_psutil
+from perl_megatron.config.derive_reward import check_reward
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
@@ -207,9 +208,4 @@ def _check_training(config: Config, data_size: int) -> None:
             where="permutation.coefficient",
             fix="set permutation.coefficient=0.9, say, or another permutation.schedule (linear, power, constant)",
         )
-    if config.reward.accuracy == 0 and config.reward.format == 0:
-        raise UserError(
-            "all rewards are 0",
-            where="reward.accuracy = 0, reward.format = 0",
-            fix="set reward.accuracy or reward.format above 0",
-        )
+    check_reward(config)

@@ -47,6 +47,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("reward/accuracy_original", "1", "share of right answers over views in the original image order"),
     Metric("reward/accuracy_permuted", "1", "share of right answers over views in another image order"),
     Metric("reward/format", "1", "share of responses in the asked-for format"),
+    Metric("reward/part/{name}", "1", "mean of one part of the reward: accuracy, format, judge, or a function's name"),
     Metric("response/length_mean", "tokens", "mean response length, the end-of-turn token included"),
     Metric("response/length_max", "tokens", "longest response"),
     Metric("response/truncated", "1", "share of responses cut at the token limit"),
