@@ -128,3 +128,15 @@ def test_a_step_of_carried_groups_alone_has_sampled_nothing(groups: list[Group])
     counts = {"kept": 1, "carried": 0, "dropped": 1, "dropped_expired": 1, "refills": 0}
     assert metrics == {f"groups/{name}": count for name, count in counts.items()}
     assert rollout_metrics(Drawn(2, [waiting, late]))["reward/accuracy"] == 0
+
+
+def test_every_part_of_the_reward_has_its_mean(groups: list[Group]) -> None:
+    for group in groups:
+        for number, rollout in enumerate(group.rollouts):
+            rollout.reward, rollout.reward_parts = 0.0, {"accuracy": 1.0, "format": 0.0, "brevity": float(number)}
+    question = DrawnQuestion(groups[0].record, 0, 1, 0, groups[0])
+    question.decide("kept", "kept")
+    metrics = rollout_metrics(Drawn(1, [question]))
+    check_names(metrics)
+    parts = {"accuracy": 1.0, "format": 0.0, "brevity": 1.0}  # brevity: of 0, 1 and 2
+    assert {name: metrics[f"reward/part/{name}"] for name in parts} == parts

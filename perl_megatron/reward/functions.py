@@ -81,7 +81,7 @@ def _load(target: str) -> RewardFunction:
         raise UserError(
             f"the reward function cannot be loaded: {type(error).__name__}: {error}",
             where=where,
-            fix="check the name, and that its package is installed where the run starts",
+            fix="check the name, and that its package is installed, or its folder in PYTHONPATH, where the run starts",
         ) from error
     try:
         inspect.signature(function).bind("text", None, "stop")
