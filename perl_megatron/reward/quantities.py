@@ -115,7 +115,7 @@ _LATEX = (
     (re.compile(r"\^\s*\{\s*(-?[0-9])\s*\}"), r"^\1"),
     (re.compile(r"(?<![0-9])²"), "^2"),
     (re.compile(r"(?<![0-9])³"), "^3"),
-    (re.compile(r"°\s*(?=[CF](?![a-z]))"), "°"),
+    (re.compile(r"(?:°|\bdeg(?:rees?)?\b)\s*(?=(?:celsius|fahrenheit|C|F)\b)", re.IGNORECASE), "°"),
 )
 _FACTOR = re.compile(
     r"\s*(?:(?P<slash>/|per\b)|·)?\s*(?:(?P<shape>square|sq\.?|cubic|cu\.?)\s+)?"
