@@ -18,6 +18,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.questions import most_images, read_questions, training_questions
+from perl_megatron.reward.functions import load_functions
 from perl_megatron.rollout.engine import RolloutEngine, vllm_obstacle
 from perl_megatron.rollout.server_engine import ServerEngine
 from perl_megatron.runtime import platform
@@ -44,6 +45,7 @@ def build_training(
     """Everything that permuted GRPO needs. Data are read and checked before the policy and the engine are built."""
     config = loaded.config
     derived = derive_for(config, topology.world_size, "train")
+    load_functions(config.reward)  # one that is not there ends the run before anything slow is built
     encoder = build_encoder(config)
     questions = training_questions(config, encoder)
     evaluation_records: tuple[Record, ...] = ()

@@ -24,12 +24,12 @@ from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.data.recover_order import maybe_recover_order
 from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, DrawnQuestion
 from perl_megatron.errors import UserError
-from perl_megatron.reward.boxed import last_boxed
-from perl_megatron.reward.score import score, total
+from perl_megatron.reward.score import total
+from perl_megatron.reward.scorer import Response, Scorer
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
-from perl_megatron.runtime.collective import shared_map
+from perl_megatron.runtime.collective import shared_batches
 from perl_megatron.runtime.rng import derive_seed
-from perl_megatron.types import Group, Rollout, View
+from perl_megatron.types import Group
 
 
 class NothingKeptError(UserError):
@@ -56,7 +56,7 @@ class GroupCollector:
         engine: RolloutEngine,
     ):
         self.config, self.questions = config, questions
-        self.encoder, self.engine = encoder, engine
+        self.encoder, self.engine, self.scorer = encoder, engine, Scorer(config)
         self._waiting: tuple[DrawnQuestion, ...] = ()
 
     def collect(self, step: int, alpha: float) -> Drawn:
@@ -92,7 +92,8 @@ class GroupCollector:
         """Nothing is ever under way between two calls of ``collect``."""
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Nothing is under way; let go of what scores."""
+        self.scorer.close()
 
     def state(self) -> Callable[[], dict[str, Any]]:
         """Where a resumed run has to go on, as it is now; the call that writes it out (as JSON) may come later."""
@@ -184,18 +185,17 @@ class GroupCollector:
 
     def _score(self, groups: Sequence[Group]) -> None:
         """Reward every rollout against its own view's answer (PeRL Eq. 4), and for what the other views' got right."""
-        pairs = [(rollout, group.views[rollout.view_index]) for group in groups for rollout in group.rollouts]
-
-        def parts(pair: tuple[Rollout, View]) -> dict[str, float]:
-            rollout, view = pair
-            return score(rollout.text, view, rollout.finish_reason, self.config.reward)
-
-        for (rollout, _), reward_parts in zip(pairs, shared_map(parts, pairs), strict=True):
-            rollout.reward_parts = reward_parts
-            rollout.readable = last_boxed(rollout.text) is not None
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        responses = [
+            Response(rollout.text, group.views[rollout.view_index], rollout.finish_reason)
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        for rollout, scored in zip(rollouts, shared_batches(self.scorer.score_all, responses), strict=True):
+            rollout.reward_parts, rollout.readable = scored.parts, scored.readable
         for group in groups:
             add_shaping_parts(group, self.config.reward, max_response_tokens=self.config.rollout.max_response_tokens)
-        for rollout, _ in pairs:
+        for rollout in rollouts:
             rollout.reward = total(rollout.reward_parts, self.config.reward)
 
     def _question_from_json(self, saved: dict[str, Any]) -> DrawnQuestion:

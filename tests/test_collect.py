@@ -314,3 +314,16 @@ def test_questions_that_cannot_be_asked_are_in_the_ledger_and_others_come_in_the
     assert sum(question.decision == "kept" for question in drawn) == 8
     assert all(question.refill == 0 for question in drawn)
     assert len(engine.seeds) == 2 * 8
+
+
+def test_rewards_beside_the_rules_count_and_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def of_order(text, view, finish_reason): return float(view.permuted)"
+    (tmp_path / "collect_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    answer = "<think>.</think>\\boxed{seven}"  # has the format, and is no number
+    groups, _ = collector(lambda view, number: answer, reward={"functions": ("collect_rewards:of_order=0.5",)})
+    group = groups.collect(0, 1.0).kept[0]
+    assert [rollout.reward for rollout in group.rollouts] == [0.1] * 3 + [0.6] * 3
+    assert group.rollouts[3].reward_parts == {"accuracy": 0.0, "format": 1.0, "of_order": 1.0}
+    assert not any(rollout.readable for rollout in group.rollouts)
+    groups.close()

@@ -18,6 +18,7 @@ from perl_megatron.config.derive_engine import (
 )
 from perl_megatron.config.derive_filter import check_filter
 from perl_megatron.config.derive_model import check_fp8, check_parts, check_psutil
+from perl_megatron.config.derive_reward import check_reward
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
 from perl_megatron.config.schema import Config, EvaluationConfig, RolloutConfig
 from perl_megatron.errors import UserError
@@ -246,9 +247,4 @@ def _check_training(config: Config, data_size: int) -> None:
             fix="set permutation.coefficient=0.9, say, or another permutation.schedule (linear, power, constant)",
         )
     check_algorithm(config)
-    if config.reward.accuracy == config.reward.format == config.reward.consistency == 0:
-        raise UserError(
-            "all rewards are 0",
-            where="reward.accuracy = 0, reward.format = 0, reward.consistency = 0",
-            fix="set reward.accuracy or reward.format above 0",
-        )
+    check_reward(config)

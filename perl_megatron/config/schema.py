@@ -33,6 +33,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     filter: FilterConfig = FilterConfig()
     reward: RewardConfig = RewardConfig()
+    judge: EndpointConfig = EndpointConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerSection = OptimizerSection()
     supervised: SupervisedConfig = SupervisedConfig()
