@@ -6,6 +6,7 @@ Imports are collected from everywhere in a file: lazy ones inside functions and 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -272,6 +273,14 @@ def test_files_are_short():
     assert lengths
     long = {name: length for name, length in lengths.items() if length > MAX_LINES}
     assert not long, f"longer than {MAX_LINES} lines: {long}"
+
+
+def test_test_files_have_names_of_their_own():
+    """Pytest imports them by their base names."""
+    counts = Counter(path.name for path in sources("tests") if path.name not in ("conftest.py", "__init__.py"))
+    folder = "tests/transformer_engine_stand_in"  # a package of its own
+    repeated = [name for name, count in counts.items() if count > 1 and not list((ROOT / folder).rglob(name))]
+    assert not repeated, repeated
 
 
 def test_the_reader_of_imports_sees_all_forms():

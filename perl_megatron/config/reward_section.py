@@ -13,7 +13,7 @@ from perl_megatron.config.section import Section, as_texts
 _FUNCTION = re.compile(r"\s*(?P<target>[\w.-]+(?::[\w.]+)?)\s*=\s*(?P<weight>[^=\s]+)\s*")
 AnswerType = Literal["choice", "index", "json", "math", "number", "ordering", "short_text", "text"]
 """How an answer is graded (`answer_type` of a record)."""
-_OWN_PARTS = ("accuracy", "format", "judge")
+_OWN_PARTS = ("accuracy", "format", "judge", "consistency", "overlong")
 
 
 def _check_functions(functions: tuple[str, ...]) -> tuple[str, ...]:

@@ -50,7 +50,14 @@ def measure(questions: Iterable[Question], policy: Policy, folder: Path) -> Iter
             continue
         view = view_of(question, folder)
         try:
-            check_expected(view.answer, view.answer_type, where=question.id)
+            check_expected(
+                view.answer,
+                view.answer_type,
+                where=question.id,
+                grading=view.grading,
+                option_slots=view.option_slots,
+                num_images=len(view.images),
+            )
         except UserError as error:
             yield Dropped(question.id, question.source, "the answer cannot be graded", error.what)
             continue
