@@ -58,21 +58,20 @@ def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
     for number in reversed(range(len(markers))):
         following[number] = nearest.get(chr(ord(letters[number]) + 1))
         nearest[letters[number]] = number
-    starts: dict[int | None, list[int]] = {}
-    for number, own in enumerate(letters):
-        if own == "A":  # of many before one B only the last few can begin its list
-            starts[following[number]] = [*starts.get(following[number], [])[-2:], number]
     found: list[LetteredOption] = []
-    for first in sorted(number for group in starts.values() for number in group):
+    line_ends: dict[int, int] = {}  # many lists may end in the same line, which can be long
+    for first in (number for number, own in enumerate(letters) if own == "A"):
         if found and found[-1].marker < markers[first].start() < found[-1].end:
             continue
         options, current = list[LetteredOption](), first
         while len(options) < (count or len(ALPHABET)):
             after = following[current]
-            end = _line_end(text, markers[current].end()) if after is None else markers[after].start()
-            options.append(_option(text, markers[current], end))
             if after is None:
+                if current not in line_ends:
+                    line_ends[current] = _line_end(text, markers[current].end())
+                options.append(_option(text, markers[current], line_ends[current]))
                 break
+            options.append(_option(text, markers[current], markers[after].start()))
             current = after
         if len(options) >= (count or 2) and _is_list(text, options):
             found = options
