@@ -30,7 +30,7 @@ from perl_megatron.errors import UserError
 
 _SIDES = ("left", "right", "middle", "cent", "top", "bottom", "upper", "lower")
 _SIDE = r"(?:(?:left|right)(?:[- ]?most)?|middle|cent(?:er|re|ral))"
-_HAND = r"(?:[- ]hand)?(?:[- ]side)?"
+_HAND = r"(?:[- ]hand)?+(?:[- ]side)?+"
 _AND = r"(?:\s*+,\s*+(?:(?:and|or)\s++)?|\s++(?:and|or|vs\.?|versus|than|&)\s++|\s*+/\s*+)(?:the\s++)?"
 _BEFORE = re.compile(
     rf"\b(?P<side>{_SIDE})(?P<hand>{_HAND})"
@@ -86,6 +86,8 @@ def find_positions(text: str, num_images: int) -> Iterator[Phrase]:
     for match in before:
         found = [(match[side], match.start(side), match[hand]) for side, hand in _GROUPS if match[side]]
         found = [item for item in found if item[1] not in understood]  # "the image on the left or the right image"
+        if not found:
+            continue
         understood.update(start for _, start, _ in found)
         references = [_adjective(*item, num_images, has_middle) for item in found]
         if match["plural"] and len(found) == 1:

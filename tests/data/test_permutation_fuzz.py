@@ -73,7 +73,8 @@ def records(draw) -> Record:
 
 
 def neutral(text: str) -> str:
-    """A text in which the last of n images is not told from the n-th, nor 'leftmost' from 'left', nor cases."""
+    """A text in which the last of n images is not told from the n-th, nor cases, nor digits of other scripts."""
+    text = "".join(str(int(sign)) if sign.isdecimal() else sign for sign in text)
     for word, number in {"last": "Nth", "final": "Nth", "second": "Nth", "third": "Nth", "fourth": "Nth"}.items():
         text = text.replace(word, number)
     return text.casefold()
