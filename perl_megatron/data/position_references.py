@@ -1,7 +1,7 @@
 """References by position: images side by side, the first on the left.
 
 "The left image", "the picture on the right", "the leftmost photo", "the left and the right image", and after such a
-phrase "the right one", "than the one on the right" and "than in the right". With two images, left and right; with
+phrase "the right one", "than the one on the right" and "… in the right." With two images, left and right; with
 three, left, middle and right, where left and right are "leftmost" or "far left", or the middle image is named too. With
 more, "leftmost" and "rightmost", which cannot be rewritten and so need fixed slots. A single image has no side.
 
@@ -30,7 +30,7 @@ from perl_megatron.errors import UserError
 
 _SIDES = ("left", "right", "middle", "cent", "top", "bottom", "upper", "lower")
 _SIDE = r"(?:(?:left|right)(?:[- ]?most)?|middle|cent(?:er|re|ral))"
-_HAND = r"(?:[- ]hand)?(?:[- ]side)?"
+_HAND = r"(?:[- ]hand)?+(?:[- ]side)?+"
 _AND = r"(?:\s*+,\s*+(?:(?:and|or)\s++)?|\s++(?:and|or|vs\.?|versus|than|&)\s++|\s*+/\s*+)(?:the\s++)?"
 _BEFORE = re.compile(
     rf"\b(?P<side>{_SIDE})(?P<hand>{_HAND})"
@@ -46,7 +46,7 @@ _AFTER = re.compile(
 )
 _AGAIN = re.compile(
     r"\bthe\s++(?P<one>left|right)\s++one\b|\b(?:than|as|unlike)\s++the\s++one\s++on\s++the\s++(?P<behind>left|right)\b"
-    r"|\bthan\s++(?:in\s++|that\s++in\s++|those\s++in\s++)?the\s++(?P<alone>left|right)\b(?=\s*+(?:$|[.?!,;]))",
+    r"|\b(?:than|in)\s++the\s++(?P<alone>left|right)\b(?=\s*+(?:$|[.?!,;]))",
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"\b(?P<side>left|right)\s*+[:=]\s*+(?=<image>)", re.IGNORECASE)
@@ -68,6 +68,7 @@ _DIRECTION = re.compile(
 )
 _NO_DIRECTION = re.compile(r"\s++(?:of|side|hand|image|picture|photo|figure|one)", re.IGNORECASE)
 _REMAINING = re.compile(r"\b(?:is|are|was|were|has|have|had)\s+$", re.IGNORECASE)
+_IS_IT = re.compile(r"\b(?:statement|claim|caption|description|that|this|it)\s+(?:is\s+)?$", re.IGNORECASE)
 _NO_MORE = re.compile(r"\s*+(?:$|[?.!,;])|\s++(?:over|behind|open|alone|after)\b", re.IGNORECASE)
 
 
@@ -85,6 +86,8 @@ def find_positions(text: str, num_images: int) -> Iterator[Phrase]:
     for match in before:
         found = [(match[side], match.start(side), match[hand]) for side, hand in _GROUPS if match[side]]
         found = [item for item in found if item[1] not in understood]  # "the image on the left or the right image"
+        if not found:
+            continue
         understood.update(start for _, start, _ in found)
         references = [_adjective(*item, num_images, has_middle) for item in found]
         if match["plural"] and len(found) == 1:
@@ -180,9 +183,11 @@ def _refuse_others(text: str, understood: set[int]) -> None:
 
 
 def _is_within_an_image(text: str, word: re.Match[str]) -> bool:
-    """Whether a left or right is surely no image's: "left hand", "turns to the right", "how many are left?"."""
+    """Whether a left or right is surely no image's: "left hand", "turns right", "are any left?", "is it right?"."""
     if _OF_A_THING.match(text, word.start()):
         return True
     if preceded_by(text, word.start(), _DIRECTION, window=40):
         return _NO_DIRECTION.match(text, word.end()) is None
-    return bool(preceded_by(text, word.start(), _REMAINING) and _NO_MORE.match(text, word.end()))
+    if not _NO_MORE.match(text, word.end()):
+        return False
+    return bool(preceded_by(text, word.start(), _REMAINING) or preceded_by(text, word.start(), _IS_IT))

@@ -14,6 +14,7 @@ from perl_megatron.data.bare_references import find_bare
 from perl_megatron.data.options import LetteredOption, lettered_options
 from perl_megatron.data.ordinal_references import ORDINAL_WORD
 from perl_megatron.data.reference_phrases import NOUN, NUMBERS, preceded_by
+from perl_megatron.data.references import SENTENCE_RULES, find_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import IMAGE_PLACEHOLDER, PermutationContract, Record, ReferenceRule
 
@@ -52,7 +53,24 @@ def refuse_unread(record: Record, contract: PermutationContract) -> None:
         for text in texts:
             if _is_bare(text, kinds, len(record.images)):
                 raise UserError(f"the option '{text}' may name an image", fix="write the record's contract by hand")
+    _refuse_undeclared(record, contract, options)
     _refuse_roles(record, contract, options)
+
+
+def _refuse_undeclared(record: Record, contract: PermutationContract, options: list[LetteredOption]) -> None:
+    """Refuse references of kinds that the contract does not rewrite. Options that stand for slots may name anything."""
+    undeclared = [rule for rule in SENTENCE_RULES if rule not in contract.references]
+    pieces, end = [], 0
+    for option in options if contract.option_slots else ():
+        pieces += [record.text[end : option.start], ";"]
+        end = option.end
+    text = "".join([*pieces, record.text[end:]])
+    for rule in undeclared:
+        if find_references(text, (rule,), len(record.images)):
+            raise UserError(
+                f"the text names images by '{rule.value}', which the template does not let follow",
+                fix="add it to the template's references",
+            )
 
 
 def _is_bare(text: str, kinds: tuple[ReferenceRule, ...], num_images: int) -> bool:

@@ -73,6 +73,9 @@ def rotated(permutable: Record) -> tuple[str, str]:
         ("mantis", THREE + "Which image is more like image 2? (A) image 1 (B) image 3", "A", ARE_IMAGES,
          (0, 2), "like image 2? (A) image 1", "B"),
         # Not permutable, for a reason.
+        ("nlvr2", TWO + "Image A shows a dog.", "True", None, None, "by 'letter', which the template", None),
+        ("dreamsim", "<image>\n<image> <image>\nIs image B like it?", "A", None, None, "cannot tell the options", None),
+        ("iconqa", THREE + "Which is like the leftmost image?", "A", None, None, "by 'position'", None),
         ("nlvr2", TWO + "A dog stands on the left.", "True", None, None, "is ambiguous", None),
         ("nlvr2", THREE + "The left image shows a dog.", "True", None, None, "no template for 'nlvr2'", None),
         ("iconqa", THREE + "Which? (A) image 9 (B) image 3", "A", None, None, "no template", None),

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from perl_megatron.data.options import lettered_options
@@ -42,6 +44,19 @@ def test_a_known_number_of_options():
     assert texts(text, 4) == []
     assert texts("(A) cat (B) dog (C) cow", 2) == ["cat", "dog"]
     assert texts("(A) cat", 1) == ["cat"]
+
+
+def test_hostile_texts_take_linear_time():
+    def seconds(repeats: int) -> float:
+        started = time.process_time()
+        line = "y" * (400 * repeats)
+        for text in ("(A) x " * repeats, "(A) x (B) y " * repeats + "(C) z", "(A) " * repeats):
+            lettered_options(text + "(B) " + line, None)
+        return time.process_time() - started
+
+    seconds(10)
+    # Ten times the text; quadratic time would be a hundred times as long.
+    assert seconds(5000) < 40 * max(seconds(500), 0.001)
 
 
 def test_the_letter_stands_before_the_text():

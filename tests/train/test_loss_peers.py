@@ -73,3 +73,15 @@ def test_loss_and_gradient_are_trls(form, seed):
     (gradient,), (right,) = torch.autograd.grad(value, ours), torch.autograd.grad(expected, peer)
     torch.testing.assert_close(gradient, right, rtol=2e-5, atol=1e-8)
     assert (gradient != 0).any()
+
+
+def test_a_kl_in_the_reward_is_not_in_the_loss_too():
+    sequences, values = case(0)
+    batch = collate(sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
+    results = []
+    for settings in ({"kl_in": "reward", "kl_coefficient": 0.5}, {"kl_coefficient": 0.0}):
+        log_prob = values.clone().requires_grad_()
+        loss, sums = PolicyLoss(sequences, AlgorithmConfig(**settings))(batch, log_prob, torch.zeros(len(values)))
+        results.append((loss.item(), torch.autograd.grad(loss, log_prob)[0].tolist(), float(sums["kl"])))
+    assert results[0] == results[1]
+    assert results[0][2] == 0
