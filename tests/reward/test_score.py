@@ -113,7 +113,8 @@ def test_any_text_gets_a_score(text, answer_type, finish_reason):
 
 def test_weights_of_functions():
     config = RewardConfig(accuracy=0.5, format=0.1, functions=("brevity=0.2", "my.module:Length.penalty = -0.1"))
-    assert weights(config) == {"accuracy": 0.5, "format": 0.1, "judge": 0.0, "brevity": 0.2, "penalty": -0.1}
+    unset = dict.fromkeys(("judge", "consistency", "overlong"), 0.0)
+    assert weights(config) == {"accuracy": 0.5, "format": 0.1, **unset, "brevity": 0.2, "penalty": -0.1}
     assert total({"accuracy": 1.0, "format": 0.0, "brevity": 0.5, "penalty": 1.0}, config) == 0.5
 
 

@@ -32,7 +32,7 @@ HOSTILE = (
 
 def item(scorer, answer, *, options=(), precision=None, absolute=0.0, relative=0.0, unit=""):
     grading = Grading(options, absolute, relative, unit)
-    return Item(Record("id", (), "question", answer, scorer, grading), scorer, precision)
+    return Item(Record("id", (), "question", answer, scorer, grading=grading), scorer, precision)
 
 
 def right(response, question):
