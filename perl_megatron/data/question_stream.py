@@ -87,8 +87,12 @@ class QuestionStream:
             UserError: too many records cannot be asked, on all ranks together.
         """
         drawn: list[StreamedQuestion] = []
-        limit = limit if limit is not None else count if self._checks is None else count + len(self.records)
-        while (missing := min(count - sum(one.problem is None for one in drawn), limit - len(drawn))) > 0:
+        while True:
+            missing = count - sum(one.problem is None for one in drawn)
+            if limit is not None:
+                missing = min(missing, limit - len(drawn))
+            if missing <= 0:
+                return drawn
             if self._checks is not None:
                 self._expect(missing + count, self._checks)  # so much also for the next call
             first = self.sampler.num_drawn
@@ -100,7 +104,6 @@ class QuestionStream:
                 StreamedQuestion(record, first + number, self._problems.get(index))
                 for number, (index, record) in enumerate(zip(indices, records, strict=True))
             ]
-        return drawn
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's position; JSON-serialisable."""

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from perl_megatron.data.question_stream import DrawChecks, QuestionStream
@@ -38,6 +38,7 @@ def test_without_checks_it_is_the_sampler():
 
 
 @given(bad=st.sets(st.integers(0, 19), max_size=8), counts=st.lists(st.integers(0, 25), max_size=6))
+@example(bad=set(range(12)), counts=[2, 25, 25])
 @settings(max_examples=50, deadline=None)
 def test_bad_records_are_passed_over_and_the_order_stays(bad, counts):
     problems = Problems(*bad)
