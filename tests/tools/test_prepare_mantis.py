@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from random_checkpoint import tool
-from tiny_checkpoint import make_policy
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "preparation"))
-
 from mantis_case import answer_by_rules, lines, write_table
+from random_checkpoint import tool
 from scripted_endpoint import ScriptedEndpoint
+from tiny_checkpoint import make_policy
 
 from perl_megatron.data.records import read_records
 
