@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
-from perl_megatron.collect import Drawn, GroupCollector
+from perl_megatron.collect import GroupCollector
+from perl_megatron.drawn import Drawn
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.server_engine import ServerEngine
 from perl_megatron.runtime import collective
@@ -57,7 +59,7 @@ class AheadCollector:
         else:
             assert pending.step == step, f"the groups of step {pending.step} are not those of step {step}"
             drawn = pending.result()
-        if step + 1 < self._num_steps:
+        if step + 1 < self._num_steps and not drawn.exhausted:
             self._pending = _Pending(self._collector, step + 1, self._alpha_of(step + 1), self._group)
             self._pending.thread.start()
         return drawn
@@ -78,9 +80,13 @@ class AheadCollector:
             self._engine.give_up()
             self._pending.thread.join(END_SECONDS)
 
-    def sampler_state(self) -> dict[str, int]:
-        """Where a resumed run has to go on with the records: what is under way will be drawn again."""
-        return self._collector.sampler_state() if self._pending is None else self._pending.sampler_state
+    def state(self) -> Callable[[], dict[str, Any]]:
+        """As ``GroupCollector.state``; what is under way will be drawn again."""
+        return self._collector.state() if self._pending is None else self._pending.state_before
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """As ``GroupCollector.load_state``."""
+        self._collector.load_state(state)
 
     def _bring(self, bring_weights: Callable[[], None]) -> None:
         bring_weights()  # does nothing where servers were brought the current ones before, and lost them again
@@ -103,7 +109,7 @@ class _Pending:
 
     def __init__(self, collector: GroupCollector, step: int, alpha: float, group: object):
         self.step = step
-        self.sampler_state = collector.sampler_state()
+        self.state_before = collector.state()
         self._collector, self._alpha, self._group = collector, alpha, group
         self._drawn: Drawn | None = None
         self._error: BaseException | None = None

@@ -6,44 +6,39 @@ are counted globally and all ranks leave the refill loop together.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from typing import Any
 
 from perl_megatron.algorithm.advantage import group_advantages
 from perl_megatron.algorithm.filter import judge
 from perl_megatron.config.schema import Config
+from perl_megatron.data.group_state import group_from_json, group_to_json
 from perl_megatron.data.planner import plan_views
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.sampler import ShuffledSampler
+from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, Drawn, DrawnQuestion
 from perl_megatron.errors import UserError
+from perl_megatron.reward.boxed import last_boxed
 from perl_megatron.reward.score import score, total
-from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
 from perl_megatron.runtime.collective import shared_map
 from perl_megatron.runtime.rng import derive_seed
 from perl_megatron.types import Group, Record, Rollout, View
 
-OVER_LONG = "over_long"
-"""Drop reason: a view's prompt exceeds `data.max_prompt_tokens` after its text followed the images."""
 
+class NothingKeptError(UserError):
+    """A step kept no group."""
 
-@dataclass
-class Drawn:
-    """What one step drew."""
-
-    kept: list[Group] = field(default_factory=list)
-    dropped: list[Group] = field(default_factory=list)
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Number of dropped groups by reason."""
-    refills: int = 0
-    cache_use: CacheUse = field(default_factory=CacheUse)
-    """Of the engine, for all groups that were sampled."""
-
-    @property
-    def groups(self) -> list[Group]:
-        """All groups that were sampled, kept or not."""
-        return self.kept + self.dropped
+    def __init__(self, drawn: Drawn):
+        super().__init__(
+            f"step {drawn.step}: all {sum(drawn.reasons.values())} groups were dropped: {dict(drawn.reasons)}",
+            where="filter.* and filter.max_refills",
+            fix="widen the accuracy band, allow more refills, or check that the policy ever answers right "
+            "(groups.jsonl has every group)",
+        )
+        self.drawn = drawn
 
 
 class GroupCollector:
@@ -59,35 +54,35 @@ class GroupCollector:
     ):
         self.config, self.records, self.sampler = config, records, sampler
         self.encoder, self.engine = encoder, engine
+        self._waiting: tuple[DrawnQuestion, ...] = ()
 
     def collect(self, step: int, alpha: float) -> Drawn:
         """The groups of ``step``; ``alpha`` is the probability that a question gets permuted copies.
 
+        Groups carried over from earlier steps come first. Where all `data.epochs` are used up, fewer groups than
+        asked for may be kept, or none.
+
         Raises:
-            UserError: no group was kept after `filter.max_refills` refills; the message holds the drop reasons.
+            NothingKeptError: no group was kept after `filter.max_refills` refills, though there are more questions.
         """
-        wanted = self.config.rollout.questions_per_step
-        drawn = Drawn()
-        while True:
-            draw_indices = range(self.sampler.num_drawn, self.sampler.num_drawn + wanted - len(drawn.kept))
-            records = [self.records[index] for index in self.sampler.next(len(draw_indices))]
-            for group in self._sample_groups(records, step, alpha, draw_indices, drawn.reasons):
-                verdict = judge(group, self.config.filter)
-                if verdict.keep:
-                    drawn.kept.append(group)
-                else:
-                    drawn.dropped.append(group)
-                    drawn.reasons[verdict.reason] += 1
-            if len(drawn.kept) >= wanted or drawn.refills == self.config.filter.max_refills:
+        config, wanted = self.config, self.config.rollout.questions_per_step
+        drawn = Drawn(step, self._take_waiting(step))
+        while len(drawn.kept) < wanted:
+            missing = wanted - len(drawn.kept)
+            count = self._bounded(math.ceil(missing * config.filter.oversample))
+            drawn.exhausted = count < missing
+            fresh = self._draw(count, step, drawn.refills)
+            self._sample(fresh, step, alpha)
+            for question in fresh:
+                self._decide(question, has_room=len(drawn.kept) < wanted)
+                drawn.questions.append(question)
+            if drawn.exhausted or len(drawn.kept) >= wanted or drawn.refills == config.filter.max_refills:
                 break
             drawn.refills += 1
         drawn.cache_use = self.engine.take_cache_use()
-        if not drawn.kept:
-            raise UserError(
-                f"step {step}: all {sum(drawn.reasons.values())} groups were dropped: {dict(drawn.reasons)}",
-                where="filter.* and filter.max_refills",
-                fix="widen the accuracy band, allow more refills, or check that the policy ever answers right",
-            )
+        self._waiting = tuple(drawn.carried)
+        if not drawn.kept and not drawn.exhausted:
+            raise NothingKeptError(drawn)
         return drawn
 
     def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
@@ -96,19 +91,62 @@ class GroupCollector:
     def close(self) -> None:
         """Nothing is under way."""
 
-    def sampler_state(self) -> dict[str, int]:
-        """Where a resumed run has to go on with the records."""
-        return self.sampler.state_dict()
+    def state(self) -> Callable[[], dict[str, Any]]:
+        """Where a resumed run has to go on, as it is now; the call that writes it out (as JSON) may come later."""
+        sampler, waiting = self.sampler.state_dict(), self._waiting
+        return lambda: {"sampler": sampler, "waiting": [_question_to_json(question) for question in waiting]}
 
-    def _sample_groups(
-        self, records: Sequence[Record], step: int, alpha: float, draw_indices: range, reasons: Counter[str]
-    ) -> list[Group]:
-        """One scored group for each record that fits the prompt limit."""
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` wrote (before groups could wait, it was the sampler's alone)."""
+        self.sampler.load_state_dict(state["sampler"])
+        self._waiting = tuple(self._question_from_json(saved) for saved in state.get("waiting", ()))
+
+    def _take_waiting(self, step: int) -> list[DrawnQuestion]:
+        """The groups of earlier steps, those that have waited too long dropped, the others kept while there is room."""
+        wanted, oldest = self.config.rollout.questions_per_step, step - self.config.filter.max_carried_steps
+        # Copies: the step that carried them may not have been logged yet.
+        questions = [replace(question) for question in self._waiting]
+        num_kept = 0
+        for question in questions:
+            if question.drawn_step < oldest:
+                question.decide("dropped", EXPIRED)
+            elif num_kept < wanted:
+                question.decide("kept", "kept")
+                num_kept += 1
+        return questions
+
+    def _bounded(self, count: int) -> int:
+        """``count``, or the number of questions that are left of all `data.epochs`, if these are fewer."""
+        epochs = self.config.data.epochs
+        return count if epochs is None else min(count, epochs * len(self.records) - self.sampler.num_drawn)
+
+    def _draw(self, count: int, step: int, refill: int) -> list[DrawnQuestion]:
+        first = self.sampler.num_drawn
+        return [
+            DrawnQuestion(self.records[index], first + number, step, refill, None)
+            for number, index in enumerate(self.sampler.next(count))
+        ]
+
+    def _decide(self, question: DrawnQuestion, *, has_room: bool) -> None:
+        if question.group is None:
+            question.decide("dropped", OVER_LONG)
+            return
+        verdict = judge(question.group, self.config.filter)
+        if not verdict.keep:
+            question.decide("dropped", verdict.reason)
+        elif has_room:
+            question.decide("kept", verdict.reason)
+        else:
+            question.decide("carried" if self.config.filter.carry_surplus else "dropped", SURPLUS)
+
+    def _sample(self, questions: Sequence[DrawnQuestion], step: int, alpha: float) -> None:
+        """A scored group for each question whose prompts fit the limit."""
         config = self.config
-        groups, seeds = [], []
-        for record, draw_index in zip(records, draw_indices, strict=True):
+        groups: list[Group] = []
+        seeds: list[int] = []
+        for question in questions:
             views = plan_views(
-                record,
+                question.record,
                 num_permuted=config.permutation.num_permuted,
                 alpha=alpha,
                 seed=config.run.seed,
@@ -116,10 +154,12 @@ class GroupCollector:
             )
             prompts = tuple(self.encoder.encode(view) for view in views)
             if max(len(prompt.token_ids) for prompt in prompts) > config.data.max_prompt_tokens:
-                reasons[OVER_LONG] += 1
                 continue
-            groups.append(Group(record, views, prompts, []))
-            seeds += [derive_seed(config.run.seed, "rollout", step, draw_index, view.index) for view in views]
+            question.group = Group(question.record, views, prompts, [])
+            groups.append(question.group)
+            seeds += [derive_seed(config.run.seed, "rollout", step, question.draw_index, view.index) for view in views]
+        if not groups:
+            return
         sampling = Sampling(
             num_rollouts=config.rollout.num_rollouts,
             temperature=config.rollout.temperature,
@@ -133,7 +173,6 @@ class GroupCollector:
         for index, group in enumerate(groups):
             group.rollouts = rollouts[index * group_size : (index + 1) * group_size]
         self._score(groups)
-        return groups
 
     def _score(self, groups: Sequence[Group]) -> None:
         """Reward every rollout against its own view's answer (PeRL Eq. 4)."""
@@ -146,6 +185,19 @@ class GroupCollector:
         for (rollout, _), reward_parts in zip(pairs, shared_map(parts, pairs), strict=True):
             rollout.reward_parts = reward_parts
             rollout.reward = total(reward_parts, self.config.reward)
+            rollout.readable = last_boxed(rollout.text) is not None
+
+    def _question_from_json(self, saved: dict[str, Any]) -> DrawnQuestion:
+        group = group_from_json(saved["group"], self.encoder.encode)
+        question = DrawnQuestion(group.record, saved["draw_index"], saved["drawn_step"], saved["refill"], group)
+        question.decide("carried", SURPLUS)
+        return question
+
+
+def _question_to_json(question: DrawnQuestion) -> dict[str, Any]:
+    assert question.group is not None, "only sampled groups wait"
+    position = {name: getattr(question, name) for name in ("draw_index", "drawn_step", "refill")}
+    return {**position, "group": group_to_json(question.group)}
 
 
 def assign_advantages(groups: Sequence[Group], *, standardize: bool) -> None:

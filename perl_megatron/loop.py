@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from perl_megatron.algorithm.importance import bounded_weights, importance_ratio
-from perl_megatron.collect import Drawn, assign_advantages
+from perl_megatron.collect import assign_advantages
 from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.data.planner import swap_probability
+from perl_megatron.drawn import Drawn
 from perl_megatron.session import SupervisedSession
 from perl_megatron.step_metrics import rollout_metrics
 from perl_megatron.train.batch import TrainingSequence
@@ -30,6 +31,9 @@ def train(session: TrainingSession) -> None:
             session.sync_weights(step)
         with session.saved_on_user_error(step), phases("generate"):
             drawn = session.collector.collect(step, alpha)
+        if not drawn.kept:
+            session.end_of_questions(drawn)
+            break
         assign_advantages(drawn.kept, standardize=config.algorithm.standardize)
         with phases("log_probs"):
             add_log_probs(session, drawn.kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from perl_megatron.checkpoint.hf_files import save_checkpoint
 from perl_megatron.checkpoint.manifest import latest_checkpoint, on_rank_zero
@@ -71,7 +72,7 @@ class Session:
                 )
             extra = self.actor.restore(checkpoint, verify=False)  # latest_checkpoint has just verified it
             step, seconds = extra["step"], extra["seconds"]
-            self.sampler.load_state_dict(extra["sampler"])
+            self.load_progress(extra)
             self._saved_step = step
         self._first_step = step
         on_rank_zero(self._create_folder, what="the run folder")
@@ -107,42 +108,54 @@ class Session:
         if step == self._saved_step:
             return
         with self.phases("save"):
-            extra = {"step": step, "seconds": self.journal.seconds, "sampler": self.sampler_state()}
+            extra = {"step": step, "seconds": self.journal.seconds, **self.progress()}
             self.actor.save(self.folder.checkpoints, step, extra)
         self._saved_step = step
 
-    def sampler_state(self) -> dict[str, int]:
-        """Where a resumed run has to go on with the records."""
-        return self.sampler.state_dict()
+    def progress(self) -> dict[str, Any]:
+        """Where a resumed run has to go on with the records; JSON."""
+        return {"sampler": self.sampler.state_dict()}
+
+    def load_progress(self, progress: dict[str, Any]) -> None:
+        """Go on from what ``progress`` gave."""
+        self.sampler.load_state_dict(progress["sampler"])
 
     @contextmanager
     def saved_on_user_error(self, step: int) -> Iterator[None]:
         """Checkpoint before a UserError that all ranks meet together ends the run, so that no step is lost."""
         try:
             yield
-        except UserError:
+        except UserError as error:
             self.save(step)
+            self.note_failure(error)
             raise
+
+    def note_failure(self, error: UserError) -> None:
+        """Keep what helps to understand the error that ends the run."""
 
     def finish(self, step: int) -> None:
         """The last checkpoint; where all steps are done also the exported policy and the report."""
         self.save(step)
-        if step < self.total_steps:
+        if not self.is_complete(step):
             self.journal.note(f"stopped after step {step} of {self.total_steps}; continue with --resume")
             self.exit_status = stop_status()
         else:
             with self.phases("export"):
-                self._export()
+                self._export(step)
             self._conclude()
+
+    def is_complete(self, step: int) -> bool:
+        """Whether there is nothing to do after ``step`` steps."""
+        return step >= self.total_steps
 
     def close(self) -> None:
         """Release everything, whether the run ended well or not."""
         if self._journal is not None:
             self._journal.close()
 
-    def _export(self) -> None:
+    def _export(self, step: int) -> None:
         """Write the policy as a Hugging Face folder."""
-        if self._first_step == self.total_steps and any_rank(self.folder.export.exists()):
+        if step == self._first_step and any_rank(self.folder.export.exists()):
             return  # a finished run that was resumed has nothing new
         weights, writes = iter(self.actor.weights()), self.topology.rank == 0
         fresh = self.folder.export.with_name("export.new")

@@ -9,14 +9,25 @@ import torch
 
 from perl_megatron.algorithm.importance import importance_ratio
 from perl_megatron.algorithm.objective import kl_estimate
-from perl_megatron.collect import Drawn
 from perl_megatron.config.schema import AlgorithmConfig
+from perl_megatron.drawn import Drawn
 from perl_megatron.types import Group, Rollout, View
 
 
 def rollout_metrics(drawn: Drawn) -> dict[str, float]:
-    """Rewards and accuracy over all sampled groups, dropped ones included; counts of kept and dropped groups."""
+    """How many groups had which decision; rewards and lengths over all groups sampled in the step, kept or not."""
+    metrics = {
+        "groups/kept": float(len(drawn.kept)),
+        "groups/carried": float(len(drawn.carried)),
+        "groups/dropped": float(sum(drawn.reasons.values())),
+        "groups/refills": float(drawn.refills),
+        **{f"groups/dropped_{reason}": float(count) for reason, count in drawn.reasons.items()},
+    }
     pairs = [(group, rollout) for group in drawn.groups for rollout in group.rollouts]
+    return metrics | _sampled(pairs) if pairs else metrics  # none where enough groups were carried over
+
+
+def _sampled(pairs: list[tuple[Group, Rollout]]) -> dict[str, float]:
     rewards = np.array([rollout.reward for _, rollout in pairs])
     lengths = np.array([len(rollout.token_ids) for _, rollout in pairs])
     metrics = {
@@ -27,15 +38,12 @@ def rollout_metrics(drawn: Drawn) -> dict[str, float]:
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
         "response/truncated": float(np.mean([rollout.finish_reason == "length" for _, rollout in pairs])),
-        "groups/kept": float(len(drawn.kept)),
-        "groups/dropped": float(sum(drawn.reasons.values())),
-        "groups/refills": float(drawn.refills),
+        "response/unparsable": float(np.mean([not rollout.readable for _, rollout in pairs])),
     }
     for name, wanted in (("original", False), ("permuted", True)):
         chosen = [(group, rollout) for group, rollout in pairs if group.views[rollout.view_index].permuted is wanted]
         if chosen:
             metrics[f"reward/accuracy_{name}"] = _mean_part(chosen, "accuracy")
-    metrics.update({f"groups/dropped_{reason}": float(count) for reason, count in drawn.reasons.items()})
     return metrics
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from perl_megatron.ahead import AheadCollector
-from perl_megatron.collect import Drawn, GroupCollector
+from perl_megatron.collect import GroupCollector, NothingKeptError
+from perl_megatron.drawn import Drawn, ledger_rows
+from perl_megatron.errors import UserError
 from perl_megatron.evaluation.evaluate import evaluate
 from perl_megatron.rollout.engine import RolloutEngine
 from perl_megatron.runtime.collective import any_rank
@@ -30,6 +32,7 @@ class TrainingSession(Session):
         self.engine, self.collector, self.evaluation_records = engine, collector, evaluation_records
         self._sync_metrics: dict[str, float] = {}
         self._synced_step = -1
+        self._is_exhausted = False
 
     def await_rollouts(self, step: int) -> None:
         """Wait for the rollouts that were begun during the last update; the policy has made ``step`` steps.
@@ -53,6 +56,7 @@ class TrainingSession(Session):
 
     def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
         """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""
+        self.journal.groups(step, ledger_rows(drawn))
         self.journal.rollouts(step, drawn.kept, drawn.dropped)
         times = self.phases.take()
         sampled = sum(len(rollout.token_ids) for group in drawn.groups for rollout in group.rollouts)
@@ -69,6 +73,18 @@ class TrainingSession(Session):
                 "throughput/tokens_per_second": sampled / times["seconds/step"],
             },
         )
+
+    def end_of_questions(self, drawn: Drawn) -> None:
+        """All `data.epochs` are used up, and this step kept nothing: the run is complete."""
+        self._is_exhausted = True
+        self.journal.groups(drawn.step + 1, ledger_rows(drawn))
+        self.journal.note(f"all questions were drawn {self.config.data.epochs} times: {drawn.step} steps")
+
+    def note_failure(self, error: UserError) -> None:
+        """As every session; the groups of a step that kept none are in the ledger too."""
+        if isinstance(error, NothingKeptError):
+            self.journal.groups(error.drawn.step + 1, ledger_rows(error.drawn))
+            self.journal.rollouts(error.drawn.step + 1, [], error.drawn.dropped)
 
     def evaluate_and_save_if_due(self, step: int) -> None:
         """Evaluate and checkpoint as often as the config says."""
@@ -91,7 +107,7 @@ class TrainingSession(Session):
 
     def finish(self, step: int) -> None:
         """As every session; evaluates the final policy first."""
-        if step == self.total_steps:
+        if self.is_complete(step):
             self.evaluate(step)
         super().finish(step)
 
@@ -101,9 +117,17 @@ class TrainingSession(Session):
         self.collector.close()
         self.engine.close()
 
-    def sampler_state(self) -> dict[str, int]:
-        """Where a resumed run has to go on with the records."""
-        return self.collector.sampler_state()
+    def is_complete(self, step: int) -> bool:
+        """As every session; also where all questions are used up."""
+        return self._is_exhausted or super().is_complete(step)
+
+    def progress(self) -> dict[str, Any]:
+        """As every session, with the groups that wait for the next step."""
+        return self.collector.state()()
+
+    def load_progress(self, progress: dict[str, Any]) -> None:
+        """As every session."""
+        self.collector.load_state(progress)
 
     def _conclude(self) -> None:
         self.journal.summarize(engine=self.engine.name, layout=self.layout())

@@ -157,8 +157,6 @@ class Rollout:
     text: str
     weight_versions: np.ndarray
     """int64 [R]: the version of the weights that sampled each token."""
-    readable: bool = True
-    """Whether the response holds an answer that can be graded."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward: float | None = None
     logprob_old: np.ndarray | None = None
@@ -168,6 +166,8 @@ class Rollout:
     importance: np.ndarray | None = None
     """float64 [R]: bounded weights π_old / π_rollout of the policy loss; None without such a correction."""
     advantage: float | None = None
+    readable: bool = True
+    """Whether the response holds an answer that can be graded."""
 
 
 @dataclass

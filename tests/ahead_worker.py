@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from perl_megatron.ahead import AheadCollector
+from perl_megatron.drawn import Drawn
 from perl_megatron.runtime import collective
 
 STEPS, ROUNDS = 3, 20
@@ -40,10 +41,10 @@ class Collector:
             if step == 1 and number == ROUNDS // 2:
                 self._engine.bring_again()
             said.append(collective.gather_objects((f"rollouts of step {step}", number, collective.rank())))
-        return said
+        return Drawn(step, said)
 
-    def sampler_state(self) -> dict[str, int]:
-        return {}
+    def state(self) -> Any:
+        return dict
 
 
 def agree(what: str, number: int) -> None:
@@ -75,7 +76,7 @@ def main(output: Path) -> None:
         collector.await_rollouts(bring_weights)
         drawn = collector.collect(step, 0.0)
         expected = [[(f"rollouts of step {step}", number, each) for each in (0, 1)] for number in range(ROUNDS)]
-        assert drawn == expected, drawn
+        assert drawn.questions == expected, drawn
         for number in range(ROUNDS):
             time.sleep(0.001 * (rank == number % 2))
             agree("update", number)

@@ -14,6 +14,7 @@ from launch_ranks import launch_ranks
 
 from perl_megatron import ahead
 from perl_megatron.ahead import AheadCollector
+from perl_megatron.drawn import Drawn
 from perl_megatron.errors import UserError
 from perl_megatron.training_session import TrainingSession
 
@@ -42,10 +43,11 @@ class ScriptedCollector:
         self.begun.append((step, alpha, threading.current_thread() is MAIN))
         self.num_drawn += 10
         self.act(step)
-        return f"groups of step {step}"
+        return Drawn(step)
 
-    def sampler_state(self) -> dict[str, int]:
-        return {"num_drawn": self.num_drawn}
+    def state(self) -> Callable[[], dict[str, Any]]:
+        num_drawn = self.num_drawn
+        return lambda: {"num_drawn": num_drawn}
 
 
 def ahead_of(collector: ScriptedCollector, engine: ScriptedEngine, num_steps: int = 4) -> AheadCollector:
@@ -66,7 +68,7 @@ def run(collector: AheadCollector, first: int, end: int) -> Iterator[Any]:
 def test_each_step_gets_its_own_groups_once_and_nothing_is_begun_beyond_the_last() -> None:
     scripted = ScriptedCollector()
     collector = ahead_of(scripted, ScriptedEngine())
-    assert list(run(collector, 0, 4)) == [f"groups of step {step}" for step in range(4)]
+    assert list(run(collector, 0, 4)) == [Drawn(step) for step in range(4)]
     collector.await_rollouts(never)
     assert scripted.begun == [(0, 0.0, True), (1, 0.1, False), (2, 0.2, False), (3, 0.3, False)]
 
@@ -74,7 +76,7 @@ def test_each_step_gets_its_own_groups_once_and_nothing_is_begun_beyond_the_last
 def test_a_run_of_one_step_begins_nothing() -> None:
     scripted = ScriptedCollector()
     collector = ahead_of(scripted, ScriptedEngine(), num_steps=1)
-    assert list(run(collector, 0, 1)) == ["groups of step 0"]
+    assert list(run(collector, 0, 1)) == [Drawn(0)]
     assert len(scripted.begun) == 1
 
 
@@ -89,7 +91,7 @@ def test_the_trainer_works_while_the_next_step_is_sampled() -> None:
     threading.Timer(0.1, go_on.set).start()
     collector.await_rollouts(never)
     assert go_on.is_set()
-    assert collector.collect(1, 0.1) == "groups of step 1"
+    assert collector.collect(1, 0.1) == Drawn(1)
 
 
 def test_what_is_under_way_is_drawn_again_by_a_resumed_run() -> None:
@@ -97,15 +99,15 @@ def test_what_is_under_way_is_drawn_again_by_a_resumed_run() -> None:
     go_on = threading.Event()
     scripted = ScriptedCollector(lambda step: step == 1 and go_on.wait(LONG))
     collector = ahead_of(scripted, ScriptedEngine(), num_steps=2)
-    assert collector.sampler_state() == {"num_drawn": 0}
+    assert collector.state()() == {"num_drawn": 0}
     collector.collect(0, 0.0)
-    assert collector.sampler_state() == {"num_drawn": 10}
+    assert collector.state()() == {"num_drawn": 10}
     go_on.set()
     collector.await_rollouts(never)
     assert scripted.num_drawn == 20
-    assert collector.sampler_state() == {"num_drawn": 10}
+    assert collector.state()() == {"num_drawn": 10}
     collector.collect(1, 0.1)
-    assert collector.sampler_state() == {"num_drawn": 20}
+    assert collector.state()() == {"num_drawn": 20}
 
 
 def test_another_step_than_the_one_under_way_is_refused() -> None:
@@ -125,12 +127,12 @@ def test_an_error_comes_out_where_it_is_waited_for(error: Exception) -> None:
             raise error
 
     collector = ahead_of(ScriptedCollector(fail), ScriptedEngine())
-    assert collector.collect(0, 0.0) == "groups of step 0"
+    assert collector.collect(0, 0.0) == Drawn(0)
     for _ in range(2):
         with pytest.raises(type(error)) as caught:
             collector.await_rollouts(never)
         assert caught.value is error
-    assert collector.sampler_state() == {"num_drawn": 10}
+    assert collector.state()() == {"num_drawn": 10}
 
 
 def test_weights_that_are_missing_are_brought_by_whoever_waits() -> None:
@@ -156,7 +158,7 @@ def test_weights_that_are_missing_are_brought_by_whoever_waits() -> None:
     assert order == ["lost 0", "brought", "goes on 0", "lost 1", "brought", "goes on 1"]
     # Each time also as the engine itself does: `bring` may know of weights that were lost since.
     assert engine.brought == [MAIN, MAIN]
-    assert collector.collect(1, 0.1) == "groups of step 1"
+    assert collector.collect(1, 0.1) == Drawn(1)
 
 
 def test_weights_that_are_missing_at_once_are_not_brought_by_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,8 +308,9 @@ def test_a_run_that_is_stopped_saves_and_waits_for_no_servers() -> None:
     order: list[Any] = []
     scripted = ScriptedCollector(lambda step: step == 1 and engine.is_given_up.wait(LONG) and order.append("given up"))
     session.collector, session.total_steps = ahead_of(scripted, engine), 4
+    session._is_exhausted = False
     session.engine, session._journal = engine, SimpleNamespace(note=lambda text: None, close=lambda: None)
-    session.save = lambda step: order.append((step, session.sampler_state()))
+    session.save = lambda step: order.append((step, session.progress()))
     engine.close = lambda: order.append("closed")
     session.collector.collect(0, 0.0)
     begin = time.monotonic()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perl_megatron.collect import Drawn
 from perl_megatron.config.schema import Config
+from perl_megatron.drawn import Drawn, DrawnQuestion
 from perl_megatron.errors import UserError
 from perl_megatron.loop import train
 from perl_megatron.train.batch import TrainingSequence
@@ -59,7 +59,8 @@ def drawn_group() -> Drawn:
         for reward in (0.0, 1.0)
     ]
     prompt = EncodedPrompt(np.array([1]), (1,), (), np.zeros((0, 3), np.int64), ())
-    return Drawn(kept=[Group(record, (View("r", 0, (), (), "?", "7", "number"),), (prompt,), rollouts)])
+    group = Group(record, (View("r", 0, (), (), "?", "7", "number"),), (prompt,), rollouts)
+    return Drawn(0, [DrawnQuestion(record, 0, 0, 0, group, "kept", "kept")])
 
 
 def make_session(actor: NotingActor, drawn: Drawn, **algorithm: Any) -> SimpleNamespace:

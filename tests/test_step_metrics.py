@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from perl_megatron.config.schema import AlgorithmConfig
+from perl_megatron.drawn import EXPIRED, Drawn, DrawnQuestion
 from perl_megatron.observability.metrics import check_names
-from perl_megatron.step_metrics import mismatch_metrics
+from perl_megatron.step_metrics import mismatch_metrics, rollout_metrics
 from perl_megatron.types import Group, Record, Rollout, View
 
 # log(π_old / π_rollout) of each token of each response.
@@ -112,3 +113,18 @@ def test_a_part_that_was_not_sampled_is_left_out(groups: list[Group]) -> None:
     names = mismatch_metrics(groups, AlgorithmConfig())
     assert "logprob_gap/mean_2_images" in names
     assert not any(name.endswith(("_3_images", "_permuted")) for name in names)
+
+
+def test_a_step_of_carried_groups_alone_has_sampled_nothing(groups: list[Group]) -> None:
+    """The rewards of carried groups were logged when they were sampled."""
+    for group in groups:
+        for number, rollout in enumerate(group.rollouts):
+            rollout.reward, rollout.reward_parts = float(number), {"accuracy": 0.0, "format": 1.0}
+    waiting, late = (DrawnQuestion(group.record, draw, 2, 0, group) for draw, group in enumerate(groups))
+    waiting.decide("kept", "kept")
+    late.decide("dropped", EXPIRED)
+    metrics = rollout_metrics(Drawn(3, [waiting, late]))
+    check_names(metrics)
+    counts = {"kept": 1, "carried": 0, "dropped": 1, "dropped_expired": 1, "refills": 0}
+    assert metrics == {f"groups/{name}": count for name, count in counts.items()}
+    assert rollout_metrics(Drawn(2, [waiting, late]))["reward/accuracy"] == 0

@@ -7,13 +7,14 @@ applied to every group as it is sampled. The caller counts the reasons and draws
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
 from perl_megatron.config.schema import FilterConfig
 from perl_megatron.types import Group
 
-Reason = Literal["kept", "no_signal", "accuracy_low", "accuracy_high", "truncated"]
+Reason = Literal["kept", "no_signal", "accuracy_low", "accuracy_high", "truncated", "unparsable", "order_quota"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ def judge(group: Group, config: FilterConfig) -> Verdict:
     2. ``accuracy_low``: the mean of ``reward_parts['accuracy']`` is below ``config.min_accuracy``.
     3. ``accuracy_high``: that mean is above ``config.max_accuracy``.
     4. ``truncated``: more than ``config.max_truncated`` of the responses were cut at the token limit.
+    5. ``unparsable``: more than ``config.max_unparsable`` of the responses hold no answer that can be graded.
+    6. ``order_quota``: in some image order fewer than ``config.min_right_per_order`` responses are right
+       (accuracy 1), or fewer than ``config.min_wrong_per_order`` are not.
 
     All bounds are inclusive: a group exactly on a bound is kept.
     """
@@ -47,7 +51,22 @@ def judge(group: Group, config: FilterConfig) -> Verdict:
         return Verdict(False, "accuracy_high")
     if truncated > config.max_truncated:
         return Verdict(False, "truncated")
+    if sum(not rollout.readable for rollout in rollouts) > config.max_unparsable * len(rollouts):
+        return Verdict(False, "unparsable")
+    if not _meets_quotas(group, config):
+        return Verdict(False, "order_quota")
     return Verdict(True, "kept")
+
+
+def _meets_quotas(group: Group, config: FilterConfig) -> bool:
+    """Whether every view has its share of right and of wrong answers."""
+    by_view: defaultdict[int, list[bool]] = defaultdict(list)
+    for rollout in group.rollouts:
+        by_view[rollout.view_index].append(rollout.reward_parts["accuracy"] == 1)
+    return all(
+        sum(right) >= config.min_right_per_order and len(right) - sum(right) >= config.min_wrong_per_order
+        for right in by_view.values()
+    )
 
 
 def has_signal(group: Group) -> bool:

@@ -20,8 +20,22 @@ class FilterConfig(Section):
     """Drop groups whose mean accuracy is higher."""
     max_truncated: float = Field(default=1.0, ge=0, le=1)
     """Drop groups where more than this share of responses was cut at the token limit."""
+    max_unparsable: float = Field(default=1.0, ge=0, le=1)
+    """Drop groups where more than this share of responses holds no answer that can be graded."""
+    min_right_per_order: int = Field(default=0, ge=0)
+    """Drop groups in which some image order was answered right less often than this."""
+    min_wrong_per_order: int = Field(default=0, ge=0)
+    """Drop groups in which some image order was answered wrong less often than this."""
     max_refills: int = Field(default=4, ge=0)
     """How often a step may draw again to replace dropped groups (0: train on what is left)."""
+    oversample: float = Field(default=1.0, ge=1)
+    """Questions drawn at once, as a multiple of those that are missing: more leave more surplus and need fewer
+    refills."""
+    carry_surplus: bool = False
+    """Keep informative groups beyond rollout.questions_per_step for the next step, where they are off-policy, instead
+    of dropping them."""
+    max_carried_steps: int = Field(default=1, ge=1)
+    """Drop carried groups that were sampled more than this many steps ago."""
 
 
 class AlgorithmConfig(Section):

@@ -15,6 +15,7 @@ from perl_megatron.config.derive_engine import (
     engine_tensor_size,
     resolve_engine,
 )
+from perl_megatron.config.derive_filter import check_filter
 from perl_megatron.config.derive_model import check_fp8, check_objective, check_parts, check_psutil
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
 from perl_megatron.config.schema import Config
@@ -198,13 +199,7 @@ def _check_training(config: Config, data_size: int) -> None:
             where="rollout.questions_per_step, algorithm.updates_per_step",
             fix="ask more questions in a step, or use fewer processes",
         )
-    low, high = config.filter.min_accuracy, config.filter.max_accuracy
-    if low > high:
-        raise UserError(
-            f"no group has a mean accuracy of at least {low} and at most {high}",
-            where="filter.min_accuracy, filter.max_accuracy",
-            fix="make filter.min_accuracy the smaller one",
-        )
+    check_filter(config)
     permutation = config.permutation
     if permutation.schedule == "exponential" and permutation.coefficient >= 1:
         raise UserError(

@@ -17,6 +17,8 @@ class DataConfig(Section):
     """JSON-lines file of training records."""
     evaluation: Path | None = None
     """JSON-lines file of held-out records."""
+    epochs: int | None = Field(default=None, ge=1)
+    """The run ends when all training records were drawn this often, even before run.steps; None: as often as needed."""
     system_prompt: str = (
         "First think about the question inside <think> </think>. Then give the final answer inside \\boxed{}."
     )

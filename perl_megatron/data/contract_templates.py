@@ -17,8 +17,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from perl_megatron.config import yaml_source
-from perl_megatron.data.option_images import ReadRecord, option_images
 from perl_megatron.data.permutation import validate_contract
+from perl_megatron.data.read_record import ReadRecord, option_images
 from perl_megatron.data.unread_wordings import refuse_unread
 from perl_megatron.errors import UserError
 from perl_megatron.types import AnswerRule, PermutationContract, Record, ReferenceRule
@@ -135,26 +135,30 @@ def load_templates(path: Path | None = None) -> ContractTemplates:
     try:
         families = TypeAdapter(dict[str, tuple[Template, ...]]).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        where = f"{path}:{_line(root, first['loc'])}"
-        raise UserError(f"`{key}`: {first['msg']}", where=where, fix="see docs/permutation.md") from error
+        # Of all complaints: an unknown key before what is missing for it, else the one deepest in the file.
+        worst = max(error.errors(), key=lambda item: (item["type"] == "extra_forbidden", _place(root, item["loc"])[0]))
+        key = ".".join(str(part) for part in worst["loc"])
+        where = f"{path}:{_place(root, worst['loc'])[1]}"
+        raise UserError(f"`{key}`: {worst['msg']}", where=where, fix="see docs/permutation.md") from error
     return ContractTemplates(families)
 
 
-def _line(node: yaml.Node, location: Sequence[str | int]) -> int:
-    """The 1-based line of the deepest key on the way to ``location``."""
-    line = yaml_source.line(node)
+def _place(node: yaml.Node, location: Sequence[str | int]) -> tuple[int, int]:
+    """How many parts of ``location`` the file has, and the 1-based line of the last of them."""
+    depth, line = 0, yaml_source.line(node)
     for part in location:
         if isinstance(node, yaml.MappingNode):
             found = [(key, value) for key, value in node.value if key.value == part]
             if not found:
-                break
+                continue  # pydantic names the alternatives of a union too
             line, node = yaml_source.line(found[0][0]), found[0][1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = yaml_source.line(node)
-    return line
+        else:
+            break
+        depth += 1
+    return depth, line
 
 
 def apply_template(

@@ -55,7 +55,7 @@ def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
         nearest[letters[number]] = number
     found: list[LetteredOption] = []
     for first in (number for number, own in enumerate(letters) if own == "A"):
-        if found and markers[first].start() < found[-1].end:
+        if found and found[-1].marker < markers[first].start() < found[-1].end:
             continue
         options, current = list[LetteredOption](), first
         while len(options) < (count or len(ALPHABET)):
@@ -133,9 +133,10 @@ def check_inline_images(record: Record) -> None:
     by_letter_unchanged = contract.answer is AnswerRule.UNCHANGED and re.fullmatch("[A-Z]", record.answer)
     if not contract.permutable or not (by_letter or by_letter_unchanged):
         return
-    for index, option in enumerate(lettered_options(record.text, len(contract.option_slots) or None)):
+    listed = lettered_options(record.text, len(contract.option_slots) or None) or lettered_options(record.text, None)
+    for index, option in enumerate(listed):
         shown = slots_within(record.text, option)
-        expected = contract.option_slots[index] if by_letter else None
+        expected = contract.option_slots[index] if by_letter and index < len(contract.option_slots) else None
         if len(shown) == 1 and shown[0] in contract.movable and shown[0] != expected:
             raise UserError(
                 f"option {letter(index)} shows the image of slot {shown[0]}, which moves, but the contract "

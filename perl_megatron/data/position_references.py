@@ -24,6 +24,7 @@ from perl_megatron.data.reference_phrases import (
     cannot_follow,
     holds_any,
     in_case_of,
+    preceded_by,
 )
 from perl_megatron.errors import UserError
 
@@ -55,15 +56,19 @@ _UNFOLLOWED = re.compile(
     rf"|\b{NOUN}s?\s++(?:at|on|in)\s++the\s++(?:top|bottom)\b(?!\s++of\b)",
     re.IGNORECASE,
 )
-_WITHIN_AN_IMAGE = re.compile(
-    r"\b(?:left|right)(?:"
-    r"[- ]hand(?:s|ed)?\b(?![- ]+side)|[- ](?:arm|leg|foot|feet|eye|ear|shoulder|knee|wing|paw|wrist|ankle|cheek"
-    r"|glove|shoe|facing|angles?|angled|triangles?|answers?|options?|choices?|now|away|click)\b|'s\b)"
-    r"|\b(?:turn|fac|look|point|head|mov|walk|run|driv|lean|tilt|angl|swim|fly|rid|go)\w{0,5}\s++"
-    r"(?:(?:to|toward|towards)\s++the\s++)?(?:left|right)\b(?!\s++(?:of|side|hand|image|picture|photo|figure|one))"
-    r"|\b(?:is|are|was|were|has|have|had)\s++left\b(?=\s*+(?:$|[?.!,;])|\s++(?:over|behind|open|alone|after)\b)",
+_OF_A_THING = re.compile(
+    r"(?:left|right)(?:[- ]hand(?:s|ed)?\b(?![- ]+side)|[- ](?:arm|leg|foot|feet|eye|ear|shoulder|knee|wing|paw|wrist"
+    r"|ankle|cheek|glove|shoe|facing|angles?|angled|triangles?|answers?|options?|choices?|now|away|click)\b|'s\b)",
     re.IGNORECASE,
 )
+_DIRECTION = re.compile(
+    r"\b(?:turn|fac|look|point|head|mov|walk|run|driv|lean|tilt|angl|swim|fly|rid|go)\w{0,5}\s+"
+    r"(?:(?:to|toward|towards)\s+the\s+)?$",
+    re.IGNORECASE,
+)
+_NO_DIRECTION = re.compile(r"\s++(?:of|side|hand|image|picture|photo|figure|one)", re.IGNORECASE)
+_REMAINING = re.compile(r"\b(?:is|are|was|were|has|have|had)\s+$", re.IGNORECASE)
+_NO_MORE = re.compile(r"\s*+(?:$|[?.!,;])|\s++(?:over|behind|open|alone|after)\b", re.IGNORECASE)
 
 
 def find_positions(text: str, num_images: int) -> Iterator[Phrase]:
@@ -164,17 +169,20 @@ def _check_side(side: str, num_images: int, has_middle: bool) -> None:
 
 def _refuse_others(text: str, understood: set[int]) -> None:
     """Refuse any left or right that may be an image's or something's within an image."""
-    others = [word for word in _SIDE_WORD.finditer(text) if word.start() not in understood]
-    if not others:
-        return
-    harmless: set[int] = set()
-    for match in _WITHIN_AN_IMAGE.finditer(text):
-        harmless.update(match.start() + word.start() for word in _SIDE_WORD.finditer(match[0]))
-    for word in others:
-        if word.start() not in harmless:
+    for word in _SIDE_WORD.finditer(text):
+        if word.start() not in understood and not _is_within_an_image(text, word):
             around = text[max(0, word.start() - 20) : word.end() + 20]
             raise UserError(
                 f"'{word[0]}' in '…{' '.join(around.split())}…' is ambiguous: is it an image's side, or something's "
                 "within an image?",
                 fix="name images as 'the left image', or leave 'position' out of the contract's references",
             )
+
+
+def _is_within_an_image(text: str, word: re.Match[str]) -> bool:
+    """Whether a left or right is surely no image's: "left hand", "turns to the right", "how many are left?"."""
+    if _OF_A_THING.match(text, word.start()):
+        return True
+    if preceded_by(text, word.start(), _DIRECTION, window=40):
+        return _NO_DIRECTION.match(text, word.end()) is None
+    return bool(preceded_by(text, word.start(), _REMAINING) and _NO_MORE.match(text, word.end()))

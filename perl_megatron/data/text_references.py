@@ -37,7 +37,7 @@ def moving_references(record: Record) -> MovingReferences:
     if stays := [option for option, slot in zip(listed, contract.option_slots, strict=False) if slot is not None]:
         check_named_slots(record, listed, _named_by_number_too(record, references))
         moving = [item for item in references if not any(option.holds(item) for option in stays)]
-    elif _options_move(record) and any(set(contract.movable) & set(item.slots) for item in references):
+    elif _options_move(record) and any(item.render and item.slots[0] in contract.movable for item in references):
         raise UserError(
             "cannot tell the options from the question: the text refers to images that are options",
             fix="write the options as '(A) …' or 'A. …', one after the other",

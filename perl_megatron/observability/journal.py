@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from perl_megatron.observability.group_ledger import GroupLedger
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.metrics_log import MetricsLog
 from perl_megatron.observability.progress import RunProgress
@@ -50,6 +51,7 @@ class Journal:
         if not writes or memory is None:
             return
         self._log = MetricsLog(folder.metrics, folder.tensorboard, resumed_step=first_step)
+        self._ledger = GroupLedger(folder.groups, resumed_step=first_step)
         self._recorder = None
         if image_of is not None:
             self._recorder = RolloutRecorder(folder.rollouts, image_of=image_of, resumed_step=first_step)
@@ -86,6 +88,11 @@ class Journal:
         if self._log is not None and self._recorder is not None:
             self._recorder.record(step, kept=kept, dropped=dropped)
 
+    def groups(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what became of every group of a step to the ledger."""
+        if self._log is not None:
+            self._ledger.write(step, rows)
+
     def evaluation(self, step: int, metrics: Mapping[str, float], write_outputs: Callable[[Path], None]) -> None:
         """Log one evaluation and keep its raw outputs."""
         if self._log is not None:
@@ -114,4 +121,5 @@ class Journal:
         if self._log is not None:
             self._progress.close()
             self._memory.close()
+            self._ledger.close()
             self._log.close()

@@ -50,9 +50,11 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("response/length_mean", "tokens", "mean response length, the end-of-turn token included"),
     Metric("response/length_max", "tokens", "longest response"),
     Metric("response/truncated", "1", "share of responses cut at the token limit"),
-    Metric("groups/kept", "groups", "groups that were trained on"),
+    Metric("response/unparsable", "1", "share of responses that hold no answer that can be graded"),
+    Metric("groups/kept", "groups", "groups that were trained on, those carried over from earlier steps included"),
+    Metric("groups/carried", "groups", "informative groups beyond what the step needs, kept for the next one"),
     Metric("groups/dropped", "groups", "groups that were drawn and dropped, all reasons together"),
-    Metric("groups/dropped_{reason}", "groups", "groups dropped for this reason (algorithm/filter.py; over_long)"),
+    Metric("groups/dropped_{reason}", "groups", "groups dropped for this reason (algorithm/filter.py, drawn.py)"),
     Metric("groups/refills", "draws", "how often the step drew again to replace dropped groups"),
     Metric("permutation/alpha", "1", "swap probability α: how likely a question gets permuted copies"),
     # Engine and trainer

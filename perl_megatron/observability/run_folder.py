@@ -15,7 +15,7 @@ from perl_megatron.errors import UserError
 MAY_CHANGE = frozenset(
     (
         *("run.steps", "run.save_every", "run.keep_checkpoints", "run.record_rollouts", "run.collective_timeout"),
-        *("run.name", "run.directory", "parallel", "evaluation", "data.evaluation", "rollout.engine"),
+        *("run.name", "run.directory", "parallel", "evaluation", "data.evaluation", "data.epochs", "rollout.engine"),
         *("rollout.tensor_parallel", "rollout.max_concurrent_sequences", "rollout.gpu_memory_fraction"),
         *("rollout.servers", "rollout.api_key_file", "rollout.weight_transfer", "rollout.shared_folder"),
         *("rollout.request_deadline", "rollout.health_deadline", "rollout.sync_deadline"),
@@ -113,6 +113,11 @@ class RunFolder:
     def rollouts(self) -> Path:
         """Recorded rollouts, a file for each step, and the images they saw."""
         return self.root / "rollouts"
+
+    @property
+    def groups(self) -> Path:
+        """The ledger: JSON lines, what became of every group that was drawn, and why."""
+        return self.root / "groups.jsonl"
 
     @property
     def evaluations(self) -> Path:

@@ -11,19 +11,20 @@ from perl_megatron.types import Group, Record, Rollout
 OFF = FilterConfig(no_signal=False)
 
 
-def group(*parts, truncated=0, rewards=None):
-    """Rollouts with (accuracy, format) parts; the last ``truncated`` of them cut."""
+def group(*parts, truncated=0, unreadable=0, num_views=1, rewards=None):
+    """Rollouts with (accuracy, format) parts, as many of each view; the last ones cut, or without an answer."""
     rollouts = []
     for index, (accuracy, form) in enumerate(parts):
         scored = {"accuracy": float(accuracy), "format": float(form)}
         rollouts.append(
             Rollout(
-                view_index=0,
+                view_index=index * num_views // len(parts),
                 token_ids=np.zeros(1, np.int64),
                 logprob_rollout=np.zeros(1, np.float32),
                 finish_reason="length" if index >= len(parts) - truncated else "stop",
                 text="",
                 weight_versions=np.zeros(1, dtype=np.int64),
+                readable=index < len(parts) - unreadable,
                 reward_parts=scored,
                 reward=total(scored, RewardConfig()) if rewards is None else rewards[index],
             )
@@ -70,13 +71,41 @@ def test_truncated_share():
     assert reason(half, FilterConfig(max_truncated=0.49)) == "truncated"
 
 
+def test_unparsable_share():
+    third = group((1, 1), (0, 1), (0, 0), unreadable=1)
+    assert reason(third, FilterConfig(max_unparsable=1 / 3)) == "kept"
+    assert reason(third, FilterConfig(max_unparsable=0.33)) == "unparsable"
+
+
+def test_every_order_needs_its_right_and_its_wrong_answers():
+    right, wrong = (1, 1), (0, 1)
+    one_sided = group(right, right, wrong, wrong, num_views=2)
+    assert reason(one_sided, FilterConfig()) == "kept"
+    assert reason(one_sided, FilterConfig(min_right_per_order=1)) == "order_quota"
+    assert reason(one_sided, FilterConfig(min_wrong_per_order=1)) == "order_quota"
+    mixed = group(right, wrong, wrong, right, num_views=2)
+    both = FilterConfig(min_right_per_order=1, min_wrong_per_order=1)
+    assert reason(mixed, both) == "kept"
+    assert reason(mixed, both.model_copy(update={"min_right_per_order": 2})) == "order_quota"
+
+
+def test_half_an_answer_is_not_a_right_one():
+    halves = group((0.5, 1), (1, 1))
+    assert reason(halves, FilterConfig(min_right_per_order=2)) == "order_quota"
+    assert reason(halves, FilterConfig(min_right_per_order=1, min_wrong_per_order=1)) == "kept"
+
+
 def test_order_of_checks():
-    strict = FilterConfig(min_accuracy=0.5, max_accuracy=0.5, max_truncated=0.0)
+    strict = FilterConfig(
+        min_accuracy=0.5, max_accuracy=0.5, max_truncated=0.0, max_unparsable=0.0, min_right_per_order=2
+    )
     without = strict.model_copy(update={"no_signal": False})
     assert reason(group((0, 0), (0, 0), truncated=2), strict) == "no_signal"
     assert reason(group((0, 0), (0, 0), truncated=2), without) == "accuracy_low"
     assert reason(group((1, 0), (1, 0), truncated=2), without) == "accuracy_high"
-    assert reason(group((1, 0), (0, 0), truncated=2), strict) == "truncated"
+    assert reason(group((1, 0), (0, 0), truncated=2, unreadable=2), strict) == "truncated"
+    assert reason(group((1, 0), (0, 0), unreadable=2), strict) == "unparsable"
+    assert reason(group((1, 0), (0, 0)), strict) == "order_quota"
 
 
 def test_missing_reward_is_an_error():

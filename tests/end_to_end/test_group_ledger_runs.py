@@ -1,0 +1,81 @@
+"""Whole runs with groups that are carried over, with a ledger, and with an end of the questions."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+from small_job import ENVIRONMENT, REPOSITORY, SMALL, SmallJob
+from test_training import ONE_PROCESS, steps, wait_until
+
+CARRYING = (
+    *ONE_PROCESS,
+    "run.save_every=1",
+    "filter.oversample=4",
+    "filter.carry_surplus=true",
+    "algorithm.importance_correction=truncated",
+    "data.evaluation=null",
+)
+
+
+def ledger(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "groups.jsonl").read_text().splitlines()]
+
+
+def test_carried_groups_survive_an_interruption(job: SmallJob) -> None:
+    """The ledger and all numbers are those of a run that was not stopped."""
+    whole = job.work / "runs" / "carrying"
+    result = job.run("train", "train.yaml", "run.name=carrying", *CARRYING)
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = job.work / "runs" / "carrying-stopped"
+    process = subprocess.Popen(
+        job.command("train", "train.yaml", "run.name=carrying-stopped", *CARRYING),
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(steps(run)) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert max(row["step"] for row in ledger(run)) < 4
+    resumed = job.run("train", "train.yaml", "run.name=carrying-stopped", *CARRYING, resume=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    rows = ledger(run)
+    assert rows == ledger(whole)
+    assert steps(run) == steps(whole)
+    carried = {row["draw"] for row in rows if row["decision"] == "carried"}
+    used = {row["draw"] for row in rows if row["decision"] == "kept" and row["drawn_step"] < row["step"]}
+    assert used
+    assert used <= carried
+    first_time = Counter(row["draw"] for row in rows if row["drawn_step"] == row["step"])
+    assert first_time == Counter(range(max(first_time) + 1))  # every question that was drawn has its row
+
+
+def test_the_run_ends_where_its_questions_do(job: SmallJob) -> None:
+    """Ten questions, once, by four; resumed with nothing left it stays as it is, and goes on with another epoch."""
+    lines = (job.data / "train.jsonl").read_text().splitlines()[:10]
+    few = job.data / "few.jsonl"
+    few.write_text("\n".join(lines) + "\n")
+    arguments = (
+        *("run.name=epoch", *SMALL, "parallel.tensor=1", "rollout.engine=embedded", "run.steps=9"),
+        *(f"data.train={few}", "data.evaluation=null", "filter.no_signal=false"),
+    )
+    result = job.run("train", "train.yaml", *arguments, "data.epochs=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = job.work / "runs" / "epoch"
+    assert [row["groups/kept"] for row in steps(run)] == [4, 4, 2]
+    assert "all questions were drawn 1 times: 3 steps" in result.stdout + result.stderr
+    assert (run / "export" / "config.json").is_file()
+    again = job.run("train", "train.yaml", *arguments, "data.epochs=1", resume=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(steps(run)) == 3
+    longer = job.run("train", "train.yaml", *arguments, "data.epochs=2", resume=True)
+    assert longer.returncode == 0, longer.stdout + longer.stderr
+    assert [row["groups/kept"] for row in steps(run)] == [4, 4, 2, 4, 4, 2]
+    assert [row["draw"] for row in ledger(run)] == list(range(20))
