@@ -22,6 +22,9 @@ class Said:
     refusal: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     wait: float = 0.0
+    """Seconds before anything is sent."""
+    pause: float = 0.0
+    """Seconds after each byte of the body."""
 
     def encoded(self) -> bytes:
         if self.body is not None:
@@ -89,7 +92,9 @@ class ScriptedEndpoint:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
-                    self.wfile.write(content)
+                    for piece in (content[k : k + 1] for k in range(len(content))) if said.pause else [content]:
+                        self.wfile.write(piece)
+                        time.sleep(said.pause)
                 except OSError:
                     self.close_connection = True  # the client waits no more
 

@@ -58,8 +58,8 @@ def with_options(stem: str, options: Sequence[str]) -> str:
 
 
 def reads_back(stem: str, options: Sequence[str]) -> bool:
-    """Whether who reads the question's text finds these options in it, each on its line, and no others. ("Plan A. is
-    better?" can be taken for the beginning of a list.)"""
+    """Whether who reads the question's text finds these options in it, each on its line, and no others: an option
+    "size (C) of the cup" can be taken for two."""
     text = with_options(stem, options)
     found = [text[option.start : option.end] for option in lettered_options(text, None)]
     return found == list(options) and not any("\n" in option for option in options)

@@ -121,35 +121,30 @@ class Pipeline:
             return
         before = self.files[STAGES[STAGES.index(name) - 1]]
         order = [question.id for question in before.questions()]
-        pending = (question for question in before.questions() if question.id not in done)
-        num_pending = len(order) - len(done)
-        if num_pending:
-            with self._outcomes(name, pending, before, done) as outcomes:
-                files.write(self._watch(name, outcomes, num_pending), counts)
+        pending = [question for question in before.questions() if question.id not in done]
+        if pending:
+            with self._outcomes(name, pending) as outcomes:
+                files.write(self._watch(name, outcomes, len(pending)), counts)
         self._write_counts()
         refuse_unanswered(name, counts)
         files.finish(order)
 
     @contextmanager
-    def _outcomes(
-        self, name: str, pending: Iterator[Question], before: StageFiles, done: set[str]
-    ) -> Iterator[Iterable[Outcome]]:
+    def _outcomes(self, name: str, pending: list[Question]) -> Iterator[Iterable[Outcome]]:
         if name == "difficulty":
-            waiting = [question for question in before.questions() if question.id not in done]
-            with self._make_policy(waiting) as policy:
-                yield measure(waiting, policy, self.folder)
+            with self._make_policy(pending) as policy:
+                yield measure(pending, policy, self.folder)
         elif name == "contract":
             yield (self.contracts.outcome(question, self.folder) for question in pending)
         else:
             yield from self._language_outcomes(self.rephrase if name == "rephrase" else self.label, pending)
 
-    def _language_outcomes(self, stage: LanguageStage, pending: Iterator[Question]) -> Iterator[Iterable[Outcome]]:
-        asked = list(pending)
-        if not any(map(stage.asks, asked)):
-            yield [Kept(question) for question in asked]
+    def _language_outcomes(self, stage: LanguageStage, pending: list[Question]) -> Iterator[Iterable[Outcome]]:
+        if not any(map(stage.asks, pending)):  # then nobody has to be there
+            yield [Kept(question) for question in pending]
             return
         with self._client(self.settings.endpoint, "endpoint", stage.name) as client:
-            yield ask_all(stage, asked, client, self.folder, seed=self.settings.output.seed)
+            yield ask_all(stage, pending, client, self.folder, seed=self.settings.output.seed)
 
     def _client(self, endpoint: EndpointConfig, section: str, stage: str) -> ChatClient:
         if not endpoint.url:
@@ -215,7 +210,7 @@ class Pipeline:
         base = settings.source.path
         tables = [[os.path.relpath(each, base), file_fingerprint(each)] for each in source_tables(settings.source)]
         values: dict[str, Any] = {
-            "rules": [settings.source.turns, settings.rules, tables],
+            "rules": [settings.source.turns, str(settings.source.images), settings.rules, tables],
             "rephrase": [settings.rephrase, self.rephrase.prompt, settings.endpoint.model, settings.output.seed],
             "difficulty": [settings.difficulty, settings.policy_endpoint.model, self._policy_mark],
             "resample": [settings.resample, settings.output.seed],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,14 @@ def test_what_does_not_pass_is_an_error_of_that_request_alone(failure, reason):
     assert (bad.texts, bad.finish_reasons) == ((), ())
     assert (first.texts, last.texts) == (("first",), ("last",))
     assert Counter(map(asked_text, endpoint.bodies)) == {"first": 1, "bad": 3, "last": 1}
+
+
+def test_an_answer_that_trickles_in_has_a_deadline_too():
+    """Each byte comes in time; all of them would take half a minute."""
+    started = time.monotonic()
+    reply, _ = ask_one(lambda body: Said(texts=("slow",), pause=0.2), deadline=0.5, retries=0)
+    assert "no answer within 0.5 s" in reply.error
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize(

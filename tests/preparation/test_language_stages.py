@@ -97,7 +97,7 @@ def test_options_about_the_others_stay_last(last):
         ({"options": ["the second one", "The  second one"]}, "not distinct"),
         ({"options": ["the second one", " "]}, "not distinct"),
         ({"options": ["the second one", "[IMAGE 1]"]}, "an option shows an image"),
-        ({"options": ["the second one (B) or", "the first one"]}, "looks like other options"),
+        ({"options": ["the second one", "size (C) of the cup"]}, "looks like other options"),
         ({"answer": "the third one"}, "none of the options"),
         ({"answer": ""}, "none of the options"),
     ],

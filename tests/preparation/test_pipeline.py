@@ -191,6 +191,8 @@ def test_a_changed_setting_redoes_its_stage_and_the_later_ones(finished, source,
     Pipeline(settings(source, endpoint.url, "difficulty.num_rollouts=4"), folder).run()
     assert kinds_asked(endpoint)["difficulty"] == 18
     assert kinds_asked(endpoint)["rephrase"] == 0
+    seeds = {body["seed"] for body in endpoint.bodies if "response_format" not in body}
+    assert len(seeds) == 18  # each question has its own, so that a known reply is that of the same sampling
     assert (folder / "replaced" / "2" / "03_difficulty.raw.jsonl").exists()
 
 

@@ -28,6 +28,7 @@ from perl_megatron.preparation.choices import split_choice
         ),
         ("Which? (A) <image> (B) <image>", "Answer: B", "Which?", ("<image>", "<image>"), "B"),
         ("(A) or (B)? Choices: (A) one (B) two", "(A)", "(A) or (B)?", ("one", "two"), "A"),
+        ("Plan A. is best?\n(A) yes\n(B) no", "(B)", "Plan A. is best?", ("yes", "no"), "B"),
         ("Which?\n(A) a dog\n(B) a cat", "a cat", "Which?", ("a dog", "a cat"), "B"),
         ("Which?\n(A) a dog\n(B) a cat", "A dog is on it.", "Which?", ("a dog", "a cat"), None),
         ("Which?\n(A) red\n(B) blue", "(C)", "Which?", ("red", "blue"), None),

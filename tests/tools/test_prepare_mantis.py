@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from mantis_case import answer_by_rules, lines, write_table
 from random_checkpoint import tool
+from scripted_endpoint import ScriptedEndpoint
 from tiny_checkpoint import make_policy
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "preparation"))
-
-from mantis_case import answer_by_rules, lines, write_table
-from scripted_endpoint import ScriptedEndpoint
-
+from perl_megatron.config.load import config_fields, load_sections
 from perl_megatron.data.records import read_records
+from perl_megatron.preparation.settings import PreparationSettings
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +97,19 @@ def test_a_mistake_is_one_message(source, tmp_path, capsys, arguments, told):
     status = prepare(tmp_path / "out", *(argument.format(source=source) for argument in arguments))
     assert status == 2
     assert told in capsys.readouterr().err
+
+
+def test_what_the_documentation_names_exists(tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "preparation.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "settings.yaml").write_text(block)
+    settings, _ = load_sections(PreparationSettings, tmp_path / "settings.yaml")
+    assert settings.resample.size == 22000
+    keys = config_fields(PreparationSettings).keys()
+    sections = "|".join(PreparationSettings.model_fields)
+    named = set(re.findall(rf"`((?:{sections})\.\w+)", text))
+    assert len(named) > 10
+    assert named <= keys
 
 
 def test_lists_may_be_written_with_commas(source, tmp_path, capsys):
