@@ -58,8 +58,8 @@ def engine_policy(loaded: LoadedConfig, pipeline: Pipeline, questions: list[Ques
     platform.set_threads()
     try:
         encoder = build_encoder(config)
-        records = [question.record(pipeline.folder) for question in questions]
-        engine = build_engine(config, derive_for(config, place.world_size, "eval"), encoder, place, records)
+        max_images = max((len(question.images) for question in questions), default=0)
+        engine = build_engine(config, derive_for(config, place.world_size, "eval"), encoder, place, max_images)
         try:
             yield EnginePolicy(
                 engine,

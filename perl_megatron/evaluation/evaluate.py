@@ -17,9 +17,10 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.evaluation.asking import Asker, EngineAsker, Reply, evaluation_sampling
 from perl_megatron.evaluation.order_bias import OrderBias, ViewOutcome, order_bias
 from perl_megatron.evaluation.slots import answered_slot, expected_slot, queried_slot
-from perl_megatron.reward.score import score, total
+from perl_megatron.reward.score import total
+from perl_megatron.reward.scorer import Response, rule_parts
 from perl_megatron.rollout.engine import RolloutEngine
-from perl_megatron.runtime.collective import shared_map
+from perl_megatron.runtime.collective import shared_batches
 from perl_megatron.types import PermutationContract, Record, View
 
 
@@ -90,12 +91,12 @@ def evaluate_by(
         for number, reply in enumerate(of_view)
     ]
 
-    def grade(answer: tuple[View, PermutationContract, int, Reply]) -> tuple[bool, float]:
-        view, _, _, reply = answer
-        parts = score(reply.text, view, reply.finish_reason, config.reward)
-        return parts["accuracy"] == 1, total(parts, config.reward)
+    def grade(mine: Sequence[tuple[View, PermutationContract, int, Reply]]) -> list[tuple[bool, float]]:
+        responses = [Response(reply.text, view, reply.finish_reason) for view, _, _, reply in mine]
+        parts_of_all = rule_parts(responses, config.reward)
+        return [(parts["accuracy"] == 1, total(parts, config.reward)) for parts in parts_of_all]
 
-    grades = shared_map(grade, answers)
+    grades = shared_batches(grade, answers)
     outcomes, outputs = [], []
     for (view, contract, number, reply), (correct, reward) in zip(answers, grades, strict=True):
         answer_slot = expected_slot(view, contract)
