@@ -23,7 +23,7 @@ from perl_megatron.config.load import LoadedConfig, load_config, load_sections
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.difficulty import Policy
 from perl_megatron.preparation.estimate import StageCost, count_by_characters, estimate
-from perl_megatron.preparation.pipeline import RECORDS, STAGES, Pipeline
+from perl_megatron.preparation.pipeline import PERMUTABLE, RECORDS, STAGES, Pipeline
 from perl_megatron.preparation.question import Outcome, Question
 from perl_megatron.preparation.resample import Resampled
 from perl_megatron.preparation.settings import PreparationSettings
@@ -143,7 +143,7 @@ def tokenizer_of(folder: Path | None) -> tuple[Callable[[str], int], str]:
 def dry_run(pipeline: Pipeline, options: argparse.Namespace, console: Console) -> None:
     def show(stage: str, identifier: str, prompt: str) -> None:
         console.rule(f"{stage}: {identifier}")
-        console.print(prompt, markup=False, highlight=False)
+        console.print(prompt, markup=False, highlight=False, soft_wrap=True)
 
     count_tokens, description = tokenizer_of(options.tokenizer)
     costs = estimate(pipeline, num_shown=options.show, count_tokens=count_tokens, show=show)
@@ -157,6 +157,10 @@ def report(pipeline: Pipeline, console: Console) -> None:
     if pipeline.put_aside is not None:
         console.print(f"files of other settings: {pipeline.put_aside}")
     if "contract" in pipeline.counts:
+        permutable = pipeline.contract_counts()
+        console.print(f"images may change their order in {permutable.pop(PERMUTABLE, 0):,} records", highlight=False)
+        for reason, number in permutable.most_common(NUM_REASONS):
+            console.print(f"  not in {number:,}: {reason}", markup=False, highlight=False)
         console.print(f"records: {pipeline.folder / RECORDS}", soft_wrap=True)
 
 

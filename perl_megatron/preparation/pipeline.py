@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
@@ -36,6 +37,7 @@ from perl_megatron.preparation.stage_files import StageCounts, StageFiles, refus
 
 STAGES = ("rules", "rephrase", "difficulty", "resample", "label", "contract")
 RECORDS = "records.jsonl"
+PERMUTABLE = "permutable"
 REPLIES = "replies"
 """Folder of cached replies, where no `cache` is set."""
 
@@ -93,6 +95,12 @@ class Pipeline:
                     paths = [path for each in later for path in self.files[each].paths]
                     self.put_aside = manifest.put_aside(later, [*paths, self.folder / RECORDS]) or self.put_aside
                 self._stage(name, manifest, marks[name])
+
+    def contract_counts(self) -> Counter[str]:
+        """How many of the final records are ``PERMUTABLE``, and of the others how many for which reason."""
+        kept = {question.id for question in self.files["contract"].questions()}
+        given = (row for row in self.files["contract"].raw_outputs() if row["id"] in kept)
+        return Counter(PERMUTABLE if row["permutable"] else row["reason"] for row in given)
 
     def _stage(self, name: str, manifest: Manifest, mark: str) -> None:
         files, is_finished = self.files[name], manifest.is_finished(name, mark)
@@ -200,6 +208,8 @@ class Pipeline:
         content: dict[str, Any] = {"stages": {name: counts.values() for name, counts in self.counts.items()}}
         if self.resampled is not None:
             content["resample"] = {key: value for key, value in asdict(self.resampled).items() if key != "chosen"}
+        if "contract" in self.counts:
+            content["contracts"] = dict(self.contract_counts().most_common())
         temporary = self.folder / ".counts.json.tmp"
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(temporary, self.folder / "counts.json")

@@ -82,6 +82,11 @@ def test_what_goes_in_and_comes_out(finished):
     written = json.loads((finished.folder / "counts.json").read_text())
     assert written["stages"]["rules"]["in"] == 30
     assert sum(written["resample"]["counts"]) == 12
+    permutable = sum(
+        record["contract"]["answer"] != "not_permutable" for record in lines(finished.folder / "records.jsonl")
+    )
+    assert written["contracts"]["permutable"] == permutable > 0
+    assert sum(written["contracts"].values()) == 12
 
 
 def test_the_records_are_what_training_reads(finished):

@@ -75,6 +75,7 @@ def test_all_stages_with_the_embedded_engine(source, tmp_path, capsys):
     assert len({response["text"] for row in raw for response in row["responses"]}) > 30
     assert len(read_records(out / "records.jsonl", max_corrupt_fraction=0).records) == 10
     assert "records.jsonl" in printed
+    assert "images may change their order in" in printed
     assert json.loads((out / "counts.json").read_text())["stages"]["rules"]["out"] == 22
 
 
