@@ -99,3 +99,14 @@ def _check_rewards(config: Config) -> None:
             where=f"reward.overlong_buffer = {reward.overlong_buffer}, rollout.max_response_tokens = {limit}",
             fix=f"set reward.overlong_buffer={max(1, limit // 5)}, say (DAPO's is a fifth), or reward.overlong=0",
         )
+
+
+def check_old_rollouts(algorithm: AlgorithmConfig, *, what: str, where: str) -> None:
+    """UserError where ``what`` was sampled by an older policy, and nothing in the objective would know."""
+    if algorithm.old_policy == "trainer" and algorithm.importance_correction == "off":
+        raise UserError(
+            f"{what} were sampled by an older policy, and with the trainer's recomputed log-probabilities as log π_old "
+            "nothing in the objective would know",
+            where=f"{where}, algorithm.old_policy = trainer, algorithm.importance_correction = off",
+            fix="set algorithm.old_policy=engine, or algorithm.importance_correction=truncated (or masked)",
+        )

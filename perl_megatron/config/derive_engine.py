@@ -7,6 +7,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.derive_algorithm import check_old_rollouts
 from perl_megatron.config.layout import join_numbers
 from perl_megatron.config.schema import Config, RolloutConfig
 from perl_megatron.errors import UserError
@@ -81,13 +82,7 @@ def check_staleness(config: Config) -> None:
             where=f"rollout.max_staleness = {config.rollout.max_staleness}, rollout.engine = {config.rollout.engine}",
             fix="set rollout.engine=server, or rollout.max_staleness=0",
         )
-    if config.algorithm.old_policy == "trainer" and config.algorithm.importance_correction == "off":
-        raise UserError(
-            "the rollouts were sampled by an older policy, and with the trainer's recomputed log-probabilities as "
-            "log π_old nothing in the objective would know",
-            where="rollout.max_staleness = 1, algorithm.old_policy = trainer, algorithm.importance_correction = off",
-            fix="set algorithm.old_policy=engine, or algorithm.importance_correction=truncated (or masked)",
-        )
+    check_old_rollouts(config.algorithm, what="the rollouts", where="rollout.max_staleness = 1")
 
 
 def _check_servers(config: Config, *, has_vllm: bool) -> None:

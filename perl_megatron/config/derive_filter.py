@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from perl_megatron.config.derive_algorithm import check_old_rollouts
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
 
@@ -34,10 +35,4 @@ def _check_carrying(config: Config) -> None:
             where="filter.carry_surplus = true, filter.oversample = 1.0",
             fix="set filter.oversample to 1.5, say, or leave filter.carry_surplus out",
         )
-    if config.algorithm.old_policy == "trainer" and config.algorithm.importance_correction == "off":
-        raise UserError(
-            "carried groups were sampled by an older policy, and with the trainer's recomputed log-probabilities as "
-            "log π_old nothing in the objective would know",
-            where="filter.carry_surplus = true, algorithm.old_policy = trainer, algorithm.importance_correction = off",
-            fix="set algorithm.old_policy=engine, or algorithm.importance_correction=truncated (or masked)",
-        )
+    check_old_rollouts(config.algorithm, what="carried groups", where="filter.carry_surplus = true")
