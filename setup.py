@@ -46,7 +46,12 @@ setup(
     version=NAMESPACE["__version__"],
     description="Permuted GRPO for multi-image vision-language policies on megatron-core",
     packages=find_packages(include=["perl_megatron", "perl_megatron.*"]),
-    package_data={"perl_megatron": ["py.typed", "data/*.yaml", "kernels/native/*.cpp", "kernels/native/*.h"]},
+    package_data={
+        "perl_megatron": [
+            *("py.typed", "kernels/native/*.cpp", "kernels/native/*.h"),
+            *("config/presets/*.yaml", "data/*.yaml", "preparation/prompts/*.md"),
+        ]
+    },
     **native_kernels(),
     python_requires=">=3.11",
     install_requires=[

@@ -79,6 +79,7 @@ class AheadCollector:
             self._pending.give_up()
             self._engine.give_up()
             self._pending.thread.join(END_SECONDS)
+        self._collector.close()
 
     def state(self) -> Callable[[], dict[str, Any]]:
         """As ``GroupCollector.state``; what is under way will be drawn again."""

@@ -12,12 +12,13 @@ from perl_megatron.collect import GroupCollector
 from perl_megatron.config.architecture import read_architecture_numbers
 from perl_megatron.config.derive import Command, Derived, derive
 from perl_megatron.config.load import LoadedConfig
-from perl_megatron.config.schema import Config
+from perl_megatron.config.schema import Config, PermutationConfig
 from perl_megatron.data.planner import swap_probability
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.questions import most_images, read_questions, training_questions
+from perl_megatron.reward.functions import load_functions
 from perl_megatron.rollout.engine import RolloutEngine, vllm_obstacle
 from perl_megatron.rollout.server_engine import ServerEngine
 from perl_megatron.runtime import platform
@@ -44,13 +45,16 @@ def build_training(
     """Everything that permuted GRPO needs. Data are read and checked before the policy and the engine are built."""
     config = loaded.config
     derived = derive_for(config, topology.world_size, "train")
+    load_functions(config.reward)  # one that is not there ends the run before anything slow is built
     encoder = build_encoder(config)
     questions = training_questions(config, encoder)
     evaluation_records: tuple[Record, ...] = ()
     if config.data.evaluation is not None:
         evaluation_records = read_questions(config, config.data.evaluation, "data.evaluation", encoder)
     actor = Actor(config, topology, encoder, total_steps=derived.total_updates)
-    max_images = max(most_images(questions.records), most_images(evaluation_records))
+    max_images = max(
+        most_images(questions.records, config.permutation), most_images(evaluation_records, PermutationConfig())
+    )
     engine = build_engine(config, derived, encoder, topology, max_images)
     return TrainingSession(
         loaded,

@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, serve, plan, verify, verify-weights, triage, doctor.
+"""The command `perl-megatron`: train, sft, eval, results, serve, plan, verify, verify-weights, triage, doctor.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -16,10 +16,12 @@ from pathlib import Path
 
 from perl_megatron import __version__
 from perl_megatron.config.architecture import read_architecture_numbers
-from perl_megatron.config.derive import derive, require_evaluation_data, require_training_data
+from perl_megatron.config.derive import derive, require_training_data
 from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import LoadedConfig, load_config
+from perl_megatron.config.preset_source import preset_names
 from perl_megatron.errors import UserError
+from perl_megatron.evaluation.results_options import add_results_options
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
 
 
@@ -48,8 +50,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     strange = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
     if strange or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
-    if rest:
-        options.overrides += rest
+    if "overrides" in options:
+        options.overrides += [*(f"preset={name}" for name in options.preset), *rest]
     return options
 
 
@@ -61,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, description, handler in (
         ("train", "permuted GRPO", run_job),
         ("sft", "supervised warm start on the records' demonstrations", run_job),
-        ("eval", "held-out accuracy and flip rate of model.path", run_job),
+        ("eval", "held-out accuracy and order bias of model.path, or its results on benchmarks", run_job),
         ("serve", "a vLLM server of model.path, for runs with rollout.engine=server", run_serve),
         ("plan", "batch arithmetic and topology, without starting anything", run_plan),
     ):
@@ -71,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
         )
+        text = f"published settings, below the file's own; several: later ones win ({', '.join(preset_names())})"
+        command.add_argument("--preset", action="append", default=[], metavar="NAME", help=text)
         if name in ("train", "sft"):
             command.add_argument("--resume", action="store_true", help="continue from the last good checkpoint")
         if name in ("train", "sft", "eval"):
@@ -100,6 +104,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write every row")
     add_triage(commands)
+    description = "results of benchmarks in the form of PeRL's table, the paper's rows beside them"
+    results = commands.add_parser("results", help=description, description=description)
+    results.set_defaults(handler=run_results)
+    add_results_options(results)
     doctor = commands.add_parser("doctor", help="versions, device, live fused paths, what to install")
     doctor.set_defaults(handler=run_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -162,7 +170,8 @@ def run_job(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.launch import torchrun
 
     loaded = load_config(options.config, options.overrides)
-    if torchrun.needs_launch(loaded.config):
+    by_endpoint = options.command == "eval" and loaded.config.evaluation.ask == "endpoint"
+    if torchrun.needs_launch(loaded.config) and not by_endpoint:
         processes = launched_processes(loaded.config)
         check_before_start(loaded, options, processes)
         from perl_megatron.observability.run_folder import RunFolder
@@ -186,10 +195,14 @@ def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_
     from perl_megatron.observability.run_folder import RunFolder
 
     config, command = loaded.config, options.command
-    derive(config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command)
     if command == "eval":
-        require_evaluation_data(config)
-    else:
+        from perl_megatron.evaluation.preflight import check_evaluation
+
+        check_evaluation(config)
+        if config.evaluation.ask == "endpoint":
+            return  # which needs neither the policy nor a layout
+    derive(config, world_size=world_size, architecture=read_architecture_numbers(config.model.path), command=command)
+    if command != "eval":
         require_training_data(config)
         folder = RunFolder.of(config)
         folder.check_available(resume=options.resume)
@@ -206,7 +219,7 @@ def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
     derived = derive(
         loaded.config, world_size=processes, architecture=read_architecture_numbers(loaded.config.model.path)
     )
-    plan = make_plan(loaded.config, derived)
+    plan = make_plan(loaded.config, derived, origins=loaded.origins)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return 0
 
@@ -298,6 +311,14 @@ def run_triage(options: argparse.Namespace, argv: list[str]) -> int:
 
     settings = {"policy": options.policy, "other_policies": options.other_policy, "limit": options.limit}
     return 0 if command.run(options.dump, json_file=options.json, **settings) else 1
+
+
+def run_results(options: argparse.Namespace, argv: list[str]) -> int:
+    """Print the table of results."""
+    from perl_megatron.evaluation import results_command
+
+    results_command.run(options.folders, markdown_file=options.markdown, difference=options.difference)
+    return 0
 
 
 def _live_loss_kernel() -> str | None:

@@ -11,21 +11,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from perl_megatron.algorithm.advantage import group_advantages
+import numpy as np
+
+from perl_megatron.algorithm.advantage import step_advantages
 from perl_megatron.algorithm.filter import judge
-from perl_megatron.config.schema import Config
+from perl_megatron.algorithm.shaping import add_shaping_parts
+from perl_megatron.config.schema import AlgorithmConfig, Config
 from perl_megatron.data.group_state import group_from_json, group_to_json
 from perl_megatron.data.planner import plan_views
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
+from perl_megatron.data.recover_order import maybe_recover_order
 from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, DrawnQuestion
 from perl_megatron.errors import UserError
-from perl_megatron.reward.boxed import last_boxed
-from perl_megatron.reward.score import score, total
+from perl_megatron.reward.score import total
+from perl_megatron.reward.scorer import Response, Scorer
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
-from perl_megatron.runtime.collective import shared_map
+from perl_megatron.runtime.collective import shared_batches
 from perl_megatron.runtime.rng import derive_seed
-from perl_megatron.types import Group, Rollout, View
+from perl_megatron.types import Group
 
 
 class NothingKeptError(UserError):
@@ -52,7 +56,7 @@ class GroupCollector:
         engine: RolloutEngine,
     ):
         self.config, self.questions = config, questions
-        self.encoder, self.engine = encoder, engine
+        self.encoder, self.engine, self.scorer = encoder, engine, Scorer(config)
         self._waiting: tuple[DrawnQuestion, ...] = ()
 
     def collect(self, step: int, alpha: float) -> Drawn:
@@ -88,7 +92,8 @@ class GroupCollector:
         """Nothing is ever under way between two calls of ``collect``."""
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Nothing is under way; let go of what scores."""
+        self.scorer.close()
 
     def state(self) -> Callable[[], dict[str, Any]]:
         """Where a resumed run has to go on, as it is now; the call that writes it out (as JSON) may come later."""
@@ -134,7 +139,8 @@ class GroupCollector:
         if question.group is None:
             question.decide("dropped", OVER_LONG if question.problem is None else UNUSABLE)
             return
-        verdict = judge(question.group, self.config.filter)
+        within_views = self.config.algorithm.advantage_level == "view"
+        verdict = judge(question.group, self.config.filter, within_views=within_views)
         if not verdict.keep:
             question.decide("dropped", verdict.reason)
         elif has_room:
@@ -145,17 +151,15 @@ class GroupCollector:
     def _sample(self, questions: Sequence[DrawnQuestion], step: int, alpha: float) -> None:
         """A scored group for each question whose prompts fit the limit."""
         config = self.config
+        permutation, keys = config.permutation, {"seed": config.run.seed, "step": step}
         groups: list[Group] = []
         seeds: list[int] = []
         for question in questions:
             if question.problem is not None:
                 continue
+            question.record = maybe_recover_order(question.record, probability=permutation.recover_order, **keys)
             views = plan_views(
-                question.record,
-                num_permuted=config.permutation.num_permuted,
-                alpha=alpha,
-                seed=config.run.seed,
-                step=step,
+                question.record, num_permuted=permutation.num_permuted, orders=permutation.orders, alpha=alpha, **keys
             )
             prompts = tuple(self.encoder.encode(view) for view in views)
             if max(len(prompt.token_ids) for prompt in prompts) > config.data.max_prompt_tokens:
@@ -180,17 +184,19 @@ class GroupCollector:
         self._score(groups)
 
     def _score(self, groups: Sequence[Group]) -> None:
-        """Reward every rollout against its own view's answer (PeRL Eq. 4)."""
-        pairs = [(rollout, group.views[rollout.view_index]) for group in groups for rollout in group.rollouts]
-
-        def parts(pair: tuple[Rollout, View]) -> dict[str, float]:
-            rollout, view = pair
-            return score(rollout.text, view, rollout.finish_reason, self.config.reward)
-
-        for (rollout, _), reward_parts in zip(pairs, shared_map(parts, pairs), strict=True):
-            rollout.reward_parts = reward_parts
-            rollout.reward = total(reward_parts, self.config.reward)
-            rollout.readable = last_boxed(rollout.text) is not None
+        """Reward every rollout against its own view's answer (PeRL Eq. 4), and for what the other views' got right."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        responses = [
+            Response(rollout.text, group.views[rollout.view_index], rollout.finish_reason)
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        for rollout, scored in zip(rollouts, shared_batches(self.scorer.score_all, responses), strict=True):
+            rollout.reward_parts, rollout.readable = scored.parts, scored.readable
+        for group in groups:
+            add_shaping_parts(group, self.config.reward, max_response_tokens=self.config.rollout.max_response_tokens)
+        for rollout in rollouts:
+            rollout.reward = total(rollout.reward_parts, self.config.reward)
 
     def _question_from_json(self, saved: dict[str, Any]) -> DrawnQuestion:
         group = group_from_json(saved["group"], self.encoder.encode)
@@ -205,9 +211,10 @@ def _question_to_json(question: DrawnQuestion) -> dict[str, Any]:
     return {**position, "group": group_to_json(question.group)}
 
 
-def assign_advantages(groups: Sequence[Group], *, standardize: bool) -> None:
-    """Advantages over the joint group of all views (PeRL Eq. 5), one for each rollout."""
-    for group in groups:
-        advantages = group_advantages(group.rewards(), standardize=standardize)
+def assign_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
+    """Advantages of all groups of a step (PeRL Eq. 5 or its relatives), one for each rollout."""
+    rewards = [group.penalized_rewards() for group in groups]
+    views = [np.array([rollout.view_index for rollout in group.rollouts]) for group in groups]
+    for group, advantages in zip(groups, step_advantages(rewards, views, algorithm), strict=True):
         for rollout, advantage in zip(group.rollouts, advantages, strict=True):
             rollout.advantage = float(advantage)

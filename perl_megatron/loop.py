@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from perl_megatron.algorithm.importance import bounded_weights, importance_ratio
+from perl_megatron.algorithm.objective import kl_penalty
 from perl_megatron.collect import assign_advantages
 from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.data.planner import swap_probability
@@ -34,9 +35,10 @@ def train(session: TrainingSession) -> None:
         if not drawn.kept:
             session.end_of_questions(drawn)
             break
-        assign_advantages(drawn.kept, standardize=config.algorithm.standardize)
         with phases("log_probs"):
             add_log_probs(session, drawn.kept)
+        penalize_divergence(drawn.kept, config.algorithm)
+        assign_advantages(drawn.kept, config.algorithm)
         weigh_by_importance(drawn.kept, config.algorithm)
         with phases("update"):
             updates = [
@@ -65,6 +67,20 @@ def add_log_probs(session: TrainingSession, groups: Sequence[Group]) -> None:
             rollout.logprob_ref = logprob
 
 
+def penalize_divergence(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
+    """β · KL of every kept rollout, to be taken off its reward, where `algorithm.kl_in` says so."""
+    if algorithm.kl_in == "loss":
+        return
+    for group in groups:
+        for rollout in group.rollouts:
+            old = rollout.logprob_rollout if algorithm.old_policy == "engine" else rollout.logprob_old
+            assert old is not None, "the KL penalty is that of π_old"
+            assert rollout.logprob_ref is not None, "the KL penalty is taken against π_ref"
+            rollout.kl_penalty = kl_penalty(
+                old, rollout.logprob_ref, coefficient=algorithm.kl_coefficient, estimator=algorithm.kl_estimator
+            )
+
+
 def weigh_by_importance(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
     """The bounded weights π_old / π_rollout of every kept rollout, where they are asked for."""
     if algorithm.importance_correction == "off":
@@ -81,11 +97,18 @@ def weigh_by_importance(groups: Sequence[Group], algorithm: AlgorithmConfig) -> 
 
 
 def lay_out(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[TrainingSequence]:
-    """One training sequence for each rollout, conditioned on its own view (x_i, never the original)."""
+    """One training sequence for each rollout, conditioned on its own view x_i, or on what `algorithm.loss_view` says.
+
+    With 'original' every log-probability is that of the response after view 0's prompt, which a permuted view's rollout
+    was not sampled from: NoisyRollout (Liu et al. 2025, arXiv 2504.13055), whose distorted images do not change the
+    answer. Where the answer follows the order, that trains the policy towards an answer that is wrong for the prompt it
+    is conditioned on: with x_0 it is asked to raise the probability of the option that was right in x_i, and of other
+    ones for the other views. PeRL warns of this collapse, and conditions on x_i.
+    """
     by_engine = algorithm.old_policy == "engine"
     return [
         TrainingSequence(
-            prompt=group.prompts[rollout.view_index],
+            prompt=group.prompts[rollout.view_index if algorithm.loss_view == "own" else 0],
             response=rollout.token_ids,
             logprob_old=rollout.logprob_rollout if by_engine else rollout.logprob_old,
             logprob_ref=rollout.logprob_ref,

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from perl_megatron.checkpoint.manifest import on_rank_zero
-from perl_megatron.config.schema import Config
+from perl_megatron.config.schema import Config, PermutationConfig
 from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import DrawChecks, QuestionStream
 from perl_megatron.data.record_files import RecordFiles, open_record_files, record_files
 from perl_megatron.data.records import Dataset, DroppedRecord, read_records
+from perl_megatron.data.recover_order import most_images_asked
 from perl_megatron.data.sampler import make_sampler
 from perl_megatron.errors import UserError
 from perl_megatron.record_check import check_answer
@@ -106,11 +107,11 @@ def problem_of(record: Record, max_prompt_tokens: int, encoder: PromptEncoder) -
     return None
 
 
-def most_images(records: Sequence[Record]) -> int:
-    """The most images that a record has; 0 without records. Records that lie in files are not read for it."""
+def most_images(records: Sequence[Record], permutation: PermutationConfig) -> int:
+    """The most images that a question has; 0 without records. Records that lie in files are not read for it."""
     if isinstance(records, RecordFiles):
-        return records.max_images
-    return max((len(record.images) for record in records), default=0)
+        return most_images_asked(records.max_images, permutation)
+    return most_images_asked(max((len(record.images) for record in records), default=0), permutation)
 
 
 def _checked_at_load(config: Config, paths: Sequence[Path]) -> bool:

@@ -11,9 +11,9 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.questions import most_images, read_questions, training_questions
 from perl_megatron.rollout.engine import INSTALL_VLLM, vllm_obstacle
-from perl_megatron.rollout.server_key import read_key
 from perl_megatron.runtime import environment, platform
 from perl_megatron.runtime.addresses import is_loopback
+from perl_megatron.runtime.key_file import read_key
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def serve(config: Config, *, host: str, port: int, max_images: int | None, log_r
     obstacle = vllm_obstacle(cuda=platform.is_cuda())
     if obstacle is not None:
         raise UserError(obstacle, where="perl-megatron serve", fix=INSTALL_VLLM)
-    key = read_key(config.rollout.api_key_file)
+    key = read_key(config.rollout.api_key_file, "rollout.api_key_file")
     if key is None and not is_loopback(host):
         raise UserError(
             "whoever reaches the server could change its weights and run code in it",
@@ -54,7 +54,8 @@ def _most_images(config: Config, encoder: PromptEncoder) -> int:
             where="perl-megatron serve",
             fix="pass --max-images N, or set data.train as in the run",
         )
-    found = [most_images(training_questions(config, encoder).records)] if config.data.train else []
+    found = [most_images(training_questions(config, encoder).records, config.permutation)] if config.data.train else []
     if config.data.evaluation is not None:
-        found.append(most_images(read_questions(config, config.data.evaluation, "data.evaluation", encoder)))
+        held_out = read_questions(config, config.data.evaluation, "data.evaluation", encoder)
+        found.append(most_images(held_out, config.permutation))
     return max(1, *found)

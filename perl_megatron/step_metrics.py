@@ -23,6 +23,9 @@ def rollout_metrics(drawn: Drawn) -> dict[str, float]:
         "groups/refills": float(drawn.refills),
         **{f"groups/dropped_{reason}": float(count) for reason, count in drawn.reasons.items()},
     }
+    penalties = [rollout.kl_penalty for group in drawn.kept for rollout in group.rollouts]
+    if known := [penalty for penalty in penalties if penalty is not None]:
+        metrics["reward/kl_penalty"] = float(np.mean(known))
     pairs = [(group, rollout) for group in drawn.groups for rollout in group.rollouts]
     return metrics | _sampled(pairs) if pairs else metrics  # none where enough groups were carried over
 
@@ -44,7 +47,7 @@ def _sampled(pairs: list[tuple[Group, Rollout]]) -> dict[str, float]:
         chosen = [(group, rollout) for group, rollout in pairs if group.views[rollout.view_index].permuted is wanted]
         if chosen:
             metrics[f"reward/accuracy_{name}"] = _mean_part(chosen, "accuracy")
-    return metrics
+    return metrics | {f"reward/part/{name}": _mean_part(pairs, name) for name in pairs[0][1].reward_parts}
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
@@ -62,13 +65,15 @@ def mismatch_metrics(groups: Sequence[Group], algorithm: AlgorithmConfig) -> dic
     """How far the engine is from the trainer on all kept tokens, then by view and by number of images.
 
     Nothing where the trainer computed no log-probabilities of its own (`algorithm.old_policy` is the engine): the gap
-    is not known then.
+    is not known then. With `algorithm.loss_view` = 'original' the trainer's are of another prompt than the engine's,
+    but for views in the original order, so only these count.
     """
     pairs = [
         (group.views[rollout.view_index], rollout)
         for group in groups
         for rollout in group.rollouts
         if rollout.logprob_old is not None and len(rollout.token_ids)
+        if algorithm.loss_view == "own" or not group.views[rollout.view_index].permuted
     ]
     metrics = {}
     for suffix, rollouts in _parts(pairs).items():

@@ -92,7 +92,7 @@ class Record:
     """The question, with one ``<image>`` placeholder for each image, in slot order."""
     answer: str
     answer_type: str = "text"
-    """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math' or 'text'."""
+    """How the answer is graded: 'choice', 'number', 'index', 'ordering', 'math', 'text', 'short_text' or 'json'."""
     contract: PermutationContract = PermutationContract()
     demonstration: str | None = None
     """A response to imitate in supervised training; None where the record has none."""
@@ -165,6 +165,8 @@ class Rollout:
     """float32 [R]: the reference policy's log-probability (π_ref)."""
     importance: np.ndarray | None = None
     """float64 [R]: bounded weights π_old / π_rollout of the policy loss; None without such a correction."""
+    kl_penalty: float | None = None
+    """β · Σ_t KL_t of the response, taken off the reward before the advantage; None where the loss has the KL term."""
     advantage: float | None = None
     readable: bool = True
     """Whether the response holds an answer that can be graded."""
@@ -185,3 +187,7 @@ class Group:
         missing = [index for index, rollout in enumerate(self.rollouts) if rollout.reward is None]
         assert not missing, f"rollouts {missing} of {self.record.id} have no reward yet"
         return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float64)
+
+    def penalized_rewards(self) -> np.ndarray:
+        """float64 [(n_s + 1) · n]: ``rewards`` less the KL penalties, where there are any."""
+        return self.rewards() - [rollout.kl_penalty or 0.0 for rollout in self.rollouts]

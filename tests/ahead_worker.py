@@ -46,6 +46,9 @@ class Collector:
     def state(self) -> Any:
         return dict
 
+    def close(self) -> None:
+        pass
+
 
 def agree(what: str, number: int) -> None:
     """As the trainer's own collectives."""

@@ -36,7 +36,7 @@ class ScriptedCollector:
     """Draws ten records a step; ``act(step)`` is called in the middle of it."""
 
     def __init__(self, act: Callable[[int], object] = lambda step: None):
-        self.act, self.num_drawn = act, 0
+        self.act, self.num_drawn, self.is_closed = act, 0, False
         self.begun: list[tuple[int, float, bool]] = []
 
     def collect(self, step: int, alpha: float) -> Any:
@@ -48,6 +48,9 @@ class ScriptedCollector:
     def state(self) -> Callable[[], dict[str, Any]]:
         num_drawn = self.num_drawn
         return lambda: {"num_drawn": num_drawn}
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 def ahead_of(collector: ScriptedCollector, engine: ScriptedEngine, num_steps: int = 4) -> AheadCollector:
@@ -240,11 +243,13 @@ def test_a_session_brings_the_weights_as_often_as_they_are_lost() -> None:
 def test_what_is_under_way_is_given_up_at_the_end() -> None:
     """Neither the servers' answers nor weights that servers lost are waited for."""
     engine = ScriptedEngine()
-    collector = ahead_of(ScriptedCollector(lambda step: step == 1 and engine.is_given_up.wait(LONG)), engine)
+    scripted = ScriptedCollector(lambda step: step == 1 and engine.is_given_up.wait(LONG))
+    collector = ahead_of(scripted, engine)
     collector.collect(0, 0.0)
     begin = time.monotonic()
     collector.close()
     assert time.monotonic() - begin < LONG / 2
+    assert scripted.is_closed
     assert engine.is_given_up.is_set()
     assert collector._pending is not None
     assert not collector._pending.thread.is_alive()

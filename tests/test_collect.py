@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from perl_megatron.collect import GroupCollector, NothingKeptError, assign_advantages
-from perl_megatron.config.schema import Config
+from perl_megatron.config.schema import AlgorithmConfig, Config
 from perl_megatron.data.question_stream import DrawChecks, QuestionStream
 from perl_megatron.data.sampler import ShuffledSampler
 from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, ledger_rows
@@ -54,7 +54,7 @@ def make_records(count: int) -> list[Record]:
     contract = PermutationContract(movable=(0, 1), references=(ReferenceRule.INDEX,))
     text = "<image><image>Which digit is in image 1?"
     images = (Path("a.png"), Path("b.png"))
-    return [Record(f"r{number}", images, text, "7", "number", contract) for number in range(count)]
+    return [Record(f"r{number}", images, text, "7", "number", contract=contract) for number in range(count)]
 
 
 def collector(answer: Callable[[View, int], str], **sections: dict) -> tuple[GroupCollector, ScriptedEngine]:
@@ -123,8 +123,64 @@ def test_advantages_share_one_baseline_over_all_views() -> None:
     """The original is always answered right and the copy never: within a view there is no signal, jointly there is."""
     groups, _ = collector(lambda view, number: WRONG if view.permuted else RIGHT)
     kept = groups.collect(step=0, alpha=1.0).kept
-    assign_advantages(kept, standardize=False)
+    assign_advantages(kept, AlgorithmConfig(standardize=False))
     assert [rollout.advantage for rollout in kept[0].rollouts] == pytest.approx([0.45] * 3 + [-0.45] * 3)
+
+
+def test_views_by_themselves_have_advantages_of_their_own() -> None:
+    """The original is right once, the copy never: only the original's responses have a signal."""
+    groups, _ = collector(lambda view, number: RIGHT if number == 0 and not view.permuted else WRONG)
+    kept = groups.collect(step=0, alpha=1.0).kept
+    assign_advantages(kept, AlgorithmConfig(standardize=False, advantage_level="view"))
+    assert [rollout.advantage for rollout in kept[0].rollouts] == pytest.approx([0.6, -0.3, -0.3, 0, 0, 0])
+
+
+def test_a_kl_penalty_is_taken_off_the_reward_that_stays() -> None:
+    groups, _ = collector(half_right)
+    kept = groups.collect(step=0, alpha=1.0).kept[:1]
+    for number, rollout in enumerate(kept[0].rollouts):
+        rollout.kl_penalty = 0.1 * number
+    assign_advantages(kept, AlgorithmConfig(standardize=False))
+    assert [rollout.reward for rollout in kept[0].rollouts] == pytest.approx([1.0, 0.1, 0.1] * 2)
+    less = np.array([1.0, 0.1, 0.1] * 2) - 0.1 * np.arange(6)
+    assert [rollout.advantage for rollout in kept[0].rollouts] == pytest.approx(list(less - less.mean()))
+
+
+def test_shaping_parts_enter_the_reward_by_their_weights() -> None:
+    """Response 0 is right in both views, 1 in the original alone; two tokens of three are within the buffer."""
+    reward = {"consistency": 0.5, "overlong": 0.25, "overlong_buffer": 2}
+    limits = {"questions_per_step": 4, "num_rollouts": 3, "max_response_tokens": 3}
+    groups, _ = collector(
+        lambda view, number: RIGHT if number == 0 or (number == 1 and not view.permuted) else WRONG,
+        reward=reward,
+        rollout=limits,
+    )
+    group = groups.collect(step=0, alpha=1.0).kept[0]
+    assert [rollout.reward_parts["consistency"] for rollout in group.rollouts] == [1, 0, 0, 1, 0, 0]
+    assert {rollout.reward_parts["overlong"] for rollout in group.rollouts} == {-0.5}
+    expected = np.array([1.5, 1.0, 0.1, 1.5, 0.1, 0.1]) - 0.125
+    assert [rollout.reward for rollout in group.rollouts] == pytest.approx(list(expected), abs=1e-15)
+
+
+def test_the_orders_are_planned_as_configured() -> None:
+    """Two images, drawn from both orders: some copies of the step are the original, although α is 1."""
+    groups, _ = collector(half_right, permutation={"orders": "independent"})
+    permuted = {group.views[1].permuted for step in range(4) for group in groups.collect(step=step, alpha=1.0).kept}
+    assert permuted == {False, True}
+
+
+def test_questions_about_the_order_take_the_place_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perl_megatron.data.recover_order._content", str)
+    groups, _ = collector(
+        lambda view, number: f"<think>.</think>\\boxed{{{view.answer if number == 0 else '1, 2'}}}",
+        permutation={"recover_order": 1.0},
+        data={"max_prompt_tokens": 1000},
+    )
+    drawn = groups.collect(step=0, alpha=1.0)
+    for group in drawn.kept:
+        assert group.record.kind == "recover_order"
+        assert {view.answer for view in group.views} == {"3, 4", "4, 3"}
+        assert [rollout.reward_parts["accuracy"] for rollout in group.rollouts] == [1, 0, 0] * 2
 
 
 CARRY = {
@@ -258,3 +314,16 @@ def test_questions_that_cannot_be_asked_are_in_the_ledger_and_others_come_in_the
     assert sum(question.decision == "kept" for question in drawn) == 8
     assert all(question.refill == 0 for question in drawn)
     assert len(engine.seeds) == 2 * 8
+
+
+def test_rewards_beside_the_rules_count_and_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def of_order(text, view, finish_reason): return float(view.permuted)"
+    (tmp_path / "collect_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    answer = "<think>.</think>\\boxed{seven}"  # has the format, and is no number
+    groups, _ = collector(lambda view, number: answer, reward={"functions": ("collect_rewards:of_order=0.5",)})
+    group = groups.collect(0, 1.0).kept[0]
+    assert [rollout.reward for rollout in group.rollouts] == [0.1] * 3 + [0.6] * 3
+    assert group.rollouts[3].reward_parts == {"accuracy": 0.0, "format": 1.0, "of_order": 1.0}
+    assert not any(rollout.readable for rollout in group.rollouts)
+    groups.close()

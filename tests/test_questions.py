@@ -11,7 +11,7 @@ from tiny_checkpoint import make_images, make_policy
 
 from perl_megatron import questions as module
 from perl_megatron.config.load import load_config
-from perl_megatron.config.schema import Config
+from perl_megatron.config.schema import Config, PermutationConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.record_files import RecordFiles
 from perl_megatron.errors import UserError
@@ -135,8 +135,11 @@ def test_the_most_images(policy, encoder, tmp_path):
     path = write(tmp_path, "train.jsonl", range(3), q1={"images": ["images/0-1.png"] * 3, "text": "<image>" * 3})
     for check in ("load", "draw"):
         config = config_of(policy, f"data.train={path}", f"data.check={check}")
-        assert most_images(training_questions(config, PromptEncoder(policy, system_prompt="")).records) == 3
-    assert most_images(()) == 0
+        assert (
+            most_images(training_questions(config, PromptEncoder(policy, system_prompt="")).records, config.permutation)
+            == 3
+        )
+    assert most_images((), PermutationConfig(recover_order=0.5)) == 0
 
 
 def test_nothing_to_train_on_is_refused(policy, encoder, tmp_path):

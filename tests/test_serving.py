@@ -138,3 +138,12 @@ def test_as_many_images_as_the_questions_have(
     overrides = [f"data.{key}={file}" for key, file in records.items()]
     serve(config_of(policy, *overrides), max_images=None)
     assert served[0]["max_images"] == most
+
+
+def test_twice_as_many_images_where_the_order_is_asked_for(
+    policy: Path, served: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The auxiliary question shows every image of a record twice."""
+    overrides = [f"data.train={write_records(tmp_path, 1, 3, 2)}", "permutation.recover_order=0.1"]
+    serve(config_of(policy, *overrides), max_images=None)
+    assert served[0]["max_images"] == 6

@@ -115,6 +115,34 @@ def test_a_part_that_was_not_sampled_is_left_out(groups: list[Group]) -> None:
     assert not any(name.endswith(("_3_images", "_permuted")) for name in names)
 
 
+def test_after_the_originals_prompt_only_original_views_are_comparable(groups: list[Group]) -> None:
+    """The trainer's log-probabilities of a permuted view's response are then of another prompt than the engine's."""
+    metrics = mismatch_metrics(groups, AlgorithmConfig(loss_view="original"))
+    check_names(metrics)
+    expected = np.mean(np.abs(PARTS["_original"]))
+    assert metrics["logprob_gap/mean"] == metrics["logprob_gap/mean_original"] == pytest.approx(expected)
+    assert not any("permuted" in name for name in metrics)
+
+
+def test_shaping_parts_and_penalties_are_logged_where_there_are_any(groups: list[Group]) -> None:
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        rollout.reward, rollout.reward_parts = 1.0, {"accuracy": 1.0, "format": 1.0}
+    questions = [DrawnQuestion(group.record, draw, 0, 0, group) for draw, group in enumerate(groups)]
+    questions[0].decide("kept", "kept")
+    questions[1].decide("dropped", "no_signal")
+    plain = rollout_metrics(Drawn(0, questions))
+    check_names(plain)
+    assert not {"reward/part/consistency", "reward/part/overlong", "reward/kl_penalty"} & set(plain)
+    for number, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
+        rollout.reward_parts |= {"consistency": number % 2, "overlong": -0.5}
+        rollout.kl_penalty = 0.1 * number if number < 3 else None
+    metrics = rollout_metrics(Drawn(0, questions))
+    check_names(metrics)
+    assert metrics["reward/part/consistency"] == pytest.approx(0.4)
+    assert metrics["reward/part/overlong"] == -0.5
+    assert metrics["reward/kl_penalty"] == pytest.approx(0.1)
+
+
 def test_a_step_of_carried_groups_alone_has_sampled_nothing(groups: list[Group]) -> None:
     """The rewards of carried groups were logged when they were sampled."""
     for group in groups:
@@ -128,3 +156,15 @@ def test_a_step_of_carried_groups_alone_has_sampled_nothing(groups: list[Group])
     counts = {"kept": 1, "carried": 0, "dropped": 1, "dropped_expired": 1, "refills": 0}
     assert metrics == {f"groups/{name}": count for name, count in counts.items()}
     assert rollout_metrics(Drawn(2, [waiting, late]))["reward/accuracy"] == 0
+
+
+def test_every_part_of_the_reward_has_its_mean(groups: list[Group]) -> None:
+    for group in groups:
+        for number, rollout in enumerate(group.rollouts):
+            rollout.reward, rollout.reward_parts = 0.0, {"accuracy": 1.0, "format": 0.0, "brevity": float(number)}
+    question = DrawnQuestion(groups[0].record, 0, 1, 0, groups[0])
+    question.decide("kept", "kept")
+    metrics = rollout_metrics(Drawn(1, [question]))
+    check_names(metrics)
+    parts = {"accuracy": 1.0, "format": 0.0, "brevity": 1.0}  # brevity: of 0, 1 and 2
+    assert {name: metrics[f"reward/part/{name}"] for name in parts} == parts

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from perl_megatron.config.schema import FilterConfig
-from perl_megatron.types import Group
+from perl_megatron.types import Group, Rollout
 
 Reason = Literal["kept", "no_signal", "accuracy_low", "accuracy_high", "truncated", "unparsable", "order_quota"]
 
@@ -25,7 +26,7 @@ class Verdict:
     reason: Reason
 
 
-def judge(group: Group, config: FilterConfig) -> Verdict:
+def judge(group: Group, config: FilterConfig, *, within_views: bool = False) -> Verdict:
     """The first reason to drop ``group``, checked in this order; 'kept' if there is none.
 
     1. ``no_signal``: all rewards are exactly equal, so all advantages are 0 (see ``has_signal``).
@@ -36,14 +37,16 @@ def judge(group: Group, config: FilterConfig) -> Verdict:
     6. ``order_quota``: in some image order fewer than ``config.min_right_per_order`` responses are right
        (accuracy 1), or fewer than ``config.min_wrong_per_order`` are not.
 
+    ``within_views`` says that rewards are compared within each view only (`algorithm.advantage_level` = 'view').
     All bounds are inclusive: a group exactly on a bound is kept.
     """
     rollouts = group.rollouts
     assert rollouts, f"the group of {group.record.id} has no rollouts"
     accuracy = math.fsum(rollout.reward_parts["accuracy"] for rollout in rollouts) / len(rollouts)
     truncated = sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts)
+    assert not any(rollout.reward is None for rollout in rollouts), f"rollouts of {group.record.id} have no reward yet"
     assert not math.isnan(accuracy), f"an accuracy of {group.record.id} is NaN"
-    if config.no_signal and not has_signal(group):
+    if config.no_signal and not has_signal(group, within_views=within_views):
         return Verdict(False, "no_signal")
     if accuracy < config.min_accuracy:
         return Verdict(False, "accuracy_low")
@@ -69,11 +72,18 @@ def _meets_quotas(group: Group, config: FilterConfig) -> bool:
     )
 
 
-def has_signal(group: Group) -> bool:
-    """Whether any two rewards of the group differ.
+def has_signal(group: Group, *, within_views: bool = False) -> bool:
+    """Whether any two rewards of the group differ; with ``within_views``, any two of the same view.
 
     Exact, without tolerance: equal parts mean equal rewards whatever the weights are, and different parts that weigh
     the same have the same float, because ``reward.score.total`` rounds the exact rational sum once.
     """
-    parts = {tuple(sorted(rollout.reward_parts.items())) for rollout in group.rollouts}
-    return len(parts) > 1 and len(set(group.rewards().tolist())) > 1
+    if not within_views:
+        return _differ(group.rollouts)
+    views = {rollout.view_index for rollout in group.rollouts}
+    return any(_differ([rollout for rollout in group.rollouts if rollout.view_index == view]) for view in views)
+
+
+def _differ(rollouts: Sequence[Rollout]) -> bool:
+    parts = {tuple(sorted(rollout.reward_parts.items())) for rollout in rollouts}
+    return len(parts) > 1 and len({rollout.reward for rollout in rollouts}) > 1

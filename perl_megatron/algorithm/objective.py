@@ -1,4 +1,4 @@
-"""The clipped policy objective and the KL estimators of GRPO, token by token (PeRL, arXiv 2506.14907, Eq. 6).
+"""The policy objectives and the KL estimators of GRPO, token by token (PeRL, arXiv 2506.14907, Eq. 6; CISPO).
 
 Shape suffix: ``T`` is the number of response tokens; a token belongs to one rollout, and each rollout's probabilities
 are conditioned on its own view x_i. Sums over tokens are left to ``aggregation``.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,18 +20,21 @@ the clamp has no gradient (exp overflows float32 at 88, and 0 · inf poisons the
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The policy loss of each token, and which bound holds it. A token held by a bound has no gradient."""
+    """The policy loss of each token, and which bound holds it.
+
+    A token held by a bound has no gradient, but with CISPO, whose bounds only limit it.
+    """
 
     loss: Tensor
     """[T], to be minimised: the negated objective."""
     ratio: Tensor
     """[T], detached: ρ = π_θ / π_old."""
     clipped_low: Tensor
-    """bool [T]: A < 0 and ρ < 1 - clip_low."""
+    """bool [T]: A < 0 and ρ < 1 - clip_low; CISPO: A ≠ 0 and ρ < 1 - low."""
     clipped_high: Tensor
-    """bool [T]: A > 0 and ρ > 1 + clip_high."""
+    """bool [T]: A > 0 and ρ > 1 + clip_high; CISPO: A ≠ 0 and ρ > 1 + high."""
     clipped_dual: Tensor
-    """bool [T]: A < 0 and ρ > dual_clip."""
+    """bool [T]: A < 0 and ρ > dual_clip; CISPO: never."""
 
 
 def token_log_ratio(logprob: Tensor, logprob_old: Tensor) -> Tensor:
@@ -110,6 +114,39 @@ def clipped_objective(
     )
 
 
+def cispo_objective(
+    logprob: Tensor, log_ratio: Tensor, advantage: Tensor, *, low: float | None, high: float
+) -> TokenLoss:
+    """CISPO: the log-probability weighed by the bounded ratio (MiniMax-M1, arXiv 2506.13585, Eq. 4 and 5).
+
+        ρ̂_t = clip(ρ_t, 1 - low, 1 + high)
+        J_t = sg(ρ̂_t) A_t log π_θ,t
+
+    sg is the stop-gradient: ρ̂ is a constant weight, so a bound limits a token's gradient and never takes it away, which
+    is the difference from ``clipped_objective``; where no bound holds, both have the gradient ρ_t A_t ∇log π_θ,t. The
+    paper bounds ρ only from above (its low is so large that it never holds): ``low`` None. The value of the loss is no
+    measure of progress: it is not that of the clipped form.
+
+    Args:
+        logprob: float [T], log π_θ; the only argument that is differentiated.
+        log_ratio: float [T], of ``token_log_ratio``.
+        advantage: float [T], or anything that broadcasts to it.
+        low: ε of the lower bound, in (0, 1); None turns it off.
+        high: ε of the upper bound, > 0.
+    """
+    advantage = advantage.detach().to(log_ratio).expand_as(log_ratio)
+    ratio = log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    lower = 0.0 if low is None else 1 - low
+    matters = advantage != 0
+    return TokenLoss(
+        loss=-ratio.clamp(lower, 1 + high) * advantage * logprob,
+        ratio=ratio,
+        clipped_low=matters & (ratio < lower),
+        clipped_high=matters & (ratio > 1 + high),
+        clipped_dual=torch.zeros_like(matters),
+    )
+
+
 def kl_estimate(logprob: Tensor, logprob_ref: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
     """Estimates KL(π_θ ‖ π_ref) from tokens sampled by π_θ (Schulman 2020, "Approximating KL divergence").
 
@@ -139,3 +176,26 @@ def kl_estimate(logprob: Tensor, logprob_ref: Tensor, estimator: Literal["k1", "
     assert estimator == "k3", f"unknown KL estimator {estimator!r}"
     log_r = log_r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_r.expm1() - log_r
+
+
+def kl_penalty(
+    logprob_old: np.ndarray, logprob_ref: np.ndarray, *, coefficient: float, estimator: Literal["k1", "k2", "k3"]
+) -> float:
+    """What is taken off a response's reward for its distance from the reference policy: r - β Σ_t KL_t.
+
+    KL_t is ``kl_estimate`` of token t, of the policy that the ratio is taken against. With k1 the sum is an unbiased
+    estimate of the divergence of the whole response, and the penalty has its gradient (Ouyang et al. 2022, arXiv
+    2203.02155, Eq. 2; RLOO, arXiv 2402.14740, Eq. 3): as a reward k1 is the estimator to take, and may be negative. k3
+    estimates the same value with another gradient.
+
+    Args:
+        logprob_old: float [R], log π_old.
+        logprob_ref: float [R], log π_ref.
+        coefficient: β.
+        estimator: which one.
+
+    Returns:
+        β Σ_t KL_t in nats; 0 for an empty response.
+    """
+    old, ref = (torch.from_numpy(np.asarray(values, dtype=np.float64)) for values in (logprob_old, logprob_ref))
+    return coefficient * float(kl_estimate(old, ref, estimator).sum())

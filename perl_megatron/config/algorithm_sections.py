@@ -39,25 +39,49 @@ class FilterConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """The GRPO objective (method: PeRL Eq. 4-6)."""
+    """The GRPO objective (method: PeRL Eq. 4-6); `docs/method.md` has the equations and the published methods."""
 
+    advantage_level: Literal["joint", "view", "two_level"] = "joint"
+    """Which responses a reward is compared with: 'joint' those of all views (PeRL Eq. 5), 'view' those of its own view
+    (plain GRPO in each view), 'two_level' both, added up (Share-GRPO)."""
+    within_weight: float = Field(default=0.5, ge=0, le=1)
+    """w of 'two_level': the advantage is w · (within the view) + (1 - w) · (across all views)."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is subtracted from a reward: the mean of all responses that it is compared with, or of the others (RLOO)."""
     standardize: bool = True
-    """Divide advantages by the group's standard deviation (unbiased, + 1e-6); False is Dr.GRPO's form."""
+    """Divide advantages by a standard deviation, + 1e-6; False is Dr.GRPO's form."""
+    deviation: Literal["unbiased", "biased", "batch"] = "unbiased"
+    """Which one: of the responses compared, by n - 1 ('unbiased', as in the released code) or by n ('biased'), or of
+    all kept responses of the step ('batch', by n - 1)."""
+    objective: Literal["clipped", "cispo"] = "clipped"
+    """'clipped': PPO's surrogate, with clip_low, clip_high and dual_clip; 'cispo': log π_θ weighed by the bounded
+    ratio, with cispo_low and cispo_high (MiniMax-M1), so that every token keeps a gradient."""
+    loss_view: Literal["own", "original"] = "own"
+    """The prompt that log-probabilities in the loss are conditioned on: the view that a response was sampled from
+    (PeRL), or the original (NoisyRollout), which suits only answers that do not change with the image order."""
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     """What the clip bounds hold: the ratio π_θ / π_old of each token, of the whole response (the paper's Eq. 6), or the
     response's geometric mean (GSPO, whose bounds are a few 1e-4). The latter two go with aggregation=sequence."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """ε of the lower clip bound 1 - ε."""
+    """'clipped': ε of the lower clip bound 1 - ε."""
     clip_high: float = Field(default=0.2, gt=0)
-    """ε of the upper clip bound 1 + ε."""
+    """'clipped': ε of the upper clip bound 1 + ε."""
     dual_clip: float | None = Field(default=3.0, gt=1)
-    """c: for negative advantages the objective is bounded by c·A; None turns it off."""
+    """'clipped': c: for negative advantages the objective is bounded by c·A; None turns it off."""
+    cispo_low: float | None = Field(default=None, gt=0, lt=1)
+    """'cispo': ε of the lower bound 1 - ε of the ratio; None: there is none, as in MiniMax-M1."""
+    cispo_high: float = Field(default=4.0, gt=0)
+    """'cispo': ε of the upper bound 1 + ε of the ratio. Default: ScaleRL's bound of 5 (arXiv 2510.13786)."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where β · KL goes: into the loss, token by token, or off the reward, summed over the response, before the
+    advantage (then kl_estimator=k1 is the usual one)."""
     kl_coefficient: float = Field(default=0.01, ge=0)
     """β: weight of the KL divergence from the reference policy."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence (Schulman): k1 = -log r, k2 = (log r)²/2, k3 = r - 1 - log r."""
-    aggregation: Literal["token", "sequence"] = "token"
-    """'token': mean over all response tokens; 'sequence': mean over responses of their token means."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """'token': mean over all response tokens; 'sequence': mean over responses of their token means; 'constant': mean
+    over responses of their token sums over rollout.max_response_tokens (Dr.GRPO: no bias by length)."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer steps (mini-batches of questions) for each training step."""
     old_policy: Literal["trainer", "engine"] = "trainer"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.derive_algorithm import check_algorithm, check_objective
 from perl_megatron.config.derive_engine import (
     Engine,
     check_staleness,
@@ -16,9 +17,10 @@ from perl_megatron.config.derive_engine import (
     resolve_engine,
 )
 from perl_megatron.config.derive_filter import check_filter
-from perl_megatron.config.derive_model import check_fp8, check_objective, check_parts, check_psutil
+from perl_megatron.config.derive_model import check_fp8, check_parts, check_psutil
+from perl_megatron.config.derive_reward import check_reward
 from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
-from perl_megatron.config.schema import Config
+from perl_megatron.config.schema import Config, EvaluationConfig, RolloutConfig
 from perl_megatron.errors import UserError
 
 Command = Literal["train", "sft", "eval"]
@@ -66,7 +68,7 @@ class Derived:
     total_rollouts: int
     """Responses trained on over the whole run."""
     max_sequence_tokens: int
-    """Longest prompt plus longest response."""
+    """Longest prompt plus longest response, in training or evaluation."""
 
 
 def derive(
@@ -130,7 +132,8 @@ def derive(
         total_updates=steps * updates,
         total_questions=steps * questions_per_step,
         total_rollouts=0 if command == "sft" else steps * questions_per_step * group_size,
-        max_sequence_tokens=config.data.max_prompt_tokens + rollout.max_response_tokens,
+        max_sequence_tokens=config.data.max_prompt_tokens
+        + max(rollout.max_response_tokens, config.evaluation.max_response_tokens or 0),
     )
 
 
@@ -147,7 +150,7 @@ def require_training_data(config: Config) -> None:
 def require_evaluation_data(config: Config) -> None:
     """UserError where `data.evaluation` is not set or does not exist."""
     if config.data.evaluation is None:
-        fix = "set it to a JSON-lines file of held-out records"
+        fix = "set it to a JSON-lines file of held-out records, or set evaluation.benchmarks"
         raise UserError("there is no evaluation data", where="data.evaluation", fix=fix)
     _require("data.evaluation", config.data.evaluation)
 
@@ -161,8 +164,37 @@ def _require(key: str, path: Path, *, folder: bool = False) -> None:
         )
 
 
+def check_endpoint_evaluation(config: Config) -> None:
+    """UserError where `perl-megatron eval` could not ask an endpoint."""
+    check_answers(config.evaluation, config.rollout)
+    if not config.endpoint.url:
+        raise UserError(
+            "there is no endpoint to ask",
+            where="evaluation.ask = endpoint",
+            fix="set endpoint.url, such as http://127.0.0.1:8000/v1",
+        )
+
+
+def check_answers(evaluation: EvaluationConfig, rollout: RolloutConfig) -> None:
+    """UserError where an evaluation asks for the same answer several times, or for more at once than a server takes."""
+    if evaluation.num_rollouts > 1 and evaluation.temperature == 0:
+        raise UserError(
+            f"{evaluation.num_rollouts} greedy answers to a question are {evaluation.num_rollouts} times the same",
+            where="evaluation.num_rollouts, evaluation.temperature = 0",
+            fix="set evaluation.temperature=1, or evaluation.num_rollouts=1",
+        )
+    if rollout.engine == "server" and evaluation.num_rollouts > rollout.max_concurrent_sequences:
+        raise UserError(
+            f"all {evaluation.num_rollouts} answers to a question are one request, and a server takes at most "
+            f"{rollout.max_concurrent_sequences} sequences at once",
+            where="evaluation.num_rollouts, rollout.max_concurrent_sequences",
+            fix="make rollout.max_concurrent_sequences at least evaluation.num_rollouts",
+        )
+
+
 def _check_sections(config: Config) -> None:
     data, optimizer = config.data, config.optimizer
+    check_answers(config.evaluation, config.rollout)
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         raise UserError(
             f"images cannot have at least {data.min_pixels} and at most {data.max_pixels} pixels",
@@ -214,9 +246,5 @@ def _check_training(config: Config, data_size: int) -> None:
             where="permutation.coefficient",
             fix="set permutation.coefficient=0.9, say, or another permutation.schedule (linear, power, constant)",
         )
-    if config.reward.accuracy == 0 and config.reward.format == 0:
-        raise UserError(
-            "all rewards are 0",
-            where="reward.accuracy = 0, reward.format = 0",
-            fix="set reward.accuracy or reward.format above 0",
-        )
+    check_algorithm(config)
+    check_reward(config)

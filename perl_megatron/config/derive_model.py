@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.schema import AlgorithmConfig, ModelConfig, OptimizerSection, ParallelConfig
+from perl_megatron.config.schema import ModelConfig, OptimizerSection, ParallelConfig
 from perl_megatron.errors import UserError
 
 PART_FIELDS = ("vision_multiplier", "merger_multiplier", "language_multiplier")
@@ -19,27 +19,6 @@ def check_parts(optimizer: OptimizerSection) -> None:
             "vision tower, merger and language model are all frozen: there is nothing to train",
             where=", ".join(f"optimizer.{field} = 0" for field in PART_FIELDS),
             fix="set one of them above 0, or use `perl-megatron eval`, which trains nothing",
-        )
-
-
-def check_objective(algorithm: AlgorithmConfig) -> None:
-    """UserError where parts of the objective do not go together.
-
-    That is the ratio of a whole response weighted token by token, which is no known objective, and a correction for the
-    engine's probabilities where the ratio is taken against them already.
-    """
-    if algorithm.old_policy == "engine" and algorithm.importance_correction != "off":
-        raise UserError(
-            "there is nothing to correct: with the engine's log-probabilities as log π_old the ratio π_θ / π_old is "
-            "the importance weight already",
-            where=f"algorithm.old_policy = engine, algorithm.importance_correction = {algorithm.importance_correction}",
-            fix="set algorithm.old_policy=trainer, or algorithm.importance_correction=off",
-        )
-    if algorithm.ratio != "token" and algorithm.aggregation != "sequence":
-        raise UserError(
-            "one ratio for a whole response goes with a mean over responses, not over tokens",
-            where=f"algorithm.ratio = {algorithm.ratio}, algorithm.aggregation = {algorithm.aggregation}",
-            fix="set algorithm.aggregation=sequence, or algorithm.ratio=token",
         )
 
 

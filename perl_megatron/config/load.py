@@ -1,7 +1,9 @@
-"""Read a config: YAML files, then `section.key=value` overrides; every value keeps the name of the place that set it.
+"""Read a config: presets, YAML files, then `section.key=value` overrides; every value keeps the place that set it.
 
-A file may start from another with a top-level `base: other.yaml` (relative to the file; its own keys win). All other
-relative paths in a config are relative to the current directory.
+A file may start from another with a top-level `base: other.yaml` (relative to the file; its own keys win), and from
+published settings with `preset: paper` or `preset: [paper, gspo]` (later ones win). Presets, also those of the command
+line and of a base, are above the defaults and below all keys of files. All other relative paths in a config are
+relative to the current directory.
 """
 
 from __future__ import annotations
@@ -11,19 +13,23 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from perl_megatron.config import yaml_source
+from perl_megatron.config.preset_source import named_presets, preset_file
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
+
+Sections = TypeVar("Sections", bound=BaseModel)
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 BASE_KEY = "base"
+PRESET_KEY = "preset"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class LoadedConfig:
 
     config: Config
     origins: dict[str, str]
-    """For every dotted key: 'default', 'FILE:line' or 'command line'."""
+    """For every dotted key: 'default', 'preset NAME', 'FILE:line' or 'command line'."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +47,49 @@ class _Setting:
     origin: str
 
 
-def config_fields() -> dict[str, FieldInfo]:
+def config_fields(schema: type[BaseModel] = Config) -> dict[str, FieldInfo]:
     """Every dotted key of the schema with its pydantic field (type, description, default)."""
-    return dict(_fields(Config, ""))
+    return dict(_fields(schema, ""))
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read `path` (None: defaults only), apply the overrides in order, and check everything.
 
-    Raises UserError for an unknown key (with the nearest valid one), a key set twice, a wrong type or range, or a bad
-    override, and names the place that set it.
+    An override `preset=NAME` adds a preset to those of the file.
+
+    Raises UserError for an unknown key or preset (with the nearest valid one), a key set twice, a wrong type or range,
+    or a bad override, and names the place that set it.
     """
-    settings = {} if path is None else _read_file(Path(path), seen=())
+    config, origins = load_sections(Config, path, overrides)
+    return LoadedConfig(config=config, origins=origins)
+
+
+def load_sections(
+    schema: type[Sections], path: Path | str | None, overrides: Sequence[str] = ()
+) -> tuple[Sections, dict[str, str]]:
+    """The same for another model that consists of sections: an object of it, and the origin of every value.
+
+    Only ``Config`` has presets.
+    """
+    presets: list[str] = []
+    own = {} if path is None else _read_file(Path(path), schema, seen=(), presets=presets)
     for override in overrides:
-        settings.update(_read_override(override))
+        key, equals, text = override.partition("=")
+        if schema is Config and equals and key.strip() == PRESET_KEY:
+            value = yaml_source.plain(yaml_source.parse(text, f"{COMMAND_LINE}: {override}"), COMMAND_LINE)
+            presets += named_presets(value, COMMAND_LINE)
+        else:
+            own.update(_read_override(override, schema))
+    settings = {key: setting for name in presets for key, setting in _read_preset(name).items()} | own
     nested: dict[str, Any] = {}
     for key, setting in settings.items():
         section, leaf = key.split(".")
         nested.setdefault(section, {})[leaf] = setting.value
     try:
-        config = Config.model_validate(nested, strict=True)
+        values = schema.model_validate(nested, strict=True)
     except ValidationError as error:
-        raise _explain(error, settings, path) from error
-    origins = {key: settings[key].origin if key in settings else DEFAULT for key in config_fields()}
-    return LoadedConfig(config=config, origins=origins)
+        raise _explain(error, schema, settings, path) from error
+    return values, {key: settings[key].origin if key in settings else DEFAULT for key in config_fields(schema)}
 
 
 def save_resolved(loaded: LoadedConfig, path: Path) -> None:
@@ -95,7 +120,21 @@ def _section_type(info: FieldInfo) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, _Setting]:
+def _read_preset(name: str) -> dict[str, _Setting]:
+    path = preset_file(name, f"preset {name}")
+    root = yaml_source.read(path)
+    assert isinstance(root, yaml.MappingNode), f"{path} holds sections"
+    read: dict[str, _Setting] = {}
+    for key, key_node, value_node in yaml_source.items(root, str(path)):
+        origin = f"{path}:{yaml_source.line(key_node)}"
+        read.update(_read_value(key, value_node, Config, where=str(path), origin=origin))
+    return {key: _Setting(setting.value, f"preset {name}") for key, setting in read.items()}
+
+
+def _read_file(
+    path: Path, schema: type[BaseModel], *, seen: tuple[Path, ...], presets: list[str]
+) -> dict[str, _Setting]:
+    """The settings of a file and its bases; the presets that they name are added to ``presets``, a base's first."""
     resolved = path.resolve()
     if resolved in seen:
         raise UserError("config files name each other as `base` in a circle", where=" → ".join(map(str, (*seen, path))))
@@ -105,40 +144,49 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, _Setting]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError("a config file holds sections such as `model:`", where=f"{path}:1")
     settings: dict[str, _Setting] = {}
+    own_presets: tuple[str, ...] = ()
     for key, key_node, value_node in yaml_source.items(root, str(path)):
-        if key == BASE_KEY:
+        if key == PRESET_KEY and schema is Config:
+            where = f"{path}:{yaml_source.line(key_node)}"
+            own_presets = named_presets(yaml_source.plain(value_node, str(path)), where)
+        elif key == BASE_KEY:
             base = yaml_source.plain(value_node, str(path))
             if not isinstance(base, str):
                 raise UserError("`base` is the path of one config file", where=f"{path}:{yaml_source.line(key_node)}")
             # The file's own keys win, wherever `base` stands in it.
-            settings = _read_file(path.parent / base, seen=(*seen, resolved)) | settings
+            settings = _read_file(path.parent / base, schema, seen=(*seen, resolved), presets=presets) | settings
         else:
-            settings.update(_read_value(key, value_node, str(path), f"{path}:{yaml_source.line(key_node)}"))
+            origin = f"{path}:{yaml_source.line(key_node)}"
+            settings.update(_read_value(key, value_node, schema, where=str(path), origin=origin))
+    presets += own_presets
     return settings
 
 
-def _read_override(override: str) -> dict[str, _Setting]:
+def _read_override(override: str, schema: type[BaseModel]) -> dict[str, _Setting]:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UserError(
             f"'{override}' is not an override", where=COMMAND_LINE, fix="write section.key=value, such as run.steps=50"
         )
-    info = config_fields().get(key)
+    info = config_fields(schema).get(key)
     if info is not None and _takes_text(info) and not text.lstrip().startswith(("'", '"')):
         # Free text may hold anything, ': ' and '#' included.
         is_null = text.strip() in ("", "null", "~") and type(None) in get_args(info.annotation)
         return {key: _Setting(None if is_null else _as_text(info, text), COMMAND_LINE)}
-    return _read_value(key, yaml_source.parse(text, f"{COMMAND_LINE}: {override}"), COMMAND_LINE, COMMAND_LINE)
+    node = yaml_source.parse(text, f"{COMMAND_LINE}: {override}")
+    return _read_value(key, node, schema, where=COMMAND_LINE, origin=COMMAND_LINE)
 
 
-def _read_value(key: str, node: yaml.Node | None, where: str, origin: str) -> dict[str, _Setting]:
+def _read_value(
+    key: str, node: yaml.Node | None, schema: type[BaseModel], *, where: str, origin: str
+) -> dict[str, _Setting]:
     """The settings under a dotted key: one for a field, all of its fields for a section."""
-    fields = config_fields()
+    fields = config_fields(schema)
     if key in fields:
         return {key: _Setting(_field_value(fields[key], node, where), origin)}
-    if key not in Config.model_fields:
-        raise _unknown_key(key, origin)
+    if key not in schema.model_fields:
+        raise _unknown_key(key, schema, origin)
     if node is None or yaml_source.is_null(node):
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -149,7 +197,7 @@ def _read_value(key: str, node: yaml.Node | None, where: str, origin: str) -> di
         dotted = f"{key}.{name}"
         place = origin if origin == COMMAND_LINE else f"{where}:{yaml_source.line(key_node)}"
         if dotted not in fields:
-            raise _unknown_key(dotted, place)
+            raise _unknown_key(dotted, schema, place)
         settings[dotted] = _Setting(_field_value(fields[dotted], value_node, where), place)
     return settings
 
@@ -173,13 +221,13 @@ def _is_list(info: FieldInfo) -> bool:
     return get_origin(info.annotation) is tuple
 
 
-def _unknown_key(key: str, origin: str) -> UserError:
-    return UserError(f"unknown key '{key}'", where=origin, fix=f"did you mean '{nearest_key(key)}'?")
+def _unknown_key(key: str, schema: type[BaseModel], origin: str) -> UserError:
+    return UserError(f"unknown key '{key}'", where=origin, fix=f"did you mean '{nearest_key(key, schema)}'?")
 
 
-def nearest_key(key: str) -> str:
+def nearest_key(key: str, schema: type[BaseModel] = Config) -> str:
     """The valid dotted key or section that `key` most likely means."""
-    keys = list(config_fields())
+    keys = list(config_fields(schema))
     leaf = key.rpartition(".")[2]
     same_leaf = [candidate for candidate in keys if candidate.rpartition(".")[2] == leaf]
     if same_leaf:
@@ -189,24 +237,28 @@ def nearest_key(key: str) -> str:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
         return max(whole, difflib.SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio() * 0.95)
 
-    candidates = keys if "." in key else [*Config.model_fields, *keys]
+    extra = (BASE_KEY, PRESET_KEY) if schema is Config else ()
+    candidates = keys if "." in key else [*schema.model_fields, *extra, *keys]
     return max(candidates, key=closeness)
 
 
-def _explain(error: ValidationError, settings: dict[str, _Setting], path: Path | str | None) -> UserError:
-    problems = error.errors(include_url=False)
+def _explain(
+    error: ValidationError, schema: type[BaseModel], settings: dict[str, _Setting], path: Path | str | None
+) -> UserError:
+    problems, fields = error.errors(include_url=False), config_fields(schema)
     lines, places, fixes = [], [], []
     for problem in problems:
         key = ".".join(str(part) for part in problem["loc"][:2])
         if problem["type"] == "missing":
-            key = "model.path" if key == "model" else key
+            if key not in fields:  # the whole section is missing
+                key = next(name for name, info in fields.items() if info.is_required() and name.startswith(f"{key}."))
             lines.append(f"'{key}' has to be set")
             places.append(str(path) if path is not None else COMMAND_LINE)
         else:
             setting = settings[key]
             lines.append(f"{key} = {yaml_source.dump_scalar(setting.value)}: {_lower_first(problem['msg'])}")
             places.append(setting.origin)
-        info = config_fields()[key]
+        info = fields[key]
         fixes.append(f"{key}: {info.description}")
     return UserError("\n".join(lines), where=", ".join(dict.fromkeys(places)), fix="\n         ".join(fixes))
 

@@ -58,3 +58,9 @@ class PermutationConfig(Section):
     """The schedule's c: the exponent of 'power'; the base of 'exponential', which needs c < 1."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which α rises linearly from 0 before it decays."""
+    orders: Literal["distinct", "independent", "released"] = "distinct"
+    """The copies' orders: 'distinct' from each other and from the original; 'independent', each drawn from all orders,
+    which may repeat or be the original; 'released': the ones that the released code's fixed seed gives every record."""
+    recover_order: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a drawn question with several images is replaced by an auxiliary one about their order: which of
+    the shuffled images is the same as each of the others (Visual Jigsaw)."""

@@ -7,6 +7,7 @@ The help text, docs and error messages are made from the descriptions here. Batc
 from __future__ import annotations
 
 from perl_megatron.config.algorithm_sections import AlgorithmConfig, FilterConfig
+from perl_megatron.config.endpoint_section import EndpointConfig
 from perl_megatron.config.evaluation_section import EvaluationConfig
 from perl_megatron.config.question_sections import DataConfig, PermutationConfig
 from perl_megatron.config.reward_section import RewardConfig
@@ -32,7 +33,9 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     filter: FilterConfig = FilterConfig()
     reward: RewardConfig = RewardConfig()
+    judge: EndpointConfig = EndpointConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerSection = OptimizerSection()
     supervised: SupervisedConfig = SupervisedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    endpoint: EndpointConfig = EndpointConfig()

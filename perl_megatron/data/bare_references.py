@@ -41,6 +41,7 @@ _NO_IMAGE = re.compile(
     r"|it is not|unknown|unclear|insufficient)\b|\W*$",
     re.IGNORECASE,
 )
+_SOME_IMAGE = re.compile(rf"\d|\b(?:left|right|{ORDINAL_WORD})\b", re.IGNORECASE)
 
 
 def find_bare(
@@ -84,8 +85,8 @@ def _reference(kind: str, token: str, start: int, num_images: int, letters: Sequ
 
 
 def names_none_or_all(text: str) -> bool:
-    """Whether a text begins like 'neither', 'both', 'none of these' or 'cannot be determined', or is empty."""
-    return _NO_IMAGE.match(text) is not None
+    """Whether a text says 'neither', 'both', 'none of these', 'cannot be determined' or nothing, and no more."""
+    return _NO_IMAGE.match(text) is not None and _SOME_IMAGE.search(text) is None
 
 
 @dataclass(frozen=True)

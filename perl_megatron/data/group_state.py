@@ -40,7 +40,7 @@ def group_from_json(state: dict[str, Any], encode: Callable[[View], EncodedPromp
 
 
 def _rollout_to_json(rollout: Rollout) -> dict[str, Any]:
-    later = (rollout.logprob_old, rollout.logprob_ref, rollout.importance, rollout.advantage)
+    later = (rollout.logprob_old, rollout.logprob_ref, rollout.importance, rollout.kl_penalty, rollout.advantage)
     assert all(value is None for value in later), "a group that waits was not trained on yet"
     return {
         "view_index": rollout.view_index,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from textwrap import shorten
 
 from perl_megatron.data.reference_phrases import NOUN, Reference, preceded_by
 from perl_megatron.errors import UserError
@@ -16,8 +17,12 @@ from perl_megatron.types import IMAGE_PLACEHOLDER, AnswerRule, Record
 
 _MARKER = re.compile(r"\(([A-Z])\)|(?<![^\s,;])([A-Z])[).:=]")
 _NOUN_BEFORE = re.compile(rf"\b{NOUN}s?\.?\s?$", re.IGNORECASE)
-_NO_CONTENT = re.compile(r"\W*(?:(?:and|or|vs|to|with)\b\W*)?", re.IGNORECASE)
-_NO_BREAK = re.compile(r"\s*")
+_NO_CONTENT = re.compile(r"\W*+(?:(?:and|or|vs|to|with)\b\W*+)?", re.IGNORECASE)
+_BLANKS = re.compile(r"\s*+")
+_MENTIONED = re.compile(
+    r"\(([A-Z])\)|\b([B-HJ-Z])\b|\b(?i:both|and|or|nor|neither|options?|choices?)\s+(A)\b|\b(A)\s+(?:and|or|nor)\b"
+)
+_OPTION_MENTIONED = re.compile(r"\b(?i:options?|choices?|answers?)\s+(?:\(([A-Z])\)|([A-Z])\b)")
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -54,16 +59,19 @@ def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
         following[number] = nearest.get(chr(ord(letters[number]) + 1))
         nearest[letters[number]] = number
     found: list[LetteredOption] = []
+    line_ends: dict[int, int] = {}  # many lists may end in the same line, which can be long
     for first in (number for number, own in enumerate(letters) if own == "A"):
         if found and found[-1].marker < markers[first].start() < found[-1].end:
             continue
         options, current = list[LetteredOption](), first
         while len(options) < (count or len(ALPHABET)):
             after = following[current]
-            end = _line_end(text, markers[current].end()) if after is None else markers[after].start()
-            options.append(_option(text, markers[current], end))
             if after is None:
+                if current not in line_ends:
+                    line_ends[current] = _line_end(text, markers[current].end())
+                options.append(_option(text, markers[current], line_ends[current]))
                 break
+            options.append(_option(text, markers[current], markers[after].start()))
             current = after
         if len(options) >= (count or 2) and _is_list(text, options):
             found = options
@@ -76,9 +84,11 @@ def option_spans(text: str, count: int | None) -> list[tuple[int, int]]:
 
 
 def _option(text: str, marker: re.Match[str], end: int) -> LetteredOption:
-    own = text[marker.end() : end]
-    start = marker.end() + len(own) - len(own.lstrip())
-    return LetteredOption(marker.start(), start, start + len(own.strip()))
+    blanks = _BLANKS.match(text, marker.end(), end)
+    assert blanks is not None
+    while end > blanks.end() and text[end - 1].isspace():
+        end -= 1
+    return LetteredOption(marker.start(), blanks.end(), end)
 
 
 def _is_list(text: str, options: list[LetteredOption]) -> bool:
@@ -90,7 +100,7 @@ def _is_list(text: str, options: list[LetteredOption]) -> bool:
 
 def _line_end(text: str, start: int) -> int:
     """The end of the line on which the first word after ``start`` stands."""
-    first_word = _NO_BREAK.match(text, start)
+    first_word = _BLANKS.match(text, start)
     assert first_word is not None
     end = text.find("\n", first_word.end())
     return len(text) if end < 0 else end
@@ -153,4 +163,25 @@ def check_named_slots(record: Record, options: list[LetteredOption], references:
             raise UserError(
                 f"option '{record.text[option.start : option.end]}' names another image than its slot {slot}",
                 fix="option_slots are counted from 0, image numbers in the text from 1",
+            )
+
+
+def check_mentioned_letters(record: Record, options: list[LetteredOption]) -> None:
+    """Refuse a mention of some of the options whose images move, as in '(D) both A and B': it would not follow them.
+
+    A mention of all of them, '(C) both A and B' beside two images, is true in every order.
+    """
+    contract = record.contract
+    moving = {letter(index) for index, slot in enumerate(contract.option_slots) if slot in contract.movable}
+    if len(moving) < 2 or not contract.permutable:
+        return
+    stays = [option for option, slot in zip(options, contract.option_slots, strict=False) if slot is None]
+    texts = [(record.text[option.start : option.end], _MENTIONED) for option in stays]
+    texts.append((record.text[: options[0].marker] if options else record.text, _OPTION_MENTIONED))
+    for text, pattern in texts:
+        mentioned = {group for match in pattern.finditer(text) for group in match.groups() if group} & moving
+        if mentioned and mentioned != moving:
+            raise UserError(
+                f"'{shorten(text, 60)}' mentions option {', '.join(sorted(mentioned))}, whose image moves",
+                fix="mention all of the options that are images or none, or let no image move",
             )

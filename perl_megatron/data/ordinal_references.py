@@ -25,7 +25,7 @@ from perl_megatron.data.reference_phrases import (
 )
 
 _COUNTS = NUMBERS[1:10]
-_STEMS = (*ORDINALS[:12], "teenth", "twentieth", "last", "final", "ultimate", "1st", "2nd", "3rd")
+_STEMS: tuple[str, ...] = (*ORDINALS[:12], "teenth", "twentieth", "last", "final", "ultimate", "1st", "2nd", "3rd")
 _STEMS += tuple(f"{digit}th" for digit in range(10))
 ORDINAL_WORD = rf"(?:{'|'.join(sorted(ORDINALS, key=len, reverse=True))}|last|final|\d++(?:st|nd|rd|th))\b"
 _FIRST_ORDINAL = (

@@ -1,7 +1,7 @@
 """References by position: images side by side, the first on the left.
 
 "The left image", "the picture on the right", "the leftmost photo", "the left and the right image", and after such a
-phrase "the right one", "than the one on the right" and "than in the right". With two images, left and right; with
+phrase "the right one", "than the one on the right" and "… in the right." With two images, left and right; with
 three, left, middle and right, where left and right are "leftmost" or "far left", or the middle image is named too. With
 more, "leftmost" and "rightmost", which cannot be rewritten and so need fixed slots. A single image has no side.
 
@@ -24,12 +24,13 @@ from perl_megatron.data.reference_phrases import (
     cannot_follow,
     holds_any,
     in_case_of,
+    preceded_by,
 )
 from perl_megatron.errors import UserError
 
 _SIDES = ("left", "right", "middle", "cent", "top", "bottom", "upper", "lower")
 _SIDE = r"(?:(?:left|right)(?:[- ]?most)?|middle|cent(?:er|re|ral))"
-_HAND = r"(?:[- ]hand)?(?:[- ]side)?"
+_HAND = r"(?:[- ]hand)?+(?:[- ]side)?+"
 _AND = r"(?:\s*+,\s*+(?:(?:and|or)\s++)?|\s++(?:and|or|vs\.?|versus|than|&)\s++|\s*+/\s*+)(?:the\s++)?"
 _BEFORE = re.compile(
     rf"\b(?P<side>{_SIDE})(?P<hand>{_HAND})"
@@ -45,7 +46,7 @@ _AFTER = re.compile(
 )
 _AGAIN = re.compile(
     r"\bthe\s++(?P<one>left|right)\s++one\b|\b(?:than|as|unlike)\s++the\s++one\s++on\s++the\s++(?P<behind>left|right)\b"
-    r"|\bthan\s++(?:in\s++|that\s++in\s++|those\s++in\s++)?the\s++(?P<alone>left|right)\b(?=\s*+(?:$|[.?!,;]))",
+    r"|\b(?:than|in)\s++the\s++(?P<alone>left|right)\b(?=\s*+(?:$|[.?!,;]))",
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"\b(?P<side>left|right)\s*+[:=]\s*+(?=<image>)", re.IGNORECASE)
@@ -55,15 +56,20 @@ _UNFOLLOWED = re.compile(
     rf"|\b{NOUN}s?\s++(?:at|on|in)\s++the\s++(?:top|bottom)\b(?!\s++of\b)",
     re.IGNORECASE,
 )
-_WITHIN_AN_IMAGE = re.compile(
-    r"\b(?:left|right)(?:"
-    r"[- ]hand(?:s|ed)?\b(?![- ]+side)|[- ](?:arm|leg|foot|feet|eye|ear|shoulder|knee|wing|paw|wrist|ankle|cheek"
-    r"|glove|shoe|facing|angles?|angled|triangles?|answers?|options?|choices?|now|away|click)\b|'s\b)"
-    r"|\b(?:turn|fac|look|point|head|mov|walk|run|driv|lean|tilt|angl|swim|fly|rid|go)\w{0,5}\s++"
-    r"(?:(?:to|toward|towards)\s++the\s++)?(?:left|right)\b(?!\s++(?:of|side|hand|image|picture|photo|figure|one))"
-    r"|\b(?:is|are|was|were|has|have|had)\s++left\b(?=\s*+(?:$|[?.!,;])|\s++(?:over|behind|open|alone|after)\b)",
+_OF_A_THING = re.compile(
+    r"(?:left|right)(?:[- ]hand(?:s|ed)?\b(?![- ]+side)|[- ](?:arm|leg|foot|feet|eye|ear|shoulder|knee|wing|paw|wrist"
+    r"|ankle|cheek|glove|shoe|facing|angles?|angled|triangles?|answers?|options?|choices?|now|away|click)\b|'s\b)",
     re.IGNORECASE,
 )
+_DIRECTION = re.compile(
+    r"\b(?:turn|fac|look|point|head|mov|walk|run|driv|lean|tilt|angl|swim|fly|rid|go)\w{0,5}\s+"
+    r"(?:(?:to|toward|towards)\s+the\s+)?$",
+    re.IGNORECASE,
+)
+_NO_DIRECTION = re.compile(r"\s++(?:of|side|hand|image|picture|photo|figure|one)", re.IGNORECASE)
+_REMAINING = re.compile(r"\b(?:is|are|was|were|has|have|had)\s+$", re.IGNORECASE)
+_IS_IT = re.compile(r"\b(?:statement|claim|caption|description|that|this|it)\s+(?:is\s+)?$", re.IGNORECASE)
+_NO_MORE = re.compile(r"\s*+(?:$|[?.!,;])|\s++(?:over|behind|open|alone|after)\b", re.IGNORECASE)
 
 
 def find_positions(text: str, num_images: int) -> Iterator[Phrase]:
@@ -80,6 +86,8 @@ def find_positions(text: str, num_images: int) -> Iterator[Phrase]:
     for match in before:
         found = [(match[side], match.start(side), match[hand]) for side, hand in _GROUPS if match[side]]
         found = [item for item in found if item[1] not in understood]  # "the image on the left or the right image"
+        if not found:
+            continue
         understood.update(start for _, start, _ in found)
         references = [_adjective(*item, num_images, has_middle) for item in found]
         if match["plural"] and len(found) == 1:
@@ -164,17 +172,22 @@ def _check_side(side: str, num_images: int, has_middle: bool) -> None:
 
 def _refuse_others(text: str, understood: set[int]) -> None:
     """Refuse any left or right that may be an image's or something's within an image."""
-    others = [word for word in _SIDE_WORD.finditer(text) if word.start() not in understood]
-    if not others:
-        return
-    harmless: set[int] = set()
-    for match in _WITHIN_AN_IMAGE.finditer(text):
-        harmless.update(match.start() + word.start() for word in _SIDE_WORD.finditer(match[0]))
-    for word in others:
-        if word.start() not in harmless:
+    for word in _SIDE_WORD.finditer(text):
+        if word.start() not in understood and not _is_within_an_image(text, word):
             around = text[max(0, word.start() - 20) : word.end() + 20]
             raise UserError(
                 f"'{word[0]}' in '…{' '.join(around.split())}…' is ambiguous: is it an image's side, or something's "
                 "within an image?",
                 fix="name images as 'the left image', or leave 'position' out of the contract's references",
             )
+
+
+def _is_within_an_image(text: str, word: re.Match[str]) -> bool:
+    """Whether a left or right is surely no image's: "left hand", "turns right", "are any left?", "is it right?"."""
+    if _OF_A_THING.match(text, word.start()):
+        return True
+    if preceded_by(text, word.start(), _DIRECTION, window=40):
+        return _NO_DIRECTION.match(text, word.end()) is None
+    if not _NO_MORE.match(text, word.end()):
+        return False
+    return bool(preceded_by(text, word.start(), _REMAINING) or preceded_by(text, word.start(), _IS_IT))

@@ -29,6 +29,9 @@ from perl_megatron.data.reference_phrases import (
 from perl_megatron.errors import UserError
 from perl_megatron.types import IMAGE_PLACEHOLDER, ReferenceRule
 
+SENTENCE_RULES = (ReferenceRule.INDEX, ReferenceRule.ORDINAL, ReferenceRule.POSITION, ReferenceRule.LETTER)
+"""The kinds of reference that are read in sentences."""
+
 
 def find_references(
     text: str, rules: Collection[ReferenceRule], num_images: int, letters: Sequence[int | None] | None = None

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from perl_megatron.data.answer_transform import image_letters
 from perl_megatron.data.bare_references import WholeText, read_whole
-from perl_megatron.data.options import LetteredOption, check_named_slots, letter, lettered_options
+from perl_megatron.data.options import (
+    LetteredOption,
+    check_mentioned_letters,
+    check_named_slots,
+    letter,
+    lettered_options,
+)
 from perl_megatron.data.reference_phrases import Reference
 from perl_megatron.data.references import find_references, refuse_relative, rewrite_references
 from perl_megatron.errors import UserError
@@ -33,6 +39,7 @@ def moving_references(record: Record) -> MovingReferences:
     references = _text_references(record, listed)
     if contract.permutable:
         _check_sets(record.text, references, set(contract.movable))
+    check_mentioned_letters(record, listed)
     moving = references
     if stays := [option for option, slot in zip(listed, contract.option_slots, strict=False) if slot is not None]:
         check_named_slots(record, listed, _named_by_number_too(record, references))

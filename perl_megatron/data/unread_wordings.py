@@ -13,7 +13,8 @@ import re
 from perl_megatron.data.bare_references import find_bare
 from perl_megatron.data.options import LetteredOption, lettered_options
 from perl_megatron.data.ordinal_references import ORDINAL_WORD
-from perl_megatron.data.reference_phrases import NOUN, NUMBERS
+from perl_megatron.data.reference_phrases import NOUN, NUMBERS, preceded_by
+from perl_megatron.data.references import SENTENCE_RULES, find_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import IMAGE_PLACEHOLDER, PermutationContract, Record, ReferenceRule
 
@@ -36,7 +37,7 @@ _BETWEEN = re.compile(
     rf"[\s,;.&:()<>\[\]-]*+(?:and\b\s*+)?(?:{_LABEL})?[\s,;.:()<>\[\]=-]*+(?:is\s*+:?\s*+)?", re.IGNORECASE
 )
 _ROLE = re.compile(
-    r"\b(?:reference|query|source|original|target|anchor|template|base|before|after|given)\s*+(?:image|picture)?\W*+$",
+    r"\b(?:reference|query|source|original|target|anchor|template|base|before|after)\s*+(?:image|picture)?\s*+(?:is\b)?\W*+$",
     re.IGNORECASE,
 )
 
@@ -52,7 +53,24 @@ def refuse_unread(record: Record, contract: PermutationContract) -> None:
         for text in texts:
             if _is_bare(text, kinds, len(record.images)):
                 raise UserError(f"the option '{text}' may name an image", fix="write the record's contract by hand")
+    _refuse_undeclared(record, contract, options)
     _refuse_roles(record, contract, options)
+
+
+def _refuse_undeclared(record: Record, contract: PermutationContract, options: list[LetteredOption]) -> None:
+    """Refuse references of kinds that the contract does not rewrite. Options that stand for slots may name anything."""
+    undeclared = [rule for rule in SENTENCE_RULES if rule not in contract.references]
+    pieces, end = [], 0
+    for option in options if contract.option_slots else ():
+        pieces += [record.text[end : option.start], ";"]
+        end = option.end
+    text = "".join([*pieces, record.text[end:]])
+    for rule in undeclared:
+        if find_references(text, (rule,), len(record.images)):
+            raise UserError(
+                f"the text names images by '{rule.value}', which the template does not let follow",
+                fix="add it to the template's references",
+            )
 
 
 def _is_bare(text: str, kinds: tuple[ReferenceRule, ...], num_images: int) -> bool:
@@ -64,24 +82,20 @@ def _is_bare(text: str, kinds: tuple[ReferenceRule, ...], num_images: int) -> bo
 
 def _refuse_roles(record: Record, contract: PermutationContract, options: list[LetteredOption]) -> None:
     """Refuse words between, or just before, placeholders of movable images that are no label and stand in no option."""
-    movable = set(contract.movable)
     placeholders = [match.span() for match in re.finditer(re.escape(IMAGE_PLACEHOLDER), record.text)]
-    within = [any(option.start <= start < option.end for option in options) for start, _ in placeholders]
-    for slot in movable:
-        start, end = placeholders[slot]
-        if within[slot]:
-            continue
-        role = _ROLE.search(record.text[max(0, start - 40) : start])
-        follower = slot + 1 if slot + 1 in movable and not within[slot + 1] else None
-        between = "" if follower is None else record.text[end : placeholders[follower][0]]
-        if role or not _BETWEEN.fullmatch(between):
-            words = role[0] if role else between
-            raise UserError(
-                f"'{words.strip()[:60]}' beside a placeholder may give its image a role",
-                fix="write the record's contract by hand",
-            )
-    gaps = sorted(slot for slot in movable if not within[slot])
-    if gaps and gaps != list(range(gaps[0], gaps[-1] + 1)):
+    free = [
+        slot
+        for slot in sorted(contract.movable)
+        if not any(option.start <= placeholders[slot][0] < option.end for option in options)
+    ]
+    words = (
+        [record.text[placeholders[slot][1] : placeholders[slot + 1][0]] for slot in range(free[0], free[-1])]
+        if free
+        else []
+    )
+    roles = [role[0] for slot in free if (role := preceded_by(record.text, placeholders[slot][0], _ROLE, window=40))]
+    if unread := roles + [between for between in words if not _BETWEEN.fullmatch(between)]:
         raise UserError(
-            "images that do not move stand between those that do", fix="write the record's contract by hand"
+            f"'{unread[0].strip()[:60]}' beside a placeholder may give its image a role",
+            fix="write the record's contract by hand",
         )

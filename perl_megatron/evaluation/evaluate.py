@@ -1,23 +1,27 @@
-"""Held-out evaluation: every question, greedily, in several image orders."""
+"""Held-out evaluation: every question in several image orders."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from perl_megatron.config.schema import Config
 from perl_megatron.data.planner import evaluation_views
 from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.evaluation.asking import Asker, EngineAsker, Reply, evaluation_sampling
 from perl_megatron.evaluation.order_bias import OrderBias, ViewOutcome, order_bias
-from perl_megatron.reward.score import score
-from perl_megatron.rollout.engine import RolloutEngine, Sampling
-from perl_megatron.runtime.collective import shared_map
-from perl_megatron.types import Record, Rollout, View
+from perl_megatron.evaluation.slots import answered_slot, expected_slot, queried_slot
+from perl_megatron.reward.score import total
+from perl_megatron.reward.scorer import Response, rule_parts
+from perl_megatron.rollout.engine import RolloutEngine
+from perl_megatron.runtime.collective import shared_batches
+from perl_megatron.types import PermutationContract, Record, View
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,9 @@ class Evaluation:
 
     bias: OrderBias
     outputs: list[dict[str, Any]]
-    """One row for each view: record, order, expected answer, response, whether it was right."""
+    """One row for each answer: record, order, expected answer, response, whether it was right."""
+    outcomes: tuple[ViewOutcome, ...] = ()
+    """The same without texts, for the order-bias report."""
 
     def metrics(self) -> dict[str, float]:
         """What is logged (names: ``observability/metrics.py``)."""
@@ -42,7 +48,7 @@ class Evaluation:
         table = Table("questions", "accuracy", "flip rate", "asked", "views", title=title)
         for name, rates in (*self.bias.by_kind.items(), ("all", self.bias.overall)):
             counts = (str(rates.num_records), str(rates.num_views))
-            table.add_row(name, f"{rates.accuracy:.1%}", f"{rates.flip_rate:.1%}", *counts)
+            table.add_row(escape(name), f"{rates.accuracy:.1%}", f"{rates.flip_rate:.1%}", *counts)
         return table
 
     def write(self, path: Path) -> None:
@@ -52,36 +58,77 @@ class Evaluation:
 
 
 def evaluate(config: Config, records: Sequence[Record], encoder: PromptEncoder, engine: RolloutEngine) -> Evaluation:
-    """Ask each record in up to `evaluation.num_orders` image orders and grade the greedy answers.
+    """``evaluate_by`` a rollout engine, of records that were checked when they were read."""
+    return evaluate_by(EngineAsker(config, encoder, engine, checked=True), config, records)
 
-    The orders depend on `run.seed` and the record only, so evaluations of one run are comparable view by view.
+
+def evaluate_by(
+    asker: Asker, config: Config, records: Sequence[Record], *, on_chunk: Callable[[int, int], None] | None = None
+) -> Evaluation:
+    """Ask each record in up to `evaluation.num_orders` image orders and grade the answers (by default greedy ones).
+
+    The orders depend on `run.seed` and the record only, so evaluations of one run are comparable view by view. All
+    views are asked at once; with ``on_chunk`` `evaluation.chunk_size` of them, and before and after each chunk it is
+    told how many of how many are answered.
     """
     views: list[View] = []
+    contracts: list[PermutationContract] = []
     for record in records[: config.evaluation.max_records]:
-        views += evaluation_views(record, num_orders=config.evaluation.num_orders, seed=config.run.seed)
-    prompts = [encoder.encode(view) for view in views]
-    greedy = Sampling(num_rollouts=1, temperature=0.0, top_p=1.0, max_tokens=config.rollout.max_response_tokens)
-    rollouts = engine.generate(views, prompts, greedy, seeds=[0] * len(views))
-
-    def is_right(pair: tuple[Rollout, View]) -> bool:
-        rollout, view = pair
-        return score(rollout.text, view, rollout.finish_reason, config.reward)["accuracy"] == 1
-
-    right = shared_map(is_right, list(zip(rollouts, views, strict=True)))
-    outcomes = [
-        ViewOutcome(record_id=view.record_id, kind=view.kind, order=view.order, correct=correct)
-        for view, correct in zip(views, right, strict=True)
+        mine = evaluation_views(record, num_orders=config.evaluation.num_orders, seed=config.run.seed)
+        views += mine
+        contracts += [record.contract] * len(mine)
+    replies: list[list[Reply]] = []
+    chunk_size = len(views) if on_chunk is None else config.evaluation.chunk_size
+    if on_chunk is not None:
+        on_chunk(0, len(views))
+    while len(replies) < len(views):
+        replies += asker.ask(views[len(replies) : len(replies) + chunk_size], evaluation_sampling(config))
+        if on_chunk is not None:
+            on_chunk(len(replies), len(views))
+    answers = [
+        (view, contract, number, reply)
+        for view, contract, of_view in zip(views, contracts, replies, strict=True)
+        for number, reply in enumerate(of_view)
     ]
-    outputs = [
-        {
-            "record": view.record_id,
-            "kind": view.kind,
-            "order": list(view.order),
-            "question": view.text,
-            "answer": view.answer,
-            "response": rollout.text,
-            "correct": correct,
-        }
-        for view, rollout, correct in zip(views, rollouts, right, strict=True)
-    ]
-    return Evaluation(order_bias(outcomes), outputs)
+
+    def grade(mine: Sequence[tuple[View, PermutationContract, int, Reply]]) -> list[tuple[bool, float]]:
+        responses = [Response(reply.text, view, reply.finish_reason) for view, _, _, reply in mine]
+        parts_of_all = rule_parts(responses, config.reward)
+        return [(parts["accuracy"] == 1, total(parts, config.reward)) for parts in parts_of_all]
+
+    grades = shared_batches(grade, answers)
+    outcomes, outputs = [], []
+    for (view, contract, number, reply), (correct, reward) in zip(answers, grades, strict=True):
+        answer_slot = expected_slot(view, contract)
+        outcome = ViewOutcome(
+            record_id=view.record_id,
+            kind=view.kind,
+            order=view.order,
+            correct=correct,
+            slot=queried_slot(view, contract) if answer_slot is None else answer_slot,
+            rollout=number,
+            reward=reward,
+            answered_slot=answered_slot(reply.text, view, contract),
+        )
+        outcomes.append(outcome)
+        outputs.append(_row(view, reply, outcome))
+    return Evaluation(order_bias(outcomes), outputs, tuple(outcomes))
+
+
+def _row(view: View, reply: Reply, outcome: ViewOutcome) -> dict[str, Any]:
+    """What is kept of one answer."""
+    return {
+        "record": view.record_id,
+        "kind": view.kind,
+        "order": list(view.order),
+        "rollout": outcome.rollout,
+        "question": view.text,
+        "answer": view.answer,
+        "response": reply.text,
+        "finish_reason": reply.finish_reason,
+        "problem": reply.problem,
+        "correct": outcome.correct,
+        "reward": outcome.reward,
+        "slot": outcome.slot,
+        "answered_slot": outcome.answered_slot,
+    }

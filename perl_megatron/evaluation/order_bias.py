@@ -12,7 +12,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class ViewOutcome:
-    """Whether one record was answered right in one image order."""
+    """Whether one answer to one record in one image order is right."""
 
     record_id: str
     kind: str
@@ -21,6 +21,12 @@ class ViewOutcome:
     correct: bool
     slot: int | None = None
     """0-based slot of the queried image in this order; None where the question is not about one image."""
+    rollout: int = 0
+    """Which of several answers to this record in this order."""
+    reward: float = 0.0
+    """What training would have given for the answer."""
+    answered_slot: int | None = None
+    """The slot that the answer names; None where answers are no images, or this one cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,10 @@ class Rates:
     """Accuracy and flip rate of a set of views."""
 
     accuracy: float
-    """Share of right answers over all views."""
+    """Share of right answers over all views and rollouts."""
     flip_rate: float
-    """Share of the compared records whose correctness is not the same in all orders; 0 if none was compared."""
+    """Share of the compared records whose correctness is not the same in all orders; 0 if none was compared. With
+    several rollouts, an order is correct where more than half of them are."""
     num_records: int
     num_compared: int
     """Records that were asked in at least two orders: the only ones that can flip."""
@@ -66,11 +73,11 @@ class OrderBias:
 def order_bias(outcomes: Iterable[ViewOutcome]) -> OrderBias:
     """Accuracy and flip rate over all views, by kind, and accuracy by the queried image's slot.
 
-    Every view counts the same in an accuracy; every compared record counts the same in a flip rate.
+    Every answer counts the same in an accuracy; every compared record counts the same in a flip rate.
     """
     table = list(outcomes)
     assert table, "there are no outcomes"
-    seen = {(outcome.record_id, outcome.order) for outcome in table}
+    seen = {(outcome.record_id, outcome.order, outcome.rollout) for outcome in table}
     assert len(seen) == len(table), "a record was evaluated twice in the same order"
     by_slot = _split(table, lambda row: row.slot)
     slots = sorted(slot for slot in by_slot if slot is not None)
@@ -82,15 +89,24 @@ def order_bias(outcomes: Iterable[ViewOutcome]) -> OrderBias:
 
 
 def _rates(rows: list[ViewOutcome]) -> Rates:
-    records = _split(rows, lambda row: row.record_id)
-    compared = [{row.correct for row in views} for views in records.values() if len(views) >= 2]
+    compared = flips(rows)
     return Rates(
         accuracy=_accuracy(rows),
-        flip_rate=sum(len(answers) > 1 for answers in compared) / max(len(compared), 1),
-        num_records=len(records),
+        flip_rate=sum(compared.values()) / max(len(compared), 1),
+        num_records=len({row.record_id for row in rows}),
         num_compared=len(compared),
-        num_views=len(rows),
+        num_views=len({(row.record_id, row.order) for row in rows}),
     )
+
+
+def flips(rows: Iterable[ViewOutcome]) -> dict[str, bool]:
+    """For each record that was asked in at least two orders, whether its correctness depends on the order."""
+    compared = {}
+    for record_id, answers in _split(rows, lambda row: row.record_id).items():
+        orders = _split(answers, lambda row: row.order)
+        if len(orders) >= 2:
+            compared[record_id] = len({_accuracy(views) > 0.5 for views in orders.values()}) > 1
+    return compared
 
 
 def _accuracy(rows: list[ViewOutcome]) -> float:

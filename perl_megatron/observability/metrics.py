@@ -23,11 +23,19 @@ class Metric:
 CATALOGUE: tuple[Metric, ...] = (
     # The update
     Metric("loss", "1", "what the optimizer minimised: policy_loss + β · kl; in supervised training cross-entropy"),
-    Metric("policy_loss", "1", "clipped GRPO objective, negated, over the tokens of the step's kept groups"),
-    Metric("kl", "1", "estimate of the KL divergence from the reference policy (0 where β is 0: not measured)"),
+    Metric("policy_loss", "1", "clipped or CISPO objective, negated, over the tokens of the step's kept groups"),
+    Metric(
+        "kl",
+        "1",
+        "estimate of the KL divergence from the reference policy (0 where the loss has no KL term: not measured)",
+    ),
     Metric("entropy", "nats", "mean entropy of the policy's next-token distribution over response tokens"),
-    Metric("clip_fraction_low", "1", "share of response tokens where the lower clip bound took the gradient away"),
-    Metric("clip_fraction_high", "1", "share of response tokens where the upper clip bound took the gradient away"),
+    Metric(
+        "clip_fraction_low", "1", "share of response tokens where the lower bound took (CISPO: limited) the gradient"
+    ),
+    Metric(
+        "clip_fraction_high", "1", "share of response tokens where the upper bound took (CISPO: limited) the gradient"
+    ),
     Metric("clip_fraction_dual", "1", "share of response tokens bounded by the dual clip"),
     Metric(
         "ratio_mean",
@@ -47,6 +55,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("reward/accuracy_original", "1", "share of right answers over views in the original image order"),
     Metric("reward/accuracy_permuted", "1", "share of right answers over views in another image order"),
     Metric("reward/format", "1", "share of responses in the asked-for format"),
+    Metric("reward/part/{name}", "1", "mean of one part of the reward (docs/rewards.md), before its weight"),
+    Metric("reward/kl_penalty", "1", "mean β · KL of a kept response, taken off its reward (algorithm.kl_in=reward)"),
     Metric("response/length_mean", "tokens", "mean response length, the end-of-turn token included"),
     Metric("response/length_max", "tokens", "longest response"),
     Metric("response/truncated", "1", "share of responses cut at the token limit"),

@@ -15,6 +15,7 @@ SHOWN = (
     ("loss", "loss {:.4f}"),
     ("reward/mean", "reward {:.3f}"),
     ("reward/accuracy", "accuracy {:.3f}"),
+    ("evaluation/accuracy", "accuracy {:.3f}"),
     ("kl", "kl {:.4f}"),
     ("throughput/tokens_per_second", "{:.0f} tokens/s"),
 )
@@ -32,12 +33,21 @@ class RunProgress:
         name: shown in front.
         total_steps: steps of the whole run.
         first_step: steps already done before this start.
+        unit: what a step is called in plain lines.
         stream: where to; standard error by default. A bar where it is a terminal, else plain lines.
     """
 
-    def __init__(self, name: str, total_steps: int, *, first_step: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self,
+        name: str,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        unit: str = "step",
+        stream: TextIO | None = None,
+    ):
         stream = stream if stream is not None else sys.stderr
-        self._name, self._total, self._stream = name, total_steps, stream
+        self._name, self._total, self._unit, self._stream = name, total_steps, unit, stream
         self._marks: deque[tuple[int, float]] = deque([(first_step, time.monotonic())], maxlen=ETA_WINDOW + 1)
         self._bar: Progress | None = None
         if stream.isatty():
@@ -71,7 +81,7 @@ class RunProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line, left=left)
         else:
-            self.note(f"step {step}/{self._total}  {line}  left {left}")
+            self.note(f"{self._unit} {step}/{self._total}  {line}  left {left}")
 
     def note(self, text: str) -> None:
         """Print a line (an evaluation, a checkpoint) without disturbing the bar."""

@@ -82,6 +82,7 @@ def row(step: int, group: Group, rollout: Rollout, *, kept: bool) -> dict[str, A
         "weight_versions": _spans(rollout.weight_versions),
         "reward": rollout.reward,
         "reward_parts": rollout.reward_parts,
+        "kl_penalty": rollout.kl_penalty,
         "advantage": rollout.advantage,
         "logprob_rollout": _values(rollout.logprob_rollout),
         "logprob_old": _values(rollout.logprob_old),

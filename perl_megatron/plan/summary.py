@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from perl_megatron.config.derive import Derived
+from perl_megatron.config.load import DEFAULT
 from perl_megatron.config.schema import Config
+from perl_megatron.config.yaml_source import dump_scalar
 
 WIDTH = 110
 
 
-def make_plan(config: Config, derived: Derived) -> dict[str, Any]:
-    """The derived arithmetic and each rank's place, ready for JSON.
+def make_plan(config: Config, derived: Derived, *, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The derived arithmetic and each rank's place, ready for JSON. ``origins`` are those of a ``LoadedConfig``.
 
-    Keys: `run` (name, folder), `batch` and `layout` (numbers of `Derived`), `ranks`: one dict each with rank, tensor,
-    context, data and pipeline coordinates, its language-model layers (0-based), whether it runs the vision tower
-    and whether it computes the logits, and its engine replica (null with servers, all of which it may ask).
+    Keys: `run` (name, folder), `settings` (by dotted key the value and the origin of all that is not left to the
+    default; none without ``origins``), `batch` and `layout` (numbers of `Derived`), `ranks`: one dict each with rank,
+    tensor, context, data and pipeline coordinates, its language-model layers (0-based), whether it runs the vision
+    tower and whether it computes the logits, and its engine replica (null with servers, all of which it may ask).
     """
     numbers = asdict(derived)
     layout_names = (
@@ -30,6 +36,11 @@ def make_plan(config: Config, derived: Derived) -> dict[str, Any]:
     )
     return {
         "run": {"name": config.run.name, "folder": str(config.run.directory / config.run.name)},
+        "settings": {
+            key: {"value": _plain(getattr(getattr(config, key.split(".")[0]), key.split(".")[1])), "origin": origin}
+            for key, origin in (origins or {}).items()
+            if origin != DEFAULT
+        },
         "layout": {
             **{name: numbers[name] for name in layout_names},
             "sequence_parallel": config.parallel.sequence,
@@ -74,10 +85,28 @@ def render_plan(plan: dict[str, Any]) -> str:
     output = io.StringIO()
     console = Console(file=output, width=WIDTH)
     console.print(f"Run '{plan['run']['name']}' in {plan['run']['folder']}", highlight=False, markup=False)
+    if plan["settings"]:
+        console.print(_settings_table(plan["settings"]))
     console.print(_batch_table(plan["batch"]))
     console.print(_layout_table(plan["layout"]))
     console.print(_rank_table(plan["ranks"]))
     return output.getvalue().rstrip("\n")
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: a path as text, a tuple as a list."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _settings_table(settings: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="Settings (all others are defaults)", title_justify="left")
+    for column in ("key", "value", "set by"):
+        table.add_column(column, overflow="fold")
+    for key, setting in settings.items():
+        table.add_row(key, Text(dump_scalar(setting["value"])), Text(setting["origin"]))
+    return table
 
 
 def _batch_table(batch: dict[str, Any]) -> Table:

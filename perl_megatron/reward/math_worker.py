@@ -3,11 +3,14 @@
 A model's answer is hostile input: `9**9**9**9` keeps the interpreter inside one long C call that no Python-level signal
 handler interrupts, and math-verify's own time limit is such a handler (it also works in main threads only). So every
 comparison runs in a forked child of this process, whose CPU-time alarm has the default action: the kernel ends it. A
-fork of the warm parent takes milliseconds, so a killed comparison costs no new import of sympy.
+fork of the warm parent takes milliseconds, so a killed comparison costs no new import of sympy, and several children
+work at a time.
 
 CPU time decides, not wall time: a verdict does not depend on how busy the machine is.
 
-Protocol: one JSON line `[expected, given]` in; one line `equal` or `different` out; `ready` first. Ends with its input.
+Protocol: one JSON line in, `{"pairs": [[expected, given], …], "cpu_seconds": limit of each, "budget": of those that are
+ended, "at_once": children}`; one line out for each pair as it is decided, `INDEX VERDICT`. First a line `ready`. Ends
+with its input.
 """
 
 from __future__ import annotations
@@ -19,14 +22,16 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-CPU_SECONDS = 2.0
-"""Limit of one comparison."""
+EQUAL, DIFFERENT, ENDED, SKIPPED = "equal", "different", "ended", "skipped"
+"""Verdicts. 'ended': not decided within its limit; 'skipped': not begun, since others had used up the budget."""
 WALL_SECONDS = 20.0
 """Backstop for a comparison that waits instead of working."""
 MEMORY_BYTES = 2 << 30
 """Address space of one comparison."""
+_EXIT_CODES = {EQUAL: 0, DIFFERENT: 10}
 
 
 def compare(expected: str, given: str) -> bool:
@@ -37,22 +42,46 @@ def compare(expected: str, given: str) -> bool:
     return bool(gold) and bool(answer) and bool(verify(gold, answer, timeout_seconds=None))
 
 
-def compare_in_child(expected: str, given: str) -> bool:
-    """``compare`` in a forked child with bounded time and memory; a child that dies means 'different'."""
+def compare_all(
+    pairs: Sequence[tuple[str, str]], cpu_seconds: float, budget: float, at_once: int
+) -> Iterator[tuple[int, str]]:
+    """(index, verdict) of every pair, as they are decided; ``at_once`` children work at a time.
+
+    No child is begun once those that were ended have taken ``budget`` CPU seconds.
+    """
+    running: dict[int, int] = {}
+    waiting = iter(range(len(pairs)))
+    while True:
+        while len(running) < at_once and (index := next(waiting, None)) is not None:
+            if budget <= 0:
+                yield index, SKIPPED
+            else:
+                running[_fork(*pairs[index], cpu_seconds)] = index
+        if not running:
+            return
+        pid, status, usage = os.wait4(-1, 0)
+        exit_code = os.waitstatus_to_exitcode(status)
+        verdict = next((name for name, code in _EXIT_CODES.items() if code == exit_code), ENDED)
+        if verdict == ENDED:
+            budget -= usage.ru_utime + usage.ru_stime
+        yield running.pop(pid), verdict
+
+
+def _fork(expected: str, given: str, cpu_seconds: float) -> int:
+    """The process id of a child that compares within bounds of time and memory; its exit code is the verdict."""
     pid = os.fork()
     if pid:
-        _, status = os.waitpid(pid, 0)
-        return os.waitstatus_to_exitcode(status) == 0
-    equal = False
+        return pid
+    verdict = DIFFERENT
     try:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        equal = compare(expected, given)
+        verdict = EQUAL if compare(expected, given) else DIFFERENT
     finally:
-        os._exit(0 if equal else 1)
+        os._exit(_EXIT_CODES[verdict])
 
 
 def main() -> None:
@@ -67,8 +96,8 @@ def main() -> None:
     gc.freeze()  # keeps children from copying the parent's pages
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        expected, given = json.loads(line)
-        print("equal" if compare_in_child(expected, given) else "different", file=replies, flush=True)
+        for index, verdict in compare_all(**json.loads(line)):
+            print(index, verdict, file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.engine import Sampling, SyncReport
 from perl_megatron.rollout.server_client import describe
 from perl_megatron.rollout.server_fleet import ServerFleet, Weights, warn
-from perl_megatron.rollout.server_key import read_key
 from perl_megatron.rollout.server_rollouts import CancellableRun, Question, RolloutRequests
 from perl_megatron.rollout.server_usage import ServerUsage
 from perl_megatron.rollout.shares import record_blocks, shares_of
 from perl_megatron.runtime import collective
+from perl_megatron.runtime.key_file import read_key
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
 MAX_ROUNDS = 4
@@ -53,7 +53,7 @@ class ServerEngine:
             UserError: the key cannot be read.
         """
         self._config, self._encoder = config, encoder
-        self._key = read_key(config.api_key_file)
+        self._key = read_key(config.api_key_file, "rollout.api_key_file")
         self._fleet = ServerFleet(
             config, key=self._key, model_path=model_path, dtype=dtype, max_model_length=max_model_length
         )

@@ -56,8 +56,12 @@ def shared_map(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
 
     ``function`` may be non-deterministic (a deadline, say): every rank gets the one result that one rank computed.
     """
-    mine = [function(item) for item in items[rank() :: world_size()]]
-    return interleave(gather_objects(mine), len(items))
+    return shared_batches(lambda mine: [function(item) for item in mine], items)
+
+
+def shared_batches(function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+    """``shared_map`` for a function of many items: each rank calls it once, with its share."""
+    return interleave(gather_objects(function(items[rank() :: world_size()])), len(items))
 
 
 def gather_objects(mine: Result) -> list[Result]:

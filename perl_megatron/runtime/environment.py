@@ -75,6 +75,12 @@ def server_key() -> str | None:
     return os.environ.get(_SERVER_KEY)
 
 
+def cores_of_this_process() -> int:
+    """Cores that this process may keep busy: its machine's, shared evenly with the other ranks there; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @contextlib.contextmanager
 def vllm_leaves_alone() -> Iterator[None]:
     """Undo what vLLM on a CPU does to variables that are not its own.

@@ -12,6 +12,7 @@ import os
 import torch
 
 from perl_megatron.runtime import megatron_adam, megatron_cpu, torchvision_schema
+from perl_megatron.runtime.environment import cores_of_this_process
 
 _installed = False
 
@@ -66,6 +67,5 @@ def is_torchrun() -> bool:
 def set_threads() -> int:
     """On the CPU, share the cores evenly among this machine's ranks; returns the number of threads in use."""
     if not is_cuda():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(cores_of_this_process())
     return torch.get_num_threads()

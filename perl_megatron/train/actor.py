@@ -104,7 +104,9 @@ class Actor:
         ``learning_rate``, ``num_tokens``, ``num_sequences``, and ``skipped_updates`` (1 where the gradient was not
         finite and the weights stayed as they were).
         """
-        return self._step(sequences, PolicyLoss(sequences, self.config.algorithm, self._topology))
+        limit = self.config.rollout.max_response_tokens
+        loss = PolicyLoss(sequences, self.config.algorithm, self._topology, max_response_tokens=limit)
+        return self._step(sequences, loss)
 
     def supervised_update(self, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
         """One optimizer step of mean token cross-entropy over the responses; metrics as in ``update``, fewer."""

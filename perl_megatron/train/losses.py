@@ -1,13 +1,13 @@
 """The losses of one micro-batch: a weighted sum over its response tokens, and the sums that metrics are made of.
 
-Legend: T response tokens of the micro-batch that this rank predicts, row after row. The weights of all tokens of all
-micro-batches and ranks add up to 1, so the loss of a step is the plain sum of what is returned here.
+Legend: T response tokens of the micro-batch that this rank predicts, row after row. The weights of the tokens are by
+counts of all micro-batches and ranks, so the loss of a step is the plain sum of what is returned here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from perl_megatron.algorithm.aggregation import token_weights
-from perl_megatron.algorithm.objective import clipped_objective, kl_estimate, sequence_log_ratio, token_log_ratio
+from perl_megatron.algorithm.objective import (
+    TokenLoss,
+    cispo_objective,
+    clipped_objective,
+    kl_estimate,
+    sequence_log_ratio,
+    token_log_ratio,
+)
 from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.train.batch import MicroBatch, TrainingSequence
@@ -35,26 +42,33 @@ class Loss(Protocol):
 
 
 class PolicyLoss:
-    """GRPO: L = Σ w_t (clipped objective_t + β KL_t), PeRL Eq. 6, with weights by the counts of all ``sequences``.
+    """GRPO: L = Σ w_t (-J_t + β KL_t), PeRL Eq. 6, with weights by the counts of all ``sequences``.
 
-    With `algorithm.importance_correction` the clipped objective is also multiplied by each token's importance weight.
+    J is the clipped or the CISPO objective. With `algorithm.importance_correction` it is also multiplied by each
+    token's importance weight. The KL term is left out where `algorithm.kl_in` put it into the reward.
 
     Args:
-        sequences: the whole global mini-batch; each with ``logprob_old``, ``logprob_ref`` where β > 0, and
-            ``importance`` where it is corrected for.
-        algorithm: clip bounds, ratio, β, estimator, aggregation, importance correction.
+        sequences: the whole global mini-batch; each with ``logprob_old``, ``logprob_ref`` where the loss has a KL term,
+            and ``importance`` where it is corrected for.
+        algorithm: objective and its bounds, ratio, β, estimator, aggregation, importance correction.
         topology: this rank's place; None: it holds whole sequences.
+        max_response_tokens: the token limit of a response, for the aggregation 'constant'.
     """
 
     def __init__(
-        self, sequences: Sequence[TrainingSequence], algorithm: AlgorithmConfig, topology: Topology | None = None
+        self,
+        sequences: Sequence[TrainingSequence],
+        algorithm: AlgorithmConfig,
+        topology: Topology | None = None,
+        *,
+        max_response_tokens: int | None = None,
     ):
         self._algorithm = algorithm
         self._context = topology.context_group() if topology is not None and topology.context_size > 1 else None
-        self._weights = _global_weights(sequences, algorithm.aggregation)
+        self._weights = _global_weights(sequences, algorithm.aggregation, max_response_tokens)
         self._advantage = [np.full(len(sequence.response), sequence.advantage) for sequence in sequences]
         self._old = _required([sequence.logprob_old for sequence in sequences], sequences)
-        measured = algorithm.kl_coefficient > 0
+        measured = algorithm.kl_coefficient > 0 and algorithm.kl_in == "loss"
         self._ref = _required([sequence.logprob_ref for sequence in sequences], sequences) if measured else None
         corrected = algorithm.importance_correction != "off"
         self._importance = _required([sequence.importance for sequence in sequences], sequences) if corrected else None
@@ -71,16 +85,10 @@ class PolicyLoss:
         )
 
     def __call__(self, batch: MicroBatch, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
-        """See ``Loss``. KL is 0 in the sums where β is 0: it is not measured then."""
+        """See ``Loss``. KL is 0 in the sums where the loss has no KL term: it is not measured then."""
         algorithm, device = self._algorithm, log_prob.device
         weight = _row(self._weights, batch, device)
-        token = clipped_objective(
-            self._log_ratio(batch, token_log_ratio(log_prob, _row(self._old, batch, device))),
-            _row(self._advantage, batch, device),
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-        )
+        token = self._objective(batch, log_prob)
         token_loss = token.loss
         if self._importance is not None:
             token_loss = _row(self._importance, batch, device) * token_loss
@@ -102,6 +110,21 @@ class PolicyLoss:
             ratio_max,
         )
         return loss, _detached(self.names, sums)
+
+    def _objective(self, batch: MicroBatch, log_prob: Tensor) -> TokenLoss:
+        """`algorithm.objective` of each token, negated, [T]."""
+        algorithm, device = self._algorithm, log_prob.device
+        log_ratio = self._log_ratio(batch, token_log_ratio(log_prob, _row(self._old, batch, device)))
+        advantage = _row(self._advantage, batch, device)
+        if algorithm.objective == "cispo":
+            return cispo_objective(log_prob, log_ratio, advantage, low=algorithm.cispo_low, high=algorithm.cispo_high)
+        return clipped_objective(
+            log_ratio,
+            advantage,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+        )
 
     def _log_ratio(self, batch: MicroBatch, log_ratio: Tensor) -> Tensor:
         """Of the granularity `algorithm.ratio`, [T]."""
@@ -132,9 +155,14 @@ class SupervisedLoss:
         return loss, _detached(self.names, (loss, entropy.sum()))
 
 
-def _global_weights(sequences: Sequence[TrainingSequence], aggregation: str) -> list[np.ndarray]:
+def _global_weights(
+    sequences: Sequence[TrainingSequence],
+    aggregation: Literal["token", "sequence", "constant"],
+    max_tokens: int | None = None,
+) -> list[np.ndarray]:
     lengths = [len(sequence.response) for sequence in sequences]
-    return token_weights(lengths, aggregation, total_tokens=sum(lengths), total_sequences=len(lengths))  # type: ignore[arg-type]
+    totals = {"total_tokens": sum(lengths), "total_sequences": len(lengths)}
+    return token_weights(lengths, aggregation, max_tokens=max_tokens, **totals)
 
 
 def _required(values: Sequence[np.ndarray | None], sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:

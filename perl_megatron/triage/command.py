@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,9 @@ def choose(dump: Dump, policies: Policies, given: Path | None, limit: int) -> li
             fix="give them with --policy FOLDER, or another step; run.save_every and run.keep_checkpoints keep more",
         )
     version = max(version_of(rollout) for rollout in usable)
+    if dump.config.algorithm.loss_view == "original":
+        # The trainer's were taken after the original's prompt: of another view they are no match for the engine's.
+        usable = [replace(rollout, logprob_old=None) if rollout.permuted else rollout for rollout in usable]
     return spread([rollout for rollout in usable if rollout.weight_version == version], limit)
 
 
@@ -124,7 +128,10 @@ def _parties(cases: Sequence[Case], policies: Policies, config: Config) -> list[
     version = rollout.step - 1
     trainer = engine if version == rollout.weight_version else policies.of_run(version)
     if not members:
-        return [*parties, "trainer: no log-probabilities of it were recorded (dropped groups; old_policy=engine)"]
+        return [
+            *parties,
+            "trainer: no log-probabilities of it were recorded (dropped groups; old_policy=engine; loss_view)",
+        ]
     if trainer is None:
         return [*parties, f"trainer: its weights, version {version}, are no longer there"]
     precision: Precision = "float8" if config.model.fp8 != "none" else config.model.dtype

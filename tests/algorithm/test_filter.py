@@ -44,6 +44,14 @@ def test_equal_rewards_have_no_signal(parts):
     assert reason(group(parts, parts, parts), OFF) == "kept"
 
 
+def test_a_signal_between_views_alone_is_none_where_views_are_compared_by_themselves():
+    between = group((1, 1), (1, 1), (0, 1), (0, 1), num_views=2)
+    assert judge(between, FilterConfig()).keep
+    assert judge(between, FilterConfig(), within_views=True).reason == "no_signal"
+    within = group((1, 1), (1, 1), (0, 1), (1, 1), num_views=2)
+    assert judge(within, FilterConfig(), within_views=True).keep
+
+
 def test_format_alone_is_a_signal():
     assert reason(group((1, 0), (1, 1)), FilterConfig()) == "kept"
 

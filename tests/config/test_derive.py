@@ -74,6 +74,8 @@ def test_supervised_counts_demonstrations():
         (["filter.carry_surplus=true", "filter.oversample=2"], 1, "older policy", "old_policy", "=engine"),
         (["permutation.schedule=exponential"], 1, "below 1", "permutation.coefficient", "0.9"),
         (["reward.accuracy=0", "reward.format=0"], 1, "all rewards", "reward.accuracy", "above 0"),
+        (["reward.accuracy=0", "reward.format=0", "reward.functions=a:b=0"], 1, "all rewards", "accuracy", "above 0"),
+        (["reward.judge=0.5"], 1, "no endpoint", "judge.url", "judge.url=http"),
         (["data.min_pixels=2000", "data.max_pixels=1000"], 1, "at least 2000", "data.min_pixels", "smaller"),
         (["optimizer.min_learning_rate=1"], 1, "above the peak", "min_learning_rate", "smaller"),
         (

@@ -5,44 +5,17 @@ from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive_model import (
     PART_FIELDS,
     check_fp8,
-    check_objective,
     check_parts,
     check_psutil,
     fp8_alignment,
 )
-from perl_megatron.config.schema import AlgorithmConfig, ModelConfig, OptimizerSection, ParallelConfig
+from perl_megatron.config.schema import ModelConfig, OptimizerSection, ParallelConfig
 from perl_megatron.errors import UserError
 
 
 @pytest.mark.parametrize("trained", PART_FIELDS)
 def test_one_part_is_enough_to_train(trained):
     check_parts(OptimizerSection(**{field: 0.5 if field == trained else 0.0 for field in PART_FIELDS}))
-
-
-@pytest.mark.parametrize("ratio", ["sequence", "sequence_mean"])
-def test_a_responses_ratio_goes_with_the_mean_over_responses(ratio):
-    check_objective(AlgorithmConfig(ratio=ratio, aggregation="sequence"))
-    check_objective(AlgorithmConfig())
-    with pytest.raises(UserError, match=rf"algorithm.ratio = {ratio}(.|\n)*algorithm.aggregation=sequence"):
-        check_objective(AlgorithmConfig(ratio=ratio))
-
-
-@pytest.mark.parametrize("correction", ["truncated", "masked"])
-def test_the_engines_log_probabilities_leave_nothing_to_correct(correction):
-    check_objective(AlgorithmConfig(old_policy="engine"))
-    check_objective(AlgorithmConfig(importance_correction=correction))
-    with pytest.raises(UserError, match="nothing to correct") as refused:
-        check_objective(AlgorithmConfig(old_policy="engine", importance_correction=correction))
-    assert f"algorithm.importance_correction = {correction}" in refused.value.where
-    assert "algorithm.old_policy=trainer" in refused.value.fix
-
-
-def test_the_bounds_of_importance_weights_hold_one():
-    """Else equal log-probabilities would be cut or left out."""
-    AlgorithmConfig(importance_low=1, importance_high=1)
-    for bounds in ({"importance_low": 1.1}, {"importance_low": -0.1}, {"importance_high": 0.9}):
-        with pytest.raises(ValueError, match=next(iter(bounds))):
-            AlgorithmConfig(**bounds)
 
 
 def test_a_wholly_frozen_policy_is_refused():

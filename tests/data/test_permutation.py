@@ -117,7 +117,7 @@ def meaning_of(record: Record, view) -> object:
     return view.answer
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(examples())
 def test_every_order_keeps_the_meaning_and_can_be_undone(example):
     record = example.record

@@ -73,13 +73,14 @@ def records(draw) -> Record:
 
 
 def neutral(text: str) -> str:
-    """A text in which the last of n images is not told from the n-th, nor 'leftmost' from 'left', nor cases."""
+    """A text in which the last of n images is not told from the n-th, nor cases, nor digits of other scripts."""
+    text = "".join(str(int(sign)) if sign.isdecimal() else sign for sign in text)
     for word, number in {"last": "Nth", "final": "Nth", "second": "Nth", "third": "Nth", "fourth": "Nth"}.items():
         text = text.replace(word, number)
     return text.casefold()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(records(), st.integers(0, 10**6))
 def test_fuzzed_records_are_refused_or_follow(record, seed):
     try:
@@ -124,4 +125,4 @@ def test_long_texts_take_linear_time():
 
     seconds(10)
     # Eight times the text; quadratic time would be 64 times as long.
-    assert seconds(2000) < 30 * max(seconds(250), 0.02)
+    assert seconds(1200) < 30 * max(seconds(150), 0.02)

@@ -49,7 +49,7 @@ def questions(draw, make) -> tuple[Question, Random]:
 
 @pytest.mark.parametrize("make", QUESTIONS, ids=lambda make: make.__name__)
 def test_the_answer_of_every_order_is_right(make):
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(questions(make))
     def check(drawn):
         question, random = drawn
@@ -64,7 +64,7 @@ def test_the_answer_of_every_order_is_right(make):
 
 @pytest.mark.parametrize("make", QUESTIONS, ids=lambda make: make.__name__)
 def test_orders_undo_and_compose(make):
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(questions(make))
     def check(drawn):
         question, random = drawn

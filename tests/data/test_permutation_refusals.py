@@ -26,6 +26,7 @@ def record(text: str, answer: str, rule=AnswerRule.UNCHANGED, *, options=(), num
 
 BY_LETTER = {"rule": AnswerRule.OPTION_LETTER, "num_images": 3, "movable": (1, 2), "option_slots": (1, 2)}
 NAMES = AnswerRule.REFERENCES
+FOUR = {"num_images": 4, "movable": (1, 2, 3), "option_slots": (1, 2, 3, None)}
 SHOWN = "(A) <image> (B) <image>"
 
 
@@ -43,6 +44,10 @@ SHOWN = "(A) <image> (B) <image>"
         (record(SHOWN, "A", **BY_LETTER | {"option_slots": (2, 1)}), "but the contract gives slot 2"),
         (record(SHOWN, "A", **BY_LETTER | {"option_slots": (None, 1, 2)}), "says nothing of it"),
         (record("(A) image A (B) image 3", "A", **BY_LETTER | {"option_slots": (2, 1)}), "another image"),
+        (record("Which? (A) 1 (B) 2 (C) both 1 and 2", "A", references=(OPTION_TEXT,)), "names none"),
+        (record(SHOWN + " (C) <image> (D) both A and C", "D", **BY_LETTER | FOUR), "mentions option A, C"),
+        (record(SHOWN + " (C) <image> (D) neither (A) nor (B)", "D", **BY_LETTER | FOUR), "mentions option A, B"),
+        (record("Is option B the best?\n" + SHOWN, "A", **BY_LETTER), "mentions option B"),
         (record("Which? (A) 1 (B) 3", "A", references=(OPTION_TEXT,)), "does not exist"),
         (record("Which? (A) 1 (B) the big one", "A", references=(OPTION_TEXT,)), "names none"),
         (record("Which? 1 or 2", "A", references=(OPTION_TEXT,)), "lists no options"),
@@ -116,6 +121,15 @@ def test_a_view_that_would_read_differently_is_refused():
     # "Image b dogs" can only be a letter; "image a dogs" may be an article.
     with pytest.raises(UserError, match=r"in the order \[1, 0\]: .* is ambiguous"):
         validate_contract(record("In image b dogs play.", "yes", references=(LETTER,)))
+    # In the other order each number agrees with the placeholder behind it, and would be its label.
+    with pytest.raises(UserError, match=r"in the order \[1, 0\] the text reads differently"):
+        validate_contract(record("Compare image 2 <image> with image 1 <image>.", "yes", references=(INDEX,)))
+
+
+def test_a_mention_of_all_options_that_are_images_stays():
+    original = record(SHOWN + " (C) both A and B (D) A dog", "C", **BY_LETTER | {"option_slots": (1, 2, None, None)})
+    validate_contract(original)
+    assert apply_order(original, (0, 2, 1), 1).text == original.text
 
 
 def test_lists_of_letters_are_no_options():

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from perl_megatron.config.schema import PermutationConfig
-from perl_megatron.data.planner import evaluation_views, plan_views, swap_probability
+from perl_megatron.data.planner import evaluation_views, plan_views, released_order, swap_probability
 from perl_megatron.errors import UserError
-from perl_megatron.types import PermutationContract, Record
+from perl_megatron.types import AnswerRule, PermutationContract, Record, ReferenceRule
 
 
 def record(num_images: int, movable: tuple[int, ...] | None = None, name: str = "q") -> Record:
@@ -147,3 +147,54 @@ def test_records_of_a_step_toss_their_own_coins_and_draw_their_own_orders():
     ]
     assert 25 <= planned.count((0, 1, 2, 3, 4)) <= 75
     assert len(set(planned)) > 20
+
+
+def test_independent_orders_are_drawn_from_all_of_them():
+    """Uniform over all six, the original and repeats among them."""
+    trials = 1200
+    drawn = [
+        orders(plan_views(record(3), num_permuted=2, alpha=1.0, seed=0, step=step, orders="independent"))
+        for step in range(trials)
+    ]
+    for copy in (1, 2):
+        counts = Counter(planned[copy] for planned in drawn)
+        assert set(counts) == set(permutations(range(3)))
+        assert all(abs(count - trials / 6) < 5 * math.sqrt(trials * 5 / 36) for count in counts.values())
+    repeated = sum(planned[1] == planned[2] for planned in drawn)
+    assert abs(repeated - trials / 6) < 5 * math.sqrt(trials * 5 / 36)
+
+
+def released(num_images, alpha=1.0, movable=None, **keys):
+    keys = {"seed": 0, "step": 0} | keys
+    views = plan_views(record(num_images, movable), num_permuted=2, alpha=alpha, orders="released", **keys)
+    return orders(views)[1:]
+
+
+def test_released_orders_are_the_releases_whatever_the_seed_step_and_record():
+    assert released(2) == released(2, seed=7, step=9) == [(1, 0)] * 2
+    assert released(3) == [(1, 0, 2)] * 2
+    assert [released(number)[0] for number in (4, 5, 6)] == [(2, 1, 3, 0), (3, 1, 2, 4, 0), (3, 1, 2, 4, 0, 5)]
+
+
+def test_the_release_moves_only_movable_slots():
+    assert released(4, movable=(3, 1)) == [(0, 3, 2, 1)] * 2
+    assert released(3, movable=()) == [(0, 1, 2)] * 2
+
+
+@pytest.mark.parametrize(("num_images", "until"), [(2, 0.025010755), (3, 0.025010755), (4, 0.244891853)])
+def test_the_release_swaps_all_records_until_alpha_falls_below_its_one_coin(num_images, until):
+    _, coin = released_order(record(num_images))
+    assert coin == pytest.approx(until, abs=1e-9)
+    identity = tuple(range(num_images))
+    assert released(num_images, alpha=until + 1e-6)[0] != identity
+    assert released(num_images, alpha=until - 1e-6)[0] == identity
+
+
+def test_released_text_and_answer_follow_by_the_contract():
+    contract = PermutationContract((0, 1, 2), answer=AnswerRule.INDEX, references=(ReferenceRule.INDEX,))
+    images = tuple(Path(f"{slot}.png") for slot in range(3))
+    text = "<image><image><image>Which one is not like image 1?"
+    asked = Record("q", images, text, "2", answer_type="index", contract=contract)
+    view = plan_views(asked, num_permuted=1, alpha=1.0, seed=0, step=0, orders="released")[1]
+    assert [image.name for image in view.images] == ["1.png", "0.png", "2.png"]
+    assert (view.text.removeprefix("<image>" * 3), view.answer) == ("Which one is not like image 2?", "1")

@@ -95,3 +95,22 @@ def test_a_login_node_needs_no_torch():
         "import perl_megatron.cli"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_settings_are_shown_with_their_origins():
+    loaded = load_config(None, ["preset=gspo", "model.path=m", "data.train=a.jsonl", "rollout.engine=embedded"])
+    derived = derive(loaded.config, world_size=1, architecture=NUMBERS)
+    plan = json.loads(json.dumps(make_plan(loaded.config, derived, origins=loaded.origins)))
+    assert plan["settings"]["algorithm.clip_low"] == {"value": 0.0003, "origin": "preset gspo"}
+    assert plan["settings"]["data.train"] == {"value": ["a.jsonl"], "origin": "command line"}
+    assert "run.seed" not in plan["settings"]
+    text = render_plan(plan)
+    row = next(line for line in text.splitlines() if "algorithm.clip_low" in line)
+    assert "0.0003" in row
+    assert "preset gspo" in row
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_without_origins_no_settings_are_shown(plan):
+    assert plan["settings"] == {}
+    assert "Settings" not in render_plan(plan)

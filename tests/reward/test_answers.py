@@ -7,19 +7,61 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perl_megatron.reward.answers import MAX_LENGTH, read_choice, read_index, read_number, read_ordering, read_text
+from perl_megatron.reward.answers import (
+    MAX_LENGTH,
+    read_choice,
+    read_index,
+    read_number,
+    read_ordering,
+    read_short_text,
+    read_text,
+)
+from perl_megatron.reward.choices import read_option
+from perl_megatron.reward.quantities import read_quantity, read_unit
 
-READERS = [read_choice, read_index, read_number, read_ordering, read_text]
+READERS = [
+    read_choice,
+    read_index,
+    read_number,
+    read_ordering,
+    read_short_text,
+    read_text,
+    read_option,
+    read_quantity,
+    read_unit,
+]
 
 
 @pytest.mark.parametrize(
-    "answer", ["B", "b", "(B)", "(b)", "B.", "B)", "B:", " B ", "\\text{B}", "$B$", "\\textbf{(B)}"]
+    "answer",
+    [
+        "B",
+        "b",
+        "(B)",
+        "(b)",
+        "B.",
+        "B)",
+        "B:",
+        " B ",
+        "\\text{B}",
+        "$B$",
+        "\\textbf{(B)}",
+        "Ｂ",
+        "（Ｂ）",
+        "𝐁",
+        "Option B",
+        "answer: B",
+        "\\left(B\\right)",
+        "\\(B\\)",
+    ],
 )
 def test_choice(answer):
     assert read_choice(answer) == "B"
 
 
-@pytest.mark.parametrize("answer", ["", "A or B", "AB", "A cat", "2", "A) or B)", "\\text{A} B", "É"])
+@pytest.mark.parametrize(
+    "answer", ["", "A or B", "AB", "A cat", "2", "A) or B)", "\\text{A} B", "É", "options", "А (Cyrillic)"]
+)
 def test_not_a_choice(answer):
     assert read_choice(answer) is None
 
@@ -47,6 +89,17 @@ def test_not_a_choice(answer):
         ("50\\%", Fraction(1, 2)),
         ("$12$", Fraction(12)),
         ("\\text{12}", Fraction(12)),
+        ("\\(12\\)", Fraction(12)),
+        ("\\frac12", Fraction(1, 2)),
+        ("\\tfrac 3 4", Fraction(3, 4)),
+        ("1,\\!234", Fraction(1234)),
+        ("12\u2009345", Fraction(12345)),
+        ("12\u202f345", Fraction(12345)),
+        ("٣", Fraction(3)),
+        ("१२.५", Fraction(25, 2)),
+        ("１２", Fraction(12)),
+        ("－３", Fraction(-3)),
+        ("–3", Fraction(-3)),
     ],
 )
 def test_number(answer, expected):
@@ -54,7 +107,27 @@ def test_number(answer, expected):
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "x", "1 2", "1,23", "1234,567", "1/0", "1.2.3", "5 cm", "nan", "inf", "1e9999", "--1", "٣", "5%%"]
+    "answer",
+    [
+        "",
+        "x",
+        "1 2",
+        "1,23",
+        "1234,567",
+        "1/0",
+        "1.2.3",
+        "5 cm",
+        "nan",
+        "inf",
+        "1e9999",
+        "--1",
+        "5%%",
+        "10²",
+        "½",
+        "3½",
+        "1\\,2",
+        "\\frac123",
+    ],
 )
 def test_not_a_number(answer):
     assert read_number(answer) is None
@@ -74,12 +147,30 @@ def test_decimals_are_exact(digits, places):
     assert read_number(f"{abs(digits):,}") == abs(digits)
 
 
-@pytest.mark.parametrize("answer", ["2", "image 2", "Image 2", "Figure #2", "picture 2", "\\text{image 2}", "image2"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "2",
+        "image 2",
+        "Image 2",
+        "Figure #2",
+        "picture 2",
+        "\\text{image 2}",
+        "image2",
+        "the second image",
+        "2nd photo",
+        "The Second Picture.",
+        "image number 2",
+        "Image no. 2",
+    ],
+)
 def test_index(answer):
     assert read_index(answer) == 2
 
 
-@pytest.mark.parametrize("answer", ["image", "image two", "imagery 2", "image 1 or 2"])
+@pytest.mark.parametrize(
+    "answer", ["image", "image two", "imagery 2", "image 1 or 2", "second", "the last image", "2th thing"]
+)
 def test_not_an_index(answer):
     assert read_index(answer) is None
 
@@ -129,11 +220,74 @@ def test_text():
     assert read_text(" ") is None
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("The red ball.", "red ball", True),
+        ("a T-shirt", "T shirt", True),
+        ("Two", "2", True),
+        ("don't", "dont", True),
+        ("1,000", "1000", True),
+        ("50 %", "50%", True),
+        ('"yes"!', "Yes", True),
+        ("e\u0301t\u00e9", "\u00e9t\u00e9", True),
+        ("1.5", "15", False),
+        (".5", "5", False),
+        ("-5", "5", False),
+        ("1/2", "12", False),
+        ("12:30", "1230", False),
+        ("50%", "50", False),
+        ("x < 5", "x > 5", False),
+        ("A", "the", False),
+        ("€5", "5", False),
+        ("cat", "cats", False),
+    ],
+)
+def test_short_text(first, second, same):
+    assert read_short_text(first) is not None
+    assert (read_short_text(first) == read_short_text(second)) is same
+
+
+def test_no_short_text():
+    assert read_short_text("...") is None
+    assert read_short_text("x" * (MAX_LENGTH + 1)) is None
+
+
+def test_text_commands_inside_each_other():
+    assert read_choice("\\text{\\textbf{\\mathrm{(B)}}}") == "B"
+
+
 HOSTILE = st.one_of(
     st.text(max_size=MAX_LENGTH),
     st.lists(
         st.sampled_from(
-            ["\\text{", "}", "{", "(", "1", ",", "123", "image", " ", "\\frac{", "e9", "%", "/", "$", "-", "."]
+            [
+                "\\text{",
+                "}",
+                "{",
+                "(",
+                "1",
+                ",",
+                "123",
+                "image",
+                " ",
+                "\\frac{",
+                "e9",
+                "%",
+                "/",
+                "$",
+                "-",
+                ".",
+                "cm",
+                "^2",
+                "²",
+                "\\left",
+                "\ud800",
+                "\x00",
+                "٣",
+                "the second image",
+                "{,}",
+            ]
         ),
         max_size=120,
     ).map("".join),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from perl_megatron.config.schema import RewardConfig
 from perl_megatron.errors import UserError
-from perl_megatron.reward.score import PARTS, score, total
+from perl_megatron.reward.score import readable, score, total, weights
 from perl_megatron.types import View
 
 CONFIG = RewardConfig()
@@ -49,8 +49,32 @@ def test_bad_record_is_named():
         score("\\boxed{2}", view("two"), "stop", CONFIG)
 
 
-def test_every_weight_has_a_part():
-    assert set(PARTS) == set(RewardConfig.model_fields)
+def test_without_thoughts_where_none_are_asked_for():
+    plain, thought = "So \\boxed{2}", "<think>x</think> \\boxed{2}"
+    config = RewardConfig(format_style="boxed")
+    assert [score(text, view(), "stop", config)["format"] for text in (plain, thought, "2")] == [1, 1, 0]
+    assert score(plain, view(), "length", config)["format"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "answer_type", "expected"),
+    [
+        ("\\boxed{3}", "2", "number", True),
+        ("\\boxed{many}", "2", "number", False),
+        ("3", "2", "number", False),
+        ("\\boxed{C}", "B", "choice", True),
+        ("\\boxed{A or B}", "B", "choice", False),
+        ("\\boxed{1 or 2}", "1, 2", "ordering", False),
+        ("\\boxed{ }", "x", "text", False),
+        ("\\boxed{y}", "x", "text", True),
+        ("\\boxed{2x}", "x", "math", True),
+        ("\\boxed{%s}" % ("(" * 20 + ")" * 20), "x", "math", False),
+        ("```\n[2]\n```", "[1]", "json", True),
+        ("\\boxed{[2}", "[1]", "json", False),
+    ],
+)
+def test_readable_is_not_the_same_as_right(text, answer, answer_type, expected):
+    assert readable(text, view(answer, answer_type)) is expected
 
 
 def test_total_of_the_defaults():
@@ -74,9 +98,38 @@ def test_part_that_is_not_finite_is_refused(bad):
         total({"accuracy": 1.0, "format": bad}, CONFIG)
 
 
-@given(st.text(), st.sampled_from(["number", "ordering", "index", "text"]), st.sampled_from(["stop", "length"]))
+@given(
+    st.text(),
+    st.sampled_from(["number", "ordering", "index", "text", "short_text", "json"]),
+    st.sampled_from(["stop", "length"]),
+)
 @settings(deadline=None)
 def test_any_text_gets_a_score(text, answer_type, finish_reason):
     for response in (text, f"<think>{text}</think>\\boxed{{{text}}}"):
         parts = score(response, view("12", answer_type), finish_reason, CONFIG)
         assert set(parts.values()) <= {0.0, 1.0}
+        assert readable(response, view("12", answer_type)) >= parts["accuracy"]
+
+
+def test_weights_of_functions():
+    config = RewardConfig(accuracy=0.5, format=0.1, functions=("brevity=0.2", "my.module:Length.penalty = -0.1"))
+    unset = dict.fromkeys(("judge", "consistency", "overlong"), 0.0)
+    assert weights(config) == {"accuracy": 0.5, "format": 0.1, **unset, "brevity": 0.2, "penalty": -0.1}
+    assert total({"accuracy": 1.0, "format": 0.0, "brevity": 0.5, "penalty": 1.0}, config) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        (("brevity",), "is not NAME=WEIGHT"),
+        (("brevity=much",), "is not NAME=WEIGHT"),
+        (("brevity=nan",), "is not NAME=WEIGHT"),
+        (("a:b:c=1",), "is not NAME=WEIGHT"),
+        (("a/b=1",), "is not NAME=WEIGHT"),
+        (("accuracy=1",), "already a reward part 'accuracy'"),
+        (("a:brevity=1", "b:brevity=1"), "already a reward part 'brevity'"),
+    ],
+)
+def test_bad_functions_are_refused(functions, message):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(functions=functions)

@@ -42,6 +42,8 @@ def main(output: Path) -> None:
     assert main_thread == [[(number, 0), (number, 1)] for number in range(ROUNDS)]
     assert beside == [[f"thread {number} of {each}" for each in (0, 1)] for number in range(ROUNDS)]
     assert collective.shared_map(lambda item: (item, rank), "abc") == [("a", 0), ("b", 1), ("c", 0)]
+    batches = collective.shared_batches(lambda mine: [(item, len(mine)) for item in mine], "abc")
+    assert batches == [("a", 2), ("b", 1), ("c", 2)]
     collective.barrier()
     impatient = collective.new_group(timeout_seconds=3)
     begin = time.monotonic()

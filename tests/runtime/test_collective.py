@@ -22,6 +22,7 @@ def test_one_process_needs_no_group() -> None:
         assert (collective.any_rank(False), collective.any_rank(True)) == (False, True)
         collective.barrier()
     assert collective.shared_map(str, [1, 2]) == ["1", "2"]
+    assert collective.shared_batches(lambda mine: mine[::-1], [1, 2]) == [2, 1]
 
 
 def test_a_group_is_that_of_its_thread_and_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,3 +32,10 @@ def test_what_vllm_rewrites_is_put_back(variables):
         variables["LD_PRELOAD"] = "libtcmalloc.so"
     assert variables["LOCAL_WORLD_SIZE"] == "2"
     assert "LD_PRELOAD" not in variables
+
+
+@pytest.mark.parametrize(("ranks", "cores"), [("1", 4), ("2", 2), ("3", 1), ("8", 1)])
+def test_ranks_share_the_cores_of_their_machine(variables, monkeypatch, ranks, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 4, 5})
+    variables["LOCAL_WORLD_SIZE"] = ranks
+    assert environment.cores_of_this_process() == cores

@@ -59,12 +59,19 @@ SPLITS = [[(0,), (1, 2), (3,)], [(0, 1), (), (2, 3)]]
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "ratio"),
-    [("token", "token"), ("sequence", "token"), ("sequence", "sequence"), ("sequence", "sequence_mean")],
+    "settings",
+    [
+        *({"aggregation": aggregation} for aggregation in ("token", "sequence", "constant")),
+        *({"aggregation": "sequence", "ratio": ratio} for ratio in ("sequence", "sequence_mean")),
+        *({"aggregation": aggregation, "objective": "cispo"} for aggregation in ("token", "sequence", "constant")),
+        {"objective": "cispo", "cispo_low": 0.3, "cispo_high": 0.2},
+        {"kl_in": "reward"},
+    ],
+    ids=lambda settings: ", ".join(map(str, settings.values())),
 )
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_split_changes_the_policy_loss_or_its_gradient(sequences, log_prob, aggregation, ratio, split):
-    loss = PolicyLoss(sequences, AlgorithmConfig(aggregation=aggregation, ratio=ratio, kl_coefficient=0.1))
+def test_no_split_changes_the_policy_loss_or_its_gradient(sequences, log_prob, settings, split):
+    loss = PolicyLoss(sequences, AlgorithmConfig(kl_coefficient=0.1, **settings), max_response_tokens=8)
     whole, whole_gradient, whole_sums = evaluate(loss, sequences, log_prob, ALL)
     parts, gradient, sums = evaluate(loss, sequences, log_prob, split)
     assert parts == pytest.approx(whole, rel=1e-6)

@@ -8,11 +8,9 @@ from functools import cached_property
 from perl_megatron.data.bare_references import names_none_or_all, read_whole
 from perl_megatron.data.options import LetteredOption, lettered_options, slots_within
 from perl_megatron.data.reference_phrases import Reference
-from perl_megatron.data.references import find_references
+from perl_megatron.data.references import SENTENCE_RULES, find_references
 from perl_megatron.errors import UserError
-from perl_megatron.types import Record, ReferenceRule
-
-_SENTENCE_RULES = (ReferenceRule.INDEX, ReferenceRule.ORDINAL, ReferenceRule.POSITION, ReferenceRule.LETTER)
+from perl_megatron.types import Record
 
 
 class ReadRecord:
@@ -66,7 +64,7 @@ class ReadRecord:
     def names_images(self) -> bool:
         """Whether anything in text or answer names an image."""
         try:
-            found = find_references(self.record.text, _SENTENCE_RULES, len(self.record.images))
+            found = find_references(self.record.text, SENTENCE_RULES, len(self.record.images))
         except UserError:  # something does, in a way that cannot follow
             return True
         return bool(found) or self.names_in_answer or self.names_in_options
@@ -78,7 +76,7 @@ class ReadRecord:
     def _references_of(self, text: str, *, numbers: bool = True) -> list[Reference]:
         num_images = len(self.record.images)
         try:
-            return read_whole(text, _SENTENCE_RULES, num_images, range(num_images), numbers=numbers).references
+            return read_whole(text, SENTENCE_RULES, num_images, range(num_images), numbers=numbers).references
         except UserError:
             return []
 

@@ -1,0 +1,279 @@
+"""Scorers of benchmarks: whether a prediction is the expected answer. What cannot be read is wrong.
+
+Each scorer gives back what it read (for the record of raw outputs) and the verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from perl_megatron.evaluation.benchmarks.extraction import (
+    Prediction,
+    after_thinking,
+    all_boxed,
+    fold,
+    predict,
+    read_option,
+)
+from perl_megatron.evaluation.benchmarks.item import Item
+from perl_megatron.reward.answers import plain, read_number
+from perl_megatron.reward.math_equivalence import math_equal
+
+SCORE_VERSION = 1
+"""Raised when a verdict can change; raw outputs of an older version are scored again."""
+
+_NUMBER = re.compile(
+    r"(?<![\w.^*])(?<![0-9],)[-+−]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))(?:\s*/\s*[0-9]+)?"
+    r"(?![0-9]|[.,][0-9]|\s?[\^*])"
+)
+_UNIT = (
+    r"(?:square |cubic |sq\.? ?|cu\.? ?)?(?:[kcmdμ]?m|[kmμ]?g|[mμn]?s|[mk]?l|k?w|k?pa|k?n|k?j|°[cf]?|\\circ|%|percent|"
+    r"meters?|metres?|centimet(?:er|re)s?|kilomet(?:er|re)s?|millimet(?:er|re)s?|feet|foot|ft|inch(?:es)?|in|miles?|"
+    r"yards?|grams?|kilograms?|seconds?|sec|minutes?|min|hours?|hrs?|h|days?|weeks?|months?|years?|degrees?|radians?|"
+    r"dollars?|cents?|euros?|yuan|units?|people|times)(?:\s*(?:\^\s*\{?\s*[23]\s*\}?|[²³]))?"
+)
+_WITH_UNIT = re.compile(
+    rf"(?P<number>.*?[0-9}}])\s*(?:/\s*|per\s*)?(?P<unit>{_UNIT}(?:\s*(?:/|per)\s*{_UNIT})?)\s*", re.IGNORECASE
+)
+_STEP = re.compile(r"(?:^|(?<=[\s;；.。,，、}]))[(（]\s*([1-9])\s*[)）]")
+_FRACTION_DEGREE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was read from a response, and whether it is right."""
+
+    prediction: str | None
+    """None where nothing could be read."""
+    correct: bool
+
+
+def score(response: str, item: Item) -> Verdict:
+    """The verdict on a response to ``item``."""
+    return SCORERS[item.scorer](response, item)
+
+
+def score_choice(response: str, item: Item) -> Verdict:
+    """The letter of the expected option, or that option's text."""
+    prediction, options = predict(response), item.record.grading.options
+    letter = None if prediction is None else read_option(prediction.text, options)
+    if letter is None and prediction is not None and prediction.source != "box":
+        letter = read_option(prediction.value(), options)
+    if letter is None:
+        return _unread(prediction)
+    return Verdict(letter, letter == item.record.answer)
+
+
+def score_text(response: str, item: Item) -> Verdict:
+    """The same text, case and space aside."""
+    prediction = predict(response)
+    if prediction is None:
+        return _unread(prediction)
+    texts = (prediction.text, prediction.value())
+    return Verdict(texts[1], fold(item.record.answer) in {fold(text) for text in texts})
+
+
+def score_integer(response: str, item: Item) -> Verdict:
+    """The same whole number: '3', '3.0' and '3 cm' are 3, 3.7 is not."""
+    return _compare_numbers(response, item, lambda given, expected: given == expected)
+
+
+def score_float(response: str, item: Item) -> Verdict:
+    """The same number after both are rounded to ``item.precision`` decimals, with ``round`` as in MathVista."""
+    decimals = item.precision
+    if decimals is None:
+        decimals = len(item.record.answer.strip().partition(".")[2])
+
+    def same(given: Fraction, expected: Fraction) -> bool:
+        try:
+            return round(float(given), decimals) == round(float(expected), decimals)
+        except OverflowError:
+            return False
+
+    return _compare_numbers(response, item, same)
+
+
+def score_list(response: str, item: Item) -> Verdict:
+    """The same elements in the same order; brackets and quotation marks do not count, and numbers have values."""
+    prediction = predict(response)
+    given = None if prediction is None else _elements(prediction.value())
+    if not given:
+        return _unread(prediction)
+    return Verdict(", ".join(map(str, given)), given == _elements(item.record.answer))
+
+
+def score_one_of(response: str, item: Item) -> Verdict:
+    """One of the expected answer's elements, which commas separate."""
+    text = _answer_text(response)
+    if text is None:
+        return Verdict(None, False)
+    accepted = [part for part in item.record.answer.split(",") if part.strip()]
+    return Verdict(text, any(_same_value(part, text) for part in accepted))
+
+
+def score_tolerant(response: str, item: Item) -> Verdict:
+    """A number within the record's tolerances; where the expected answer is no mere number, the same text."""
+    text, grading = _answer_text(response), item.record.grading
+    if text is None:
+        return Verdict(None, False)
+    given, expected = number_in(text), read_number(_tidy(item.record.answer).replace("%", ""))
+    if given is not None and expected is not None:
+        relative, absolute = (
+            Fraction(str(bound)) for bound in (grading.relative_tolerance, grading.absolute_tolerance)
+        )
+        return Verdict(text, abs(given - expected) <= max(absolute, relative * abs(expected)))
+    return Verdict(text, _same_value(item.record.answer, text))
+
+
+def score_math(response: str, item: Item) -> Verdict:
+    """Mathematically equal, as math-verify sees it; a unit may be left out."""
+    prediction = predict(response)
+    if prediction is None:
+        return _unread(prediction)
+    given = prediction.value()
+    return Verdict(given, _math_same(item.record.answer, given))
+
+
+def score_choice_or_math(response: str, item: Item) -> Verdict:
+    """By letter or option text where the record has options, else by mathematical equality."""
+    return (score_choice if item.record.grading.options else score_math)(response, item)
+
+
+def score_steps(response: str, item: Item) -> Verdict:
+    """Every step's answer mathematically equal, and as many steps as expected.
+
+    The steps of a response are its boxes, where there are as many as steps; else the parts '(1) …', '(2) …' of its
+    prediction.
+    """
+    expected = steps_of(item.record.answer)
+    boxes, prediction = all_boxed(response), predict(response)
+    if len(boxes) == len(expected) > 1:
+        given = boxes
+    elif prediction is None:
+        return _unread(prediction)
+    else:
+        given = steps_of(prediction.text)
+    right = len(given) == len(expected) and all(map(_math_same, expected, given))
+    return Verdict(" ; ".join(given), right)
+
+
+SCORERS: dict[str, Callable[[str, Item], Verdict]] = {
+    "choice": score_choice,
+    "text": score_text,
+    "integer": score_integer,
+    "float": score_float,
+    "list": score_list,
+    "one_of": score_one_of,
+    "tolerant": score_tolerant,
+    "math": score_math,
+    "choice_or_math": score_choice_or_math,
+    "steps": score_steps,
+}
+
+
+def number_in(text: str) -> Fraction | None:
+    """The one number of a text, with or without unit: '12 cm', '$1,200', 'x = 5', '50%' (50).
+
+    None for a text without a number or with several ('3 or 4').
+    """
+    text = _tidy(text).replace("%", "")
+    for whole in (text, _split_unit(text)[0]):
+        number = read_number(whole)
+        if number is not None:
+            return number
+    found = [match.group() for match in _NUMBER.finditer(text) if match.group()]
+    return read_number(found[0]) if len(found) == 1 else None
+
+
+def steps_of(answer: str) -> list[str]:
+    """The parts of '(1) …; (2) …'; one part where there is no such list."""
+    marks: list[re.Match[str]] = []
+    for mark in _STEP.finditer(answer):
+        if int(mark[1]) == len(marks) + 1:
+            marks.append(mark)
+    if len(marks) < 2:
+        return [answer[marks[0].end() if marks else 0 :].strip(_EDGE)]
+    ends = [*(mark.start() for mark in marks[1:]), len(answer)]
+    return [answer[mark.end() : end].strip(_EDGE) for mark, end in zip(marks, ends, strict=True)]
+
+
+_EDGE = " \t\r\n;；.。,，、"
+
+
+def _unread(prediction: Prediction | None) -> Verdict:
+    return Verdict(None if prediction is None else prediction.value(), False)
+
+
+def _compare_numbers(response: str, item: Item, same: Callable[[Fraction, Fraction], bool]) -> Verdict:
+    prediction = predict(response)
+    given = None if prediction is None else number_in(prediction.value())
+    expected = number_in(item.record.answer)
+    if given is None or expected is None:
+        return _unread(prediction)
+    assert prediction is not None
+    return Verdict(prediction.value(), same(given, expected))
+
+
+def _answer_text(response: str) -> str | None:
+    """The prediction's value, or the field 'answer' of a JSON object, which ReMI's own prompts ask for."""
+    text = after_thinking(response)
+    start, end = text.find("{"), text.rfind("}")
+    if 0 <= start < end and '"answer"' in text:
+        try:
+            return str(json.loads(text[start : end + 1])["answer"])[:2000]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+    prediction = predict(response)
+    return None if prediction is None else prediction.value()
+
+
+def _same_value(expected: str, given: str) -> bool:
+    """Equal as numbers (a percent sign does not count), or as texts without spaces and outer brackets."""
+    numbers = [read_number(_tidy(text).replace("%", "")) for text in (expected, given)]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+
+    def bare(text: str) -> str:
+        text = fold(text).replace("\\", "").replace(" ", "").partition("%")[0]
+        text = re.sub(r"^([fgh])\(x\)$", r"\1", text)
+        return text[1:-1] if text.startswith("(") and text.endswith(")") else text
+
+    return bool(bare(given)) and bare(expected) == bare(given)
+
+
+def _math_same(expected: str, given: str) -> bool:
+    expected, given = _tidy(expected), _tidy(given)
+    if not given:
+        return False
+    bare = [_split_unit(text) for text in (expected, given)]
+    if bare[0][1] and bare[1][1] and fold(bare[0][1]) != fold(bare[1][1]):
+        return False  # 3 m is not 3 cm; math-verify does not look at units
+    if fold(expected) == fold(given) or math_equal(expected, given):
+        return True
+    return bare != [(expected, ""), (given, "")] and math_equal(bare[0][0], bare[1][0])
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    match = _WITH_UNIT.fullmatch(text)
+    return (match["number"].strip(), match["unit"].replace(" ", "")) if match else (text, "")
+
+
+def _tidy(text: str) -> str:
+    """Without dollar signs, degree signs, thin spaces, text commands and a final full stop."""
+    text = plain(text[:2000])
+    text = _FRACTION_DEGREE.sub("°", text).replace("\\$", "").replace("$", "").replace("\\%", "%")
+    return re.sub(r"\\[,!;:]|~|\\qquad|\\quad", " ", text).strip().rstrip(".。").strip().removesuffix("°")
+
+
+def _elements(text: str) -> list[Fraction | str]:
+    parts = re.split(r"[,;]", _tidy(text).strip("[](){} "))
+    values: list[Fraction | str] = []
+    for part in parts:
+        bare = part.strip().strip("'\"").strip()
+        number = read_number(bare)
+        values.append(fold(bare) if number is None else number)
+    return values if any(value != "" for value in values) else []

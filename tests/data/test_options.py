@@ -1,0 +1,66 @@
+import time
+
+import pytest
+
+from perl_megatron.data.options import lettered_options
+
+
+def texts(text: str, count: int | None = None) -> list[str]:
+    return [text[option.start : option.end] for option in lettered_options(text, count)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Which?\n(A) a cat\n(B) a dog\nAnswer with the letter.", ["a cat", "a dog"]),
+        ("Which? A. cat B. dog C. both", ["cat", "dog", "both"]),
+        ("Which? A) cat\nB) dog", ["cat", "dog"]),
+        ("A: cat\nB: dog", ["cat", "dog"]),
+        ("A=1 B=2", ["1", "2"]),
+        ("(A) cat (B) dog (C) both (A) and (B) (D) none", ["cat", "dog", "both (A) and (B)", "none"]),
+        ("(A) cat (B) dog (C) neither (A) nor (B)", ["cat", "dog", "neither (A) nor (B)"]),
+        ("(A)\n<image>\n(B)\n<image>\nWhich?", ["<image>", "<image>"]),
+        ("(A) this image (B) that image (C) none", ["this image", "that image", "none"]),
+        ("Compare plan (A) with plan (B).\n(A) better (B) worse", ["better", "worse"]),
+        ("Compare figures (A) and (B).\n(A) better (B) worse", ["better", "worse"]),
+        ("Image A: <image>\nImage B: <image>\nSame?", []),
+        ("Figure (A) and Figure (B) differ", []),
+        ("Compare (A), (B) and (C).", []),
+        ("Plan (A) and (B)", []),
+        ("(A) alone", []),
+        ("(B) dog (C) cat", []),
+        ("vitamin A. Then B", []),
+        ("", []),
+    ],
+)
+def test_options_are_found_in_the_text(text, expected):
+    assert texts(text) == expected
+
+
+def test_a_known_number_of_options():
+    text = "(A) cat (B) dog (C) cow\n(A) yes (B) no"
+    assert texts(text) == texts(text, 2) == ["yes", "no"]
+    assert texts(text, 3) == ["cat", "dog", "cow"]
+    assert texts(text, 4) == []
+    assert texts("(A) cat (B) dog (C) cow", 2) == ["cat", "dog"]
+    assert texts("(A) cat", 1) == ["cat"]
+
+
+def test_hostile_texts_take_linear_time():
+    def seconds(repeats: int) -> float:
+        started = time.process_time()
+        line = "y" * (400 * repeats)
+        for text in ("(A) x " * repeats, "(A) x (B) y " * repeats + "(C) z", "(A) " * repeats):
+            lettered_options(text + "(B) " + line, None)
+        return time.process_time() - started
+
+    seconds(10)
+    # Ten times the text; quadratic time would be a hundred times as long.
+    assert seconds(5000) < 40 * max(seconds(500), 0.001)
+
+
+def test_the_letter_stands_before_the_text():
+    text = "Which? (A)  cat  (B) dog"
+    (first, second) = lettered_options(text, None)
+    assert (text[first.marker : first.start], text[first.start : first.end]) == ("(A)  ", "cat")
+    assert text[second.marker : second.end] == "(B) dog"
