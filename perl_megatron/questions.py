@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 AUTO_LOAD_BYTES = 2 * 2**20
 """With `data.check=auto`, larger files of records are checked as they are drawn."""
+MAX_INDEX_PROCESSES = 8
+"""That one rank starts to check the records of a new file; the others wait for it."""
 
 
 def training_questions(config: Config, encoder: PromptEncoder, *, demonstrations: bool = False) -> QuestionStream:
@@ -54,7 +57,7 @@ def training_questions(config: Config, encoder: PromptEncoder, *, demonstrations
         where=", ".join(map(str, config.data.train)),
     )
     sampler = make_sampler(_sizes(paths, files.sizes), config.data.weights, config.run.seed)
-    encoder.decode_ahead(num_processes=config.data.processes, max_bytes=config.data.decode_ahead_mib * 2**20)
+    encoder.decode_ahead(num_processes=config.data.decode_processes, max_bytes=config.data.decode_ahead_mib * 2**20)
     return QuestionStream(files, sampler, checks)
 
 
@@ -124,7 +127,7 @@ def _open(config: Config, paths: Sequence[Path]) -> RecordFiles:
         return open_record_files(
             paths,
             check=check_answer,
-            num_processes=config.data.processes,
+            num_processes=min(MAX_INDEX_PROCESSES, len(os.sched_getaffinity(0))),
             max_corrupt_fraction=config.data.max_corrupt_fraction,
         )
 

@@ -39,8 +39,8 @@ class DataConfig(Section):
     check: Literal["auto", "load", "draw"] = "auto"
     """When training images are decoded and prompts measured for the first time: 'load', before the run; 'draw', each
     question as it is drawn, so that large sets open in seconds; 'auto': at load up to 2 MiB of records."""
-    processes: int = Field(default=2, ge=1)
-    """With data.check=draw: processes of each rank that decode images ahead of need, and check a new file's records."""
+    decode_processes: int = Field(default=2, ge=1)
+    """With data.check=draw: processes of each rank that decode images ahead of need."""
     decode_ahead_mib: int = Field(default=256, ge=1)
     """With data.check=draw: images decoded ahead of need are kept up to this size, on each rank."""
 

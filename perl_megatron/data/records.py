@@ -80,8 +80,8 @@ class _RecordLine(BaseModel):
     answer: str = Field(min_length=1)
     answer_type: str = "text"
     kind: str = ""
-    grading: _GradingLine = _GradingLine()
-    contract: _ContractLine = _ContractLine()
+    grading: _GradingLine = Field(default_factory=_GradingLine)
+    contract: _ContractLine = Field(default_factory=_ContractLine)
     demonstration: str | None = None
 
 
@@ -171,7 +171,7 @@ def parse_record(line: bytes, where: str, folder: Path) -> Record | DroppedRecor
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         return DroppedRecord(where, None, f"{key}: {first['msg']}" if key else first["msg"])
-    escaping = [image for image in parsed.images if PurePosixPath(image).is_absolute() or ".." in image.split("/")]
+    escaping = [image for image in parsed.images if image.startswith("/") or ".." in image.split("/")]
     if escaping:
         return DroppedRecord(where, parsed.id, f"the image path '{escaping[0]}' leaves the dataset's folder")
     record = Record(
