@@ -49,7 +49,7 @@ setup(
     package_data={
         "perl_megatron": [
             *("py.typed", "kernels/native/*.cpp", "kernels/native/*.h"),
-            *("config/presets/*.yaml", "data/*.yaml", "preparation/prompts/*.md"),
+            *("config/presets/*.yaml", "data/contract/*.yaml", "preparation/prompts/*.md"),
         ]
     },
     **native_kernels(),

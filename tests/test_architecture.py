@@ -56,10 +56,10 @@ ROOMS = {
     "pyarrow": ["data/tables.py"],
     "pydantic": [
         *("config/*.py", "chat/*.py", "preparation/*.py", "reward/judge.py"),
-        *("data/records.py", "data/group_state.py", "data/contract_templates.py"),
+        *("data/records.py", "data/group_state.py", "data/contract/contract_templates.py"),
     ],
     "openai": ["chat/*.py"],
-    "yaml": ["config/*.py", "data/contract_templates.py"],
+    "yaml": ["config/*.py", "data/contract/contract_templates.py"],
     "matplotlib": ["observability/*.py"],
     "tensorboard": ["observability/*.py"],
     # Nothing in the package needs what uses the package.

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from perl_megatron.data.contract_templates import load_templates
+from perl_megatron.data.contract.contract_templates import load_templates
 from perl_megatron.data.dataset_import import DROPPED_NAME, ImportCounts, import_dataset
 from perl_megatron.data.record_files import RECORDS_NAME
 from perl_megatron.data.record_index import open_index

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from perl_megatron.data.options import option_spans
+from perl_megatron.data.contract.options import option_spans
 
 _WRAPPERS = re.compile(r"\$+(.*?)\$+|\\boxed\{(.*)\}|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _LEAD = re.compile(r"(?:the\s+)?(?:final\s+)?(?:correct\s+)?answer\s*(?:is\b\s*:?|:)\s*", re.IGNORECASE)

@@ -12,10 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from perl_megatron.data.answer_transform import answer_references, check_answer, transform_answer
-from perl_megatron.data.options import check_inline_images
-from perl_megatron.data.reference_phrases import Reference
-from perl_megatron.data.text_references import MovingReferences, follow, moving_references
+from perl_megatron.data.contract.answer_transform import answer_references, check_answer, transform_answer
+from perl_megatron.data.contract.options import check_inline_images
+from perl_megatron.data.contract.reference_phrases import Reference
+from perl_megatron.data.contract.text_references import MovingReferences, follow, moving_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import IMAGE_PLACEHOLDER, AnswerRule, Record, View
 

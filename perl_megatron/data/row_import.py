@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from perl_megatron.data.answer_guess import guess_answer, lettered_options
-from perl_megatron.data.contract_templates import ContractTemplates, apply_template
+from perl_megatron.data.contract.contract_templates import ContractTemplates, apply_template
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES, ImageStore
 from perl_megatron.data.images import check_image
 from perl_megatron.data.permutation import validate_contract

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from perl_megatron.data.references import find_references
+from perl_megatron.data.contract.references import find_references
 from perl_megatron.errors import UserError
 from perl_megatron.reward.answers import read_choice, read_index
 from perl_megatron.reward.boxed import last_boxed

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perl_megatron.data.options import letter, lettered_options
+from perl_megatron.data.contract.options import letter, lettered_options
 from perl_megatron.types import IMAGE_PLACEHOLDER
 
 _INSTRUCTION = re.compile(r"\s*(?:please\s+)?(?:answer|choose|select|pick|respond|reply|give|write)\b.*", re.I | re.S)

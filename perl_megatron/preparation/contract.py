@@ -1,7 +1,7 @@
 """The last stage: from a question and its label to a record with its permutation contract.
 
 The label is a language model's opinion: it only helps to choose the contract's template, and the contract is then
-checked against the record's text (``data/contract_templates.py``).
+checked against the record's text (``data/contract/contract_templates.py``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from perl_megatron.data.contract_templates import ContractTemplates, OrderLabel, apply_template, load_templates
+from perl_megatron.data.contract.contract_templates import ContractTemplates, OrderLabel, apply_template, load_templates
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.question import Dropped, Kept, Question
 from perl_megatron.preparation.settings import OutputSettings

@@ -18,7 +18,7 @@ from typing import Any
 
 from perl_megatron.chat.client import ChatClient
 from perl_megatron.config.endpoint_section import EndpointConfig
-from perl_megatron.data.contract_templates import ContractTemplates
+from perl_megatron.data.contract.contract_templates import ContractTemplates
 from perl_megatron.data.records import write_records
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.contract import Contracts

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from perl_megatron.data.options import letter
+from perl_megatron.data.contract.options import letter
 from perl_megatron.preparation.choices import reads_back
 from perl_megatron.preparation.language_stage import Unusable
 from perl_megatron.preparation.prompts import Prompt, mark_images, read_prompt, unmark_images

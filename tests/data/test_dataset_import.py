@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pool_functions import die_over
 
 from perl_megatron.data import dataset_import as module
-from perl_megatron.data.contract_templates import load_templates
+from perl_megatron.data.contract.contract_templates import load_templates
 from perl_megatron.data.dataset_import import ImportCounts, import_dataset
 from perl_megatron.data.records import read_records
 from perl_megatron.data.row_import import NumberedRow, RowSettings, convert_rows

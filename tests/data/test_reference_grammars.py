@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from perl_megatron.data.references import find_references, refuse_relative, rewrite_references
+from perl_megatron.data.contract.references import find_references, refuse_relative, rewrite_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import ReferenceRule
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perl_megatron.data.answer_transform import image_letters
-from perl_megatron.data.bare_references import WholeText, read_whole
-from perl_megatron.data.options import (
+from perl_megatron.data.contract.answer_transform import image_letters
+from perl_megatron.data.contract.bare_references import WholeText, read_whole
+from perl_megatron.data.contract.options import (
     LetteredOption,
     check_mentioned_letters,
     check_named_slots,
     letter,
     lettered_options,
 )
-from perl_megatron.data.reference_phrases import Reference
-from perl_megatron.data.references import find_references, refuse_relative, rewrite_references
+from perl_megatron.data.contract.reference_phrases import Reference
+from perl_megatron.data.contract.references import find_references, refuse_relative, rewrite_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import AnswerRule, Record, ReferenceRule
 

@@ -11,10 +11,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
-from perl_megatron.data.letter_references import letter_reference
-from perl_megatron.data.ordinal_references import ORDINAL_WORD
-from perl_megatron.data.position_references import position_reference
-from perl_megatron.data.reference_phrases import (
+from perl_megatron.data.contract.letter_references import letter_reference
+from perl_megatron.data.contract.ordinal_references import ORDINAL_WORD
+from perl_megatron.data.contract.position_references import position_reference
+from perl_megatron.data.contract.reference_phrases import (
     NOUN,
     Phrase,
     Reference,
@@ -22,7 +22,7 @@ from perl_megatron.data.reference_phrases import (
     number_reference,
     ordinal_reference,
 )
-from perl_megatron.data.references import find_references
+from perl_megatron.data.contract.references import find_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import ReferenceRule
 

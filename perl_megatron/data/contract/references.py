@@ -13,11 +13,11 @@ from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 
-from perl_megatron.data.index_references import find_indices
-from perl_megatron.data.letter_references import find_letters
-from perl_megatron.data.ordinal_references import find_ordinals
-from perl_megatron.data.position_references import find_positions
-from perl_megatron.data.reference_phrases import (
+from perl_megatron.data.contract.index_references import find_indices
+from perl_megatron.data.contract.letter_references import find_letters
+from perl_megatron.data.contract.ordinal_references import find_ordinals
+from perl_megatron.data.contract.position_references import find_positions
+from perl_megatron.data.contract.reference_phrases import (
     NOUN,
     Phrase,
     Reference,

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from perl_megatron.data.options import lettered_options
+from perl_megatron.data.contract.options import lettered_options
 
 
 def texts(text: str, count: int | None = None) -> list[str]:

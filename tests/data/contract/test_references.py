@@ -1,6 +1,6 @@
 import pytest
 
-from perl_megatron.data.references import find_references, rewrite_references
+from perl_megatron.data.contract.references import find_references, rewrite_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import ReferenceRule
 

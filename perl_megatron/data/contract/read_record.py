@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from perl_megatron.data.bare_references import names_none_or_all, read_whole
-from perl_megatron.data.options import LetteredOption, lettered_options, slots_within
-from perl_megatron.data.reference_phrases import Reference
-from perl_megatron.data.references import SENTENCE_RULES, find_references
+from perl_megatron.data.contract.bare_references import names_none_or_all, read_whole
+from perl_megatron.data.contract.options import LetteredOption, lettered_options, slots_within
+from perl_megatron.data.contract.reference_phrases import Reference
+from perl_megatron.data.contract.references import SENTENCE_RULES, find_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import Record
 

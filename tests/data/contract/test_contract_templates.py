@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from perl_megatron.data.contract_templates import DEFAULT_TEMPLATES, OrderLabel, apply_template, load_templates
+from perl_megatron.data.contract.contract_templates import DEFAULT_TEMPLATES, OrderLabel, apply_template, load_templates
 from perl_megatron.data.permutation import apply_order, validate_contract
 from perl_megatron.errors import UserError
 from perl_megatron.types import AnswerRule, PermutationContract, Record, ReferenceRule
@@ -130,7 +130,7 @@ def test_the_file_that_is_shipped_says_what_the_sources_need():
     assert {"nlvr2", "dreamsim", "iconqa", "showhowto_choice", "showhowto_ordering", "mantis"} < set(TEMPLATES.families)
     assert TEMPLATES.of("unheard of") == TEMPLATES.families["mantis"]
     assert DEFAULT_TEMPLATES.parent.name == "data"
-    assert "data/*.yaml" in (Path(__file__).parents[2] / "setup.py").read_text()
+    assert "data/contract/*.yaml" in (Path(__file__).parents[3] / "setup.py").read_text()
 
 
 def written(folder: Path, text: str) -> Path:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 
-from perl_megatron.data.bare_references import find_bare
-from perl_megatron.data.options import LetteredOption, lettered_options
-from perl_megatron.data.ordinal_references import ORDINAL_WORD
-from perl_megatron.data.reference_phrases import NOUN, NUMBERS, preceded_by
-from perl_megatron.data.references import SENTENCE_RULES, find_references
+from perl_megatron.data.contract.bare_references import find_bare
+from perl_megatron.data.contract.options import LetteredOption, lettered_options
+from perl_megatron.data.contract.ordinal_references import ORDINAL_WORD
+from perl_megatron.data.contract.reference_phrases import NOUN, NUMBERS, preceded_by
+from perl_megatron.data.contract.references import SENTENCE_RULES, find_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import IMAGE_PLACEHOLDER, PermutationContract, Record, ReferenceRule
 

@@ -17,9 +17,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from perl_megatron.config import yaml_source
+from perl_megatron.data.contract.read_record import ReadRecord, option_images
+from perl_megatron.data.contract.unread_wordings import refuse_unread
 from perl_megatron.data.permutation import validate_contract
-from perl_megatron.data.read_record import ReadRecord, option_images
-from perl_megatron.data.unread_wordings import refuse_unread
 from perl_megatron.errors import UserError
 from perl_megatron.types import AnswerRule, PermutationContract, Record, ReferenceRule
 

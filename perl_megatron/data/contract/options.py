@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from textwrap import shorten
 
-from perl_megatron.data.reference_phrases import NOUN, Reference, preceded_by
+from perl_megatron.data.contract.reference_phrases import NOUN, Reference, preceded_by
 from perl_megatron.errors import UserError
 from perl_megatron.types import IMAGE_PLACEHOLDER, AnswerRule, Record
 

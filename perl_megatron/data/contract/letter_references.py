@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from perl_megatron.data.reference_phrases import (
+from perl_megatron.data.contract.reference_phrases import (
     CONJUNCTION,
     NOUN_AT_WORD_START,
     SPACE,

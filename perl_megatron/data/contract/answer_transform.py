@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from perl_megatron.data.bare_references import read_whole
-from perl_megatron.data.options import check_option_slots, letter
-from perl_megatron.data.reference_phrases import Reference, as_number
-from perl_megatron.data.references import rewrite_references
+from perl_megatron.data.contract.bare_references import read_whole
+from perl_megatron.data.contract.options import check_option_slots, letter
+from perl_megatron.data.contract.reference_phrases import Reference, as_number
+from perl_megatron.data.contract.references import rewrite_references
 from perl_megatron.errors import UserError
 from perl_megatron.types import AnswerRule, Record
 
