@@ -129,7 +129,7 @@ def test_unusable_records_are_errors():
 def test_the_file_that_is_shipped_says_what_the_sources_need():
     assert {"nlvr2", "dreamsim", "iconqa", "showhowto_choice", "showhowto_ordering", "mantis"} < set(TEMPLATES.families)
     assert TEMPLATES.of("unheard of") == TEMPLATES.families["mantis"]
-    assert DEFAULT_TEMPLATES.parent.name == "data"
+    assert DEFAULT_TEMPLATES.parent.parent.name == "data"
     assert "data/contract/*.yaml" in (Path(__file__).parents[3] / "setup.py").read_text()
 
 
