@@ -63,29 +63,42 @@ class GroupCollector:
         """The groups of ``step``; ``alpha`` is the probability that a question gets permuted copies.
 
         Groups carried over from earlier steps come first. Where all `data.epochs` are used up, fewer groups than
-        asked for may be kept, or none.
+        asked for may be kept, or none. A step that keeps none, or fails, leaves the position where it was: a resumed
+        run draws its questions again.
 
         Raises:
             NothingKeptError: no group was kept after `filter.max_refills` refills, though there are more questions.
         """
+        position, waiting = self.questions.state_dict(), self._waiting
+        try:
+            drawn = self._collect(step, alpha)
+            if not drawn.kept and not drawn.exhausted:
+                raise NothingKeptError(drawn)
+        except UserError:
+            self.questions.load_state_dict(position)
+            raise
+        if drawn.kept:
+            self._waiting = tuple(drawn.carried)
+        else:
+            self.questions.load_state_dict(position)
+            self._waiting = waiting
+        return drawn
+
+    def _collect(self, step: int, alpha: float) -> Drawn:
         config, wanted = self.config, self.config.rollout.questions_per_step
-        drawn = Drawn(step, self._take_waiting(step))
-        while len(drawn.kept) < wanted:
-            missing = wanted - len(drawn.kept)
-            count = self._bounded(math.ceil(missing * config.filter.oversample))
-            drawn.exhausted = count < missing
+        drawn = Drawn(step, self._take_waiting(step), exhausted=self._left() == 0)
+        while len(drawn.kept) < wanted and not drawn.exhausted:
+            count = self._bounded(math.ceil((wanted - len(drawn.kept)) * config.filter.oversample))
             fresh = self._draw(count, step, drawn.refills)
+            drawn.exhausted = self._left() == 0
             self._sample(fresh, step, alpha)
             for question in fresh:
                 self._decide(question, has_room=len(drawn.kept) < wanted)
                 drawn.questions.append(question)
-            if drawn.exhausted or len(drawn.kept) >= wanted or drawn.refills == config.filter.max_refills:
+            if len(drawn.kept) >= wanted or drawn.refills == config.filter.max_refills:
                 break
             drawn.refills += 1
         drawn.cache_use = self.engine.take_cache_use()
-        self._waiting = tuple(drawn.carried)
-        if not drawn.kept and not drawn.exhausted:
-            raise NothingKeptError(drawn)
         return drawn
 
     def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
@@ -139,7 +152,10 @@ class GroupCollector:
         if question.group is None:
             question.decide("dropped", OVER_LONG if question.problem is None else UNUSABLE)
             return
-        within_views = self.config.algorithm.advantage_level == "view"
+        algorithm = self.config.algorithm
+        within_views = algorithm.advantage_level == "view" or (
+            algorithm.advantage_level == "two_level" and algorithm.within_weight == 1
+        )
         verdict = judge(question.group, self.config.filter, within_views=within_views)
         if not verdict.keep:
             question.decide("dropped", verdict.reason)

@@ -58,7 +58,8 @@ class Drawn:
     """All that were decided about, those carried over from earlier steps first."""
     refills: int = 0
     exhausted: bool = False
-    """Whether the questions of all `data.epochs` are used up, so that the step may be smaller than asked for."""
+    """Whether the questions of all `data.epochs` are used up: the step may be smaller than asked for, and only groups
+    that wait can come after it."""
     cache_use: CacheUse = field(default_factory=CacheUse)
     """Of the engine, for all groups that were sampled in this step."""
 
@@ -121,10 +122,10 @@ def _outcome(group: Group) -> dict[str, Any]:
     return {
         "orders": [list(view.order) for view in group.views],
         "accuracy_by_order": [
-            _mean([rollout.reward_parts["accuracy"] for rollout in rollouts if rollout.view_index == view.index])
+            _mean([rollout.correctness for rollout in rollouts if rollout.view_index == view.index])
             for view in group.views
         ],
-        "accuracy": _mean([rollout.reward_parts["accuracy"] for rollout in rollouts]),
+        "accuracy": _mean([rollout.correctness for rollout in rollouts]),
         "reward_mean": _mean(group.rewards()),
         "reward_std": float(np.std(group.rewards())),
         "truncated": _mean([rollout.finish_reason == "length" for rollout in rollouts]),

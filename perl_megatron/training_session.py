@@ -77,14 +77,18 @@ class TrainingSession(Session):
     def end_of_questions(self, drawn: Drawn) -> None:
         """All `data.epochs` are used up, and this step kept nothing: the run is complete."""
         self._is_exhausted = True
-        self.journal.groups(drawn.step + 1, ledger_rows(drawn))
-        self.journal.note(f"all questions were drawn {self.config.data.epochs} times: {drawn.step} steps")
+        self._record_refused(drawn)
+        self.journal.note(f"the questions of data.epochs = {self.config.data.epochs} are used up: {drawn.step} steps")
 
     def note_failure(self, error: UserError) -> None:
         """As every session; the groups of a step that kept none are in the ledger too."""
         if isinstance(error, NothingKeptError):
-            self.journal.groups(error.drawn.step + 1, ledger_rows(error.drawn))
-            self.journal.rollouts(error.drawn.step + 1, [], error.drawn.dropped)
+            self._record_refused(error.drawn)
+
+    def _record_refused(self, drawn: Drawn) -> None:
+        """What a step drew that kept nothing."""
+        self.journal.groups(drawn.step + 1, ledger_rows(drawn))
+        self.journal.rollouts(drawn.step + 1, [], drawn.dropped)
 
     def evaluate_and_save_if_due(self, step: int) -> None:
         """Evaluate and checkpoint as often as the config says."""

@@ -171,6 +171,11 @@ class Rollout:
     readable: bool = True
     """Whether the response holds an answer that can be graded."""
 
+    @property
+    def correctness(self) -> float:
+        """How right the answer is, from 0 to 1: by the judge where there is one, else by the rules (accuracy)."""
+        return self.reward_parts.get("judge", self.reward_parts["accuracy"])
+
 
 @dataclass
 class Group:

@@ -1,72 +1,21 @@
-"""Groups from questions, with an engine whose answers the test decides."""
+"""Groups from questions: sampled, scored, kept or not."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from collect_case import RIGHT, WRONG, collector, half_right, make_records
 
-from perl_megatron.collect import GroupCollector, NothingKeptError, assign_advantages
-from perl_megatron.config.schema import AlgorithmConfig, Config
+from perl_megatron.collect import NothingKeptError, assign_advantages
+from perl_megatron.config.schema import AlgorithmConfig, RewardConfig
 from perl_megatron.data.question_stream import DrawChecks, QuestionStream
 from perl_megatron.data.sampler import ShuffledSampler
-from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, ledger_rows
+from perl_megatron.drawn import OVER_LONG, UNUSABLE, ledger_rows
 from perl_megatron.errors import UserError
-from perl_megatron.rollout.cache_use import CacheUse
-from perl_megatron.rollout.engine import Sampling
-from perl_megatron.types import EncodedPrompt, PermutationContract, Record, ReferenceRule, Rollout, View
-
-VERSIONS = np.zeros(2, np.int64)
-RIGHT, WRONG = "<think>.</think>\\boxed{7}", "<think>.</think>\\boxed{0}"
-
-
-class ScriptedEngine:
-    """Answers each rollout by ``answer(view, rollout number)``."""
-
-    def __init__(self, answer: Callable[[View, int], str]):
-        self.answer, self.seeds = answer, []
-
-    def take_cache_use(self) -> CacheUse:
-        return CacheUse(images=len(self.seeds))
-
-    def generate(
-        self, views: Sequence[View], prompts: Sequence[EncodedPrompt], sampling: Sampling, *, seeds: Sequence[int]
-    ) -> list[Rollout]:
-        self.seeds += seeds
-        return [
-            Rollout(view.index, np.array([1, 2]), np.zeros(2, np.float32), "stop", self.answer(view, number), VERSIONS)
-            for view in views
-            for number in range(sampling.num_rollouts)
-        ]
-
-
-class LengthEncoder:
-    """A prompt has as many tokens as its text has characters."""
-
-    def encode(self, view: View) -> EncodedPrompt:
-        return EncodedPrompt(np.zeros(len(view.text), np.int64), (), (), np.zeros((0, 3), np.int64), ())
-
-
-def make_records(count: int) -> list[Record]:
-    contract = PermutationContract(movable=(0, 1), references=(ReferenceRule.INDEX,))
-    text = "<image><image>Which digit is in image 1?"
-    images = (Path("a.png"), Path("b.png"))
-    return [Record(f"r{number}", images, text, "7", "number", contract=contract) for number in range(count)]
-
-
-def collector(answer: Callable[[View, int], str], **sections: dict) -> tuple[GroupCollector, ScriptedEngine]:
-    settings = {"model": {"path": Path("unused")}, "rollout": {"questions_per_step": 4, "num_rollouts": 3}} | sections
-    config = Config.model_validate(settings)
-    records, engine = make_records(10), ScriptedEngine(answer)
-    questions = QuestionStream(records, ShuffledSampler(10, 0))
-    return GroupCollector(config, questions, LengthEncoder(), engine), engine  # type: ignore[arg-type]
-
-
-def half_right(view: View, number: int) -> str:
-    return RIGHT if number == 0 else WRONG
+from perl_megatron.reward.scorer import Response, Scored
 
 
 def test_a_group_joins_all_views_and_each_is_graded_by_its_own_answer() -> None:
@@ -183,109 +132,21 @@ def test_questions_about_the_order_take_the_place_of_others(monkeypatch: pytest.
         assert [rollout.reward_parts["accuracy"] for rollout in group.rollouts] == [1, 0, 0] * 2
 
 
-CARRY = {
-    "filter": {"oversample": 2.0, "carry_surplus": True},
-    "algorithm": {"importance_correction": "truncated"},
-}
+def test_where_a_judge_is_asked_it_says_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rules all are wrong; the judge holds the originals right."""
+    groups, _ = collector(lambda view, number: WRONG, filter={"min_accuracy": 0.4, "min_right_per_order": 0})
 
+    def judged(responses: Sequence[Response]) -> list[Scored]:
+        return [
+            Scored({"accuracy": 0.0, "format": 1.0, "judge": float(not response.view.permuted)}, True)
+            for response in responses
+        ]
 
-def decisions(drawn: Drawn) -> list[tuple[int, str, str]]:
-    return [(row["draw"], row["decision"], row["reason"]) for row in ledger_rows(drawn)]
-
-
-def test_surplus_is_dropped_by_name_unless_it_is_carried() -> None:
-    groups, _ = collector(half_right, filter={"oversample": 1.5})
-    drawn = groups.collect(step=0, alpha=1.0)
-    kept = [(draw, "kept", "kept") for draw in range(4)]
-    assert decisions(drawn) == [*kept, (4, "dropped", SURPLUS), (5, "dropped", SURPLUS)]
-    assert groups.questions.num_drawn == 6
-
-
-def test_carried_groups_come_first_in_the_next_step_and_are_not_sampled_again() -> None:
-    groups, engine = collector(half_right, **CARRY)
-    first = groups.collect(step=0, alpha=1.0)
-    assert decisions(first)[4:] == [(draw, "carried", SURPLUS) for draw in range(4, 8)]
-    assert len(first.groups) == 8
-    num_seeds = len(engine.seeds)
-    second = groups.collect(step=1, alpha=1.0)
-    assert decisions(second) == [(draw, "kept", "kept") for draw in range(4, 8)]
-    assert [row["drawn_step"] for row in ledger_rows(second)] == [1] * 4
-    assert [row["step"] for row in ledger_rows(second)] == [2] * 4
-    assert second.groups == []
-    assert len(engine.seeds) == num_seeds
-    assert [group.record.id for group in second.kept] == [item.record.id for item in first.carried]
-
-
-def test_what_was_carried_too_long_is_dropped() -> None:
-    """Ten times as many as needed are drawn: step 1 uses four of them, the others are two steps old in step 2."""
-    settings = CARRY | {"filter": {"oversample": 10.0, "carry_surplus": True}}
-    groups, _ = collector(half_right, **settings)
-    groups.collect(step=0, alpha=1.0)
-    second = groups.collect(step=1, alpha=1.0)
-    assert [decision for _, decision, _ in decisions(second)] == ["kept"] * 4 + ["carried"] * 32
-    third = groups.collect(step=2, alpha=1.0)
-    assert third.reasons == {EXPIRED: 32}
-    assert len(third.kept) == 4
-    assert {row["drawn_step"] for row in ledger_rows(third) if row["decision"] == "kept"} == {3}
-
-
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_resumed_collector_goes_on_as_if_it_had_not_stopped(stop_after: int) -> None:
-    """Through JSON, as in a checkpoint; groups of uneven steps wait."""
-
-    def informative(view: View, number: int) -> str:
-        return half_right(view, number) if int(view.record_id[1:]) % 3 else WRONG
-
-    whole, _ = collector(informative, **CARRY)
-    expected = [whole.collect(step, alpha=1.0) for step in range(6)]
-    before, _ = collector(informative, **CARRY)
-    for step in range(stop_after):
-        before.collect(step, alpha=1.0)
-    write = before.state()
-    before.collect(stop_after, alpha=1.0)  # what is under way when a checkpoint is written does not belong to it
-    after, _ = collector(informative, **CARRY)
-    after.load_state(json.loads(json.dumps(write())))
-    resumed = [after.collect(step, alpha=1.0) for step in range(stop_after, 6)]
-    assert any(drawn.carried for drawn in expected)
-    for mine, theirs in zip(resumed, expected[stop_after:], strict=True):
-        assert ledger_rows(mine) == ledger_rows(theirs)
-        for group, other in zip(mine.kept, theirs.kept, strict=True):
-            assert (group.record, group.views) == (other.record, other.views)
-            for rollout, twin in zip(group.rollouts, other.rollouts, strict=True):
-                np.testing.assert_equal(vars(rollout), vars(twin))
-
-
-def test_a_checkpoint_from_before_groups_could_wait_is_taken_up() -> None:
-    groups, _ = collector(half_right)
-    groups.load_state({"sampler": {"num_records": 10, "seed": 0, "num_drawn": 7}})
-    assert groups.questions.num_drawn == 7
-    assert len(groups.collect(0, 1.0).kept) == 4
-
-
-def test_epochs_end_with_a_smaller_step_and_then_with_none() -> None:
-    """Ten records, twice, by four: the fifth step has the last four; of nine, it has one."""
-    groups, _ = collector(half_right, data={"epochs": 2})
-    sizes = [(len(drawn.kept), drawn.exhausted) for drawn in (groups.collect(step, 1.0) for step in range(6))]
-    assert sizes == [(4, False)] * 5 + [(0, True)]
-    odd, engine = collector(half_right, data={"epochs": 1})
-    assert [len(odd.collect(step, 1.0).kept) for step in range(3)] == [4, 4, 2]
-    num_seeds = len(engine.seeds)
-    assert odd.collect(3, 1.0).kept == []
-    assert len(engine.seeds) == num_seeds
-    assert odd.questions.num_drawn == 10
-
-
-def test_at_the_end_of_the_last_epoch_dropped_groups_are_no_error() -> None:
-    groups, _ = collector(lambda view, number: WRONG, data={"epochs": 1}, filter={"max_refills": 10})
+    monkeypatch.setattr(groups.scorer, "score_all", judged)
+    groups.config = groups.config.model_copy(update={"reward": RewardConfig(accuracy=0, judge=0.9)})
     drawn = groups.collect(0, 1.0)
-    assert drawn.exhausted
-    assert drawn.reasons == {"no_signal": 10}
-
-
-def test_carried_groups_are_used_after_the_last_question_was_drawn() -> None:
-    groups, _ = collector(half_right, data={"epochs": 1}, **CARRY)
-    sizes = [len(groups.collect(step, 1.0).kept) for step in range(4)]
-    assert sizes == [4, 4, 2, 0]
+    assert len(drawn.kept) == 4
+    assert ledger_rows(drawn)[0]["accuracy_by_order"] == [1, 0]
 
 
 def test_the_ledger_says_what_the_filter_saw() -> None:

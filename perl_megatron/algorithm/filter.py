@@ -30,19 +30,20 @@ def judge(group: Group, config: FilterConfig, *, within_views: bool = False) -> 
     """The first reason to drop ``group``, checked in this order; 'kept' if there is none.
 
     1. ``no_signal``: all rewards are exactly equal, so all advantages are 0 (see ``has_signal``).
-    2. ``accuracy_low``: the mean of ``reward_parts['accuracy']`` is below ``config.min_accuracy``.
+    2. ``accuracy_low``: the mean of ``Rollout.correctness`` is below ``config.min_accuracy``.
     3. ``accuracy_high``: that mean is above ``config.max_accuracy``.
     4. ``truncated``: more than ``config.max_truncated`` of the responses were cut at the token limit.
     5. ``unparsable``: more than ``config.max_unparsable`` of the responses hold no answer that can be graded.
     6. ``order_quota``: in some image order fewer than ``config.min_right_per_order`` responses are right
-       (accuracy 1), or fewer than ``config.min_wrong_per_order`` are not.
+       (correctness 1), or fewer than ``config.min_wrong_per_order`` are not.
 
-    ``within_views`` says that rewards are compared within each view only (`algorithm.advantage_level` = 'view').
+    ``within_views`` says that rewards are compared within each view only (`algorithm.advantage_level` = 'view', or
+    'two_level' with all its weight within).
     All bounds are inclusive: a group exactly on a bound is kept.
     """
     rollouts = group.rollouts
     assert rollouts, f"the group of {group.record.id} has no rollouts"
-    accuracy = math.fsum(rollout.reward_parts["accuracy"] for rollout in rollouts) / len(rollouts)
+    accuracy = math.fsum(rollout.correctness for rollout in rollouts) / len(rollouts)
     truncated = sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts)
     assert not any(rollout.reward is None for rollout in rollouts), f"rollouts of {group.record.id} have no reward yet"
     assert not math.isnan(accuracy), f"an accuracy of {group.record.id} is NaN"
@@ -65,7 +66,7 @@ def _meets_quotas(group: Group, config: FilterConfig) -> bool:
     """Whether every view has its share of right and of wrong answers."""
     by_view: defaultdict[int, list[bool]] = defaultdict(list)
     for rollout in group.rollouts:
-        by_view[rollout.view_index].append(rollout.reward_parts["accuracy"] == 1)
+        by_view[rollout.view_index].append(rollout.correctness == 1)
     return all(
         sum(right) >= config.min_right_per_order and len(right) - sum(right) >= config.min_wrong_per_order
         for right in by_view.values()

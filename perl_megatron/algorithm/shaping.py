@@ -16,7 +16,7 @@ def add_shaping_parts(group: Group, reward: RewardConfig, *, max_response_tokens
     """Add `consistency` and `overlong` to the parts of every rollout of a group whose accuracy is known."""
     rollouts = group.rollouts
     if reward.consistency > 0:
-        accuracy = np.array([rollout.reward_parts["accuracy"] for rollout in rollouts])
+        accuracy = np.array([rollout.correctness for rollout in rollouts])
         views = np.array([rollout.view_index for rollout in rollouts])
         for rollout, part in zip(rollouts, consistency(accuracy, views), strict=True):
             rollout.reward_parts["consistency"] = float(part)

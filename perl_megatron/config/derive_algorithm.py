@@ -12,6 +12,7 @@ def check_algorithm(config: Config) -> None:
     Also where a part of the algorithm that is asked for could do nothing, or would do something else than it says.
     """
     check_objective(config.algorithm)
+    _check_loss_view(config)
     _check_levels(config)
     _check_rewards(config)
     algorithm = config.algorithm
@@ -62,6 +63,17 @@ def check_objective(algorithm: AlgorithmConfig) -> None:
             where=f"algorithm.loss_view = original, algorithm.importance_correction = "
             f"{algorithm.importance_correction}",
             fix="set algorithm.importance_correction=off, or algorithm.loss_view=own",
+        )
+
+
+def _check_loss_view(config: Config) -> None:
+    algorithm, permutation = config.algorithm, config.permutation
+    if algorithm.loss_view == "original" and permutation.recover_order > 0 and permutation.num_permuted > 0:
+        raise UserError(
+            "the answer to a question about the order depends on the order, and the loss of a permuted view's response "
+            "would be conditioned on the original's, for which it is wrong",
+            where=f"algorithm.loss_view = original, permutation.recover_order = {permutation.recover_order}",
+            fix="set permutation.recover_order=0, or algorithm.loss_view=own",
         )
 
 

@@ -23,7 +23,8 @@ class DataConfig(Section):
     evaluation: Path | None = None
     """JSON-lines file of held-out records."""
     epochs: int | None = Field(default=None, ge=1)
-    """The run ends when all training records were drawn this often, even before run.steps; None: as often as needed."""
+    """The run ends, even before run.steps, when so many questions were drawn as all training records this many times
+    (each of them so often, unless data.weights favours some sources); None: as many as needed."""
     system_prompt: str = (
         "First think about the question inside <think> </think>. Then give the final answer inside \\boxed{}."
     )

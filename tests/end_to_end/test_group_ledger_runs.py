@@ -70,7 +70,7 @@ def test_the_run_ends_where_its_questions_do(job: SmallJob) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     run = job.work / "runs" / "epoch"
     assert [row["groups/kept"] for row in steps(run)] == [4, 4, 2]
-    assert "all questions were drawn 1 times: 3 steps" in result.stdout + result.stderr
+    assert "data.epochs = 1 are used up: 3 steps" in result.stdout + result.stderr
     assert (run / "export" / "config.json").is_file()
     again = job.run("train", "train.yaml", *arguments, "data.epochs=1", resume=True)
     assert again.returncode == 0, again.stdout + again.stderr
