@@ -189,3 +189,18 @@ def test_report_of_a_run_that_has_only_begun(loaded):
     folder = RunFolder.create(loaded, resume=False)
     write_report(folder)
     assert "<h2>Curves</h2>" in folder.report.read_text()
+
+
+RESUMED_OTHERWISE = (
+    *("judge.url=http://b:1/v1", "judge.deadline=5", "endpoint.url=http://c:1/v1", "reward.judge_failure=zero"),
+    *("data.weights=[1, 2]", "data.decode_processes=3", "data.epochs=2", "filter.max_refills=9", "run.steps=7"),
+)
+
+
+def test_a_run_is_resumed_with_other_ways_to_its_judge_but_the_same_judge(loaded, tmp_path):
+    folder = RunFolder.create(loaded, resume=False)
+    own = ["model.path=m", f"run.directory={tmp_path / 'runs'}", "run.name=demo"]
+    folder.check_same_run(load_config(None, [*own, *RESUMED_OTHERWISE]).config)
+    for changed in ("judge.model=other", "reward.judge=0.5", "data.check=draw", "algorithm.objective=cispo"):
+        with pytest.raises(UserError, match=changed.partition("=")[0]):
+            folder.check_same_run(load_config(None, [*own, changed]).config)
