@@ -17,6 +17,7 @@ from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, le
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.engine import Sampling
+from perl_megatron.runtime import collective
 from perl_megatron.types import EncodedPrompt, PermutationContract, Record, ReferenceRule, Rollout, View
 
 VERSIONS = np.zeros(2, np.int64)
@@ -181,6 +182,16 @@ def test_questions_about_the_order_take_the_place_of_others(monkeypatch: pytest.
         assert group.record.kind == "recover_order"
         assert {view.answer for view in group.views} == {"3, 4", "4, 3"}
         assert [rollout.reward_parts["accuracy"] for rollout in group.rollouts] == [1, 0, 0] * 2
+
+
+def test_an_image_that_only_another_rank_cannot_read_ends_this_one_before_it_samples(monkeypatch) -> None:
+    groups, engine = collector(half_right)
+    gone = UserError("image file not found", where="a.png")
+    monkeypatch.setattr(collective, "world_size", lambda: 2)
+    monkeypatch.setattr(collective, "gather_objects", lambda mine: [mine, gone])
+    with pytest.raises(UserError, match="image file not found"):
+        groups.collect(step=0, alpha=1.0)
+    assert engine.seeds == []
 
 
 CARRY = {
