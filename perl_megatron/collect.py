@@ -18,6 +18,7 @@ from perl_megatron.algorithm.filter import judge
 from perl_megatron.algorithm.shaping import add_shaping_parts
 from perl_megatron.config.schema import AlgorithmConfig, Config
 from perl_megatron.data.group_state import group_from_json, group_to_json
+from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.planner import plan_views
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
@@ -29,7 +30,7 @@ from perl_megatron.reward.scorer import Response, Scorer
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
 from perl_megatron.runtime.collective import shared_batches, together
 from perl_megatron.runtime.rng import derive_seed
-from perl_megatron.types import Group
+from perl_megatron.types import Group, Record
 
 
 class NothingKeptError(UserError):
@@ -178,7 +179,9 @@ class GroupCollector:
         for question in questions:
             if question.problem is not None:
                 continue
-            question.record = maybe_recover_order(question.record, probability=permutation.recover_order, **keys)
+            question.record = maybe_recover_order(
+                question.record, self._image_keys, probability=permutation.recover_order, **keys
+            )
             views = plan_views(
                 question.record, num_permuted=permutation.num_permuted, orders=permutation.orders, alpha=alpha, **keys
             )
@@ -188,6 +191,9 @@ class GroupCollector:
             question.group = Group(question.record, views, prompts, [])
             seeds += [derive_seed(config.run.seed, "rollout", step, question.draw_index, view.index) for view in views]
         return seeds
+
+    def _image_keys(self, record: Record) -> tuple[str, ...]:
+        return self.encoder.encode(apply_order(record, range(len(record.images)), 0)).image_keys
 
     def _score(self, groups: Sequence[Group]) -> None:
         """Reward every rollout against its own view's answer (PeRL Eq. 4), and for what the other views' got right."""

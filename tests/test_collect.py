@@ -17,7 +17,6 @@ from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, le
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.engine import Sampling
-from perl_megatron.runtime import collective
 from perl_megatron.types import EncodedPrompt, PermutationContract, Record, ReferenceRule, Rollout, View
 
 VERSIONS = np.zeros(2, np.int64)
@@ -45,10 +44,11 @@ class ScriptedEngine:
 
 
 class LengthEncoder:
-    """A prompt has as many tokens as its text has characters."""
+    """A prompt has as many tokens as its text has characters; files of the same first letter hold the same image."""
 
     def encode(self, view: View) -> EncodedPrompt:
-        return EncodedPrompt(np.zeros(len(view.text), np.int64), (), (), np.zeros((0, 3), np.int64), ())
+        keys = tuple(path.name[0] for path in view.images)
+        return EncodedPrompt(np.zeros(len(view.text), np.int64), (), (), np.zeros((0, 3), np.int64), keys)
 
 
 def make_records(count: int) -> list[Record]:
@@ -168,30 +168,6 @@ def test_the_orders_are_planned_as_configured() -> None:
     groups, _ = collector(half_right, permutation={"orders": "independent"})
     permuted = {group.views[1].permuted for step in range(4) for group in groups.collect(step=step, alpha=1.0).kept}
     assert permuted == {False, True}
-
-
-def test_questions_about_the_order_take_the_place_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perl_megatron.data.recover_order._content", str)
-    groups, _ = collector(
-        lambda view, number: f"<think>.</think>\\boxed{{{view.answer if number == 0 else '1, 2'}}}",
-        permutation={"recover_order": 1.0},
-        data={"max_prompt_tokens": 1000},
-    )
-    drawn = groups.collect(step=0, alpha=1.0)
-    for group in drawn.kept:
-        assert group.record.kind == "recover_order"
-        assert {view.answer for view in group.views} == {"3, 4", "4, 3"}
-        assert [rollout.reward_parts["accuracy"] for rollout in group.rollouts] == [1, 0, 0] * 2
-
-
-def test_an_image_that_only_another_rank_cannot_read_ends_this_one_before_it_samples(monkeypatch) -> None:
-    groups, engine = collector(half_right)
-    gone = UserError("image file not found", where="a.png")
-    monkeypatch.setattr(collective, "world_size", lambda: 2)
-    monkeypatch.setattr(collective, "gather_objects", lambda mine: [mine, gone])
-    with pytest.raises(UserError, match="image file not found"):
-        groups.collect(step=0, alpha=1.0)
-    assert engine.seeds == []
 
 
 CARRY = {
