@@ -18,6 +18,7 @@ from perl_megatron.algorithm.filter import judge
 from perl_megatron.algorithm.shaping import add_shaping_parts
 from perl_megatron.config.schema import AlgorithmConfig, Config
 from perl_megatron.data.group_state import group_from_json, group_to_json
+from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.planner import plan_views
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
@@ -27,9 +28,9 @@ from perl_megatron.errors import UserError
 from perl_megatron.reward.score import total
 from perl_megatron.reward.scorer import Response, Scorer
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
-from perl_megatron.runtime.collective import shared_batches
+from perl_megatron.runtime.collective import shared_batches, together
 from perl_megatron.runtime.rng import derive_seed
-from perl_megatron.types import Group
+from perl_megatron.types import Group, Record
 
 
 class NothingKeptError(UserError):
@@ -167,22 +168,9 @@ class GroupCollector:
     def _sample(self, questions: Sequence[DrawnQuestion], step: int, alpha: float) -> None:
         """A scored group for each question whose prompts fit the limit."""
         config = self.config
-        permutation, keys = config.permutation, {"seed": config.run.seed, "step": step}
-        groups: list[Group] = []
-        seeds: list[int] = []
-        for question in questions:
-            if question.problem is not None:
-                continue
-            question.record = maybe_recover_order(question.record, probability=permutation.recover_order, **keys)
-            views = plan_views(
-                question.record, num_permuted=permutation.num_permuted, orders=permutation.orders, alpha=alpha, **keys
-            )
-            prompts = tuple(self.encoder.encode(view) for view in views)
-            if max(len(prompt.token_ids) for prompt in prompts) > config.data.max_prompt_tokens:
-                continue
-            question.group = Group(question.record, views, prompts, [])
-            groups.append(question.group)
-            seeds += [derive_seed(config.run.seed, "rollout", step, question.draw_index, view.index) for view in views]
+        # Images are read here, which can fail on one rank alone.
+        seeds = together(lambda: self._ask(questions, step, alpha))
+        groups = [question.group for question in questions if question.group is not None]
         if not groups:
             return
         sampling = Sampling(
@@ -198,6 +186,30 @@ class GroupCollector:
         for index, group in enumerate(groups):
             group.rollouts = rollouts[index * group_size : (index + 1) * group_size]
         self._score(groups)
+
+    def _ask(self, questions: Sequence[DrawnQuestion], step: int, alpha: float) -> list[int]:
+        """Give each question whose prompts fit the limit a group without rollouts; the seeds of all groups' views."""
+        config = self.config
+        permutation, keys = config.permutation, {"seed": config.run.seed, "step": step}
+        seeds: list[int] = []
+        for question in questions:
+            if question.problem is not None:
+                continue
+            question.record = maybe_recover_order(
+                question.record, self._image_keys, probability=permutation.recover_order, **keys
+            )
+            views = plan_views(
+                question.record, num_permuted=permutation.num_permuted, orders=permutation.orders, alpha=alpha, **keys
+            )
+            prompts = tuple(self.encoder.encode(view) for view in views)
+            if max(len(prompt.token_ids) for prompt in prompts) > config.data.max_prompt_tokens:
+                continue
+            question.group = Group(question.record, views, prompts, [])
+            seeds += [derive_seed(config.run.seed, "rollout", step, question.draw_index, view.index) for view in views]
+        return seeds
+
+    def _image_keys(self, record: Record) -> tuple[str, ...]:
+        return self.encoder.encode(apply_order(record, range(len(record.images)), 0)).image_keys
 
     def _score(self, groups: Sequence[Group]) -> None:
         """Reward every rollout against its own view's answer (PeRL Eq. 4), and for what the other views' got right."""

@@ -19,6 +19,7 @@ from perl_megatron.data.recover_order import most_images_asked
 from perl_megatron.data.sampler import make_sampler
 from perl_megatron.errors import UserError
 from perl_megatron.record_check import check_answer
+from perl_megatron.runtime.collective import gather_objects, rank, together
 from perl_megatron.types import Record
 
 logger = logging.getLogger(__name__)
@@ -62,18 +63,26 @@ def training_questions(config: Config, encoder: PromptEncoder, *, demonstrations
 
 
 def read_questions(config: Config, path: Path | None, key: str, encoder: PromptEncoder) -> tuple[Record, ...]:
-    """The good records of a file; those with too long a prompt are dropped, and all dropped ones are named.
+    """The good records of a file, the same ones on every rank. Collective.
+
+    Those with too long a prompt are dropped too. All dropped ones are named; what one rank cannot use, none uses.
 
     Raises:
-        UserError: the file is not set, has too many corrupt records, or none is left.
+        UserError: the file is not set, has too many corrupt records, or none is left; on every rank.
     """
     if path is None:
         raise UserError(f"{key} has to be set", where=key, fix=f"{key}=FILE.jsonl")
-    dataset = read_records(path, max_corrupt_fraction=config.data.max_corrupt_fraction)
-    dataset = drop_unusable(dataset, config.data.max_prompt_tokens, encoder)
-    for dropped in dataset.dropped:
-        logger.warning("dropped %s", dropped)
-    logger.info("%s: %d records, %d dropped", path, len(dataset.records), len(dataset.dropped))
+    file, most_tokens = path, config.data.max_prompt_tokens
+
+    def read() -> Dataset:
+        dataset = read_records(file, max_corrupt_fraction=config.data.max_corrupt_fraction)
+        return drop_unusable(dataset, most_tokens, encoder)
+
+    dataset = _drop_what_any_rank_dropped(together(read))
+    if rank() == 0:
+        for dropped in dataset.dropped:
+            logger.warning("dropped %s", dropped)
+        logger.info("%s: %d records, %d dropped", path, len(dataset.records), len(dataset.dropped))
     if not dataset.records:
         raise UserError(f"no record is left of {path}", where=key, fix="see the reasons above")
     return dataset.records
@@ -89,6 +98,16 @@ def drop_unusable(dataset: Dataset, max_prompt_tokens: int, encoder: PromptEncod
         else:
             dropped.append(DroppedRecord(record.source, record.id, problem))
     return replace(dataset, records=tuple(kept), dropped=tuple(dropped))
+
+
+def _drop_what_any_rank_dropped(dataset: Dataset) -> Dataset:
+    """Ranks read the images by themselves; one that could not read one of them would draw other questions."""
+    dropped: dict[str, DroppedRecord] = {}
+    for of_rank in gather_objects(dataset.dropped):
+        for record in of_rank:
+            dropped.setdefault(record.where, record)
+    kept = tuple(record for record in dataset.records if record.source not in dropped)
+    return replace(dataset, records=kept, dropped=tuple(dropped.values()))
 
 
 def problem_of(record: Record, max_prompt_tokens: int, encoder: PromptEncoder) -> str | None:

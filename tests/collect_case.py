@@ -41,10 +41,11 @@ class ScriptedEngine:
 
 
 class LengthEncoder:
-    """A prompt has as many tokens as its text has characters."""
+    """A prompt has as many tokens as its text has characters; files of the same first letter hold the same image."""
 
     def encode(self, view: View) -> EncodedPrompt:
-        return EncodedPrompt(np.zeros(len(view.text), np.int64), (), (), np.zeros((0, 3), np.int64), ())
+        keys = tuple(path.name[0] for path in view.images)
+        return EncodedPrompt(np.zeros(len(view.text), np.int64), (), (), np.zeros((0, 3), np.int64), keys)
 
 
 def make_records(count: int) -> list[Record]:

@@ -118,20 +118,6 @@ def test_the_orders_are_planned_as_configured() -> None:
     assert permuted == {False, True}
 
 
-def test_questions_about_the_order_take_the_place_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perl_megatron.data.recover_order._content", str)
-    groups, _ = collector(
-        lambda view, number: f"<think>.</think>\\boxed{{{view.answer if number == 0 else '1, 2'}}}",
-        permutation={"recover_order": 1.0},
-        data={"max_prompt_tokens": 1000},
-    )
-    drawn = groups.collect(step=0, alpha=1.0)
-    for group in drawn.kept:
-        assert group.record.kind == "recover_order"
-        assert {view.answer for view in group.views} == {"3, 4", "4, 3"}
-        assert [rollout.reward_parts["accuracy"] for rollout in group.rollouts] == [1, 0, 0] * 2
-
-
 def test_where_a_judge_is_asked_it_says_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the rules all are wrong; the judge holds the originals right."""
     groups, _ = collector(lambda view, number: WRONG, filter={"min_accuracy": 0.4, "min_right_per_order": 0})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch_ranks import launch_ranks
 from tiny_checkpoint import make_images, make_policy
 
 from perl_megatron import questions as module
@@ -129,6 +130,14 @@ def test_images_decoded_ahead_give_the_same_prompts(policy, encoder, tmp_path):
     keys = set(plain._key_of_path.values())
     assert keys == set(encoder._key_of_path.values())
     assert all(encoder.image(key).tobytes() == plain.image(key).tobytes() for key in keys)
+
+
+def test_ranks_that_cannot_read_the_same_images_use_the_same_records(tmp_path):
+    rows = [{"id": f"q{n}", "images": [f"q{n}.png"], "text": "<image>?", "answer": "1"} for n in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    worker = Path(__file__).with_name("questions_worker.py")
+    launch_ranks(worker, tmp_path / "train.jsonl", tmp_path, log=tmp_path / "log", timeout=120)
+    assert [(tmp_path / name).read_text() for name in "01"] == ["done"] * 2
 
 
 def test_the_most_images(policy, encoder, tmp_path):

@@ -32,15 +32,15 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 PATCH_SIZE = 14
 PATCH_VALUES = 3 * 2 * PATCH_SIZE * PATCH_SIZE
 MERGE_SIZE = 2
-MAX_KNOWN_IMAGES = 2**17
-"""What is known of an image without its pixels is kept for so many, far more than a step has; about 500 bytes each."""
 
 
 class PromptEncoder:
     """Encodes views for one checkpoint. P prompt tokens, I images, N patches of an image.
 
     Pixels and patches are each kept up to ``cache_bytes``, prompts up to an eighth of it; what was dropped is made
-    again from the image file when it is needed. Other processes can decode images ahead (``decode_ahead``).
+    again from the image file when it is needed. For that, the path, key and size of every image ever encoded are kept,
+    about 300 bytes each: how long a prompt waits for its images is not known here. For any number of threads. Other
+    processes can decode images ahead (``decode_ahead``).
     """
 
     def __init__(
@@ -84,9 +84,11 @@ class PromptEncoder:
         self._system_prompt = system_prompt
 
         self._prompts: ByteBoundedCache[EncodedPrompt] = ByteBoundedCache(cache_bytes // 8)
-        self._key_of_path: dict[Path, str] = {}
-        self._path_of_key: dict[str, Path] = {}
+        # Paths as text, and one tuple for all equal grids: less than half the bytes for an image.
+        self._key_of_path: dict[str, str] = {}
+        self._path_of_key: dict[str, str] = {}
         self._grids: dict[str, tuple[int, int, int]] = {}
+        self._equal_grids: dict[tuple[int, int, int], tuple[int, int, int]] = {}
         self._images: ByteBoundedCache[Image] = ByteBoundedCache(cache_bytes)
         self._patches: ByteBoundedCache[np.ndarray] = ByteBoundedCache(cache_bytes)
         self._ahead: ImagesAhead | None = None
@@ -100,7 +102,7 @@ class PromptEncoder:
     def expect(self, images: Iterable[Path]) -> None:
         """These images will be encoded next, in this order."""
         if self._ahead is not None:
-            self._ahead.expect(path for path in images if self._images.get(self._key_of_path.get(path)) is None)
+            self._ahead.expect(path for path in images if self._images.get(self._key_of_path.get(str(path))) is None)
 
     def encode(self, view: View) -> EncodedPrompt:
         """The view's prompt, up to where the assistant's turn begins; nothing is truncated.
@@ -119,7 +121,7 @@ class PromptEncoder:
         """The resized RGB image whose content hash is ``key`` (of a prompt encoded before)."""
         image = self._images.get(key)
         if image is None:
-            path = self._path_of_key[key]
+            path = Path(self._path_of_key[key])
             image = self._load(path)
             if image_key(image) != key:
                 raise UserError("the image file changed while it was in use", where=str(path), fix="restart the run")
@@ -130,7 +132,7 @@ class PromptEncoder:
         """float32 [N, 1176]: an image's normalised patches, in 2 × 2 merge blocks, as the vision tower reads them."""
         patches = self._patches.get(key)
         if patches is None:
-            patches = self._process_image(self.image(key), where=str(self._path_of_key[key]))[0]
+            patches = self._process_image(self.image(key), where=self._path_of_key[key])[0]
             self._patches.put(key, patches, num_bytes=patches.nbytes)
         return patches
 
@@ -183,32 +185,25 @@ class PromptEncoder:
 
     def _read_image(self, path: Path) -> str:
         """Key of the image at ``path``; its grid is checked and remembered."""
-        if self._key_of_path.get(path) not in self._grids:
+        key = self._key_of_path.get(str(path))
+        if key is None:
             image = self._load(path)
             key = image_key(image)
             if key not in self._grids:
                 patches, grid = self._process_image(image, where=str(path))
-                self._grids[key], self._path_of_key[key] = grid, path
+                self._path_of_key[key] = str(path)  # first: who finds the grid in another thread relies on it
+                self._grids[key] = self._equal_grids.setdefault(grid, grid)
                 self._images.put(key, image, num_bytes=3 * image.width * image.height)
                 self._patches.put(key, patches, num_bytes=patches.nbytes)
-            self._key_of_path[path] = key
-            self._forget_oldest()
+            self._key_of_path[str(path)] = key
         elif self._ahead is not None and self._ahead.holds(path):
-            self.image(self._key_of_path[path])  # takes what was decoded for the time when it is needed
-        return self._key_of_path[path]
+            self.image(key)  # takes what was decoded for the time when it is needed
+        return key
 
     def _load(self, path: Path) -> Image:
         if self._ahead is not None:
             return self._ahead.load(path)
         return load_image(path, self.min_pixels, self.max_pixels)
-
-    def _forget_oldest(self) -> None:
-        """Forget the images that were read first, some at once, where too many are known."""
-        if len(self._key_of_path) > MAX_KNOWN_IMAGES:
-            for path in list(self._key_of_path)[: MAX_KNOWN_IMAGES // 4]:
-                key = self._key_of_path.pop(path)
-                if self._path_of_key.get(key) == path:
-                    del self._path_of_key[key], self._grids[key]
 
     def _process_image(self, image: Image, *, where: str) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Patches float32 [N, 1176] and (time, height, width) in patches of an image that is resized already."""

@@ -8,10 +8,7 @@ images has no order of its own to recover). The question has a contract, so it h
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from perl_megatron.config.schema import PermutationConfig
 from perl_megatron.runtime.rng import generator
@@ -23,17 +20,24 @@ KIND = "recover_order"
 """The question kind, for reports."""
 
 
-def maybe_recover_order(record: Record, *, probability: float, seed: int, step: int) -> Record:
+def maybe_recover_order(
+    record: Record, image_keys_of: Callable[[Record], Sequence[str]], *, probability: float, seed: int, step: int
+) -> Record:
     """The record, or with ``probability`` the auxiliary question made from its images.
 
     The draw depends on (seed, step, record) alone. Records with fewer than 2 images, more than ``MAX_IMAGES``, or two
-    images of equal content stay as they are: there would be nothing to recover, too much to show, or no single answer.
+    images that look the same stay as they are: there would be nothing to recover, too much to show, or no single
+    answer.
+
+    Args:
+        image_keys_of: a name for what the model sees of each image of a record (its pixels after the resize, whatever
+            the file), equal for equal ones; asked only where the draw says so. What it raises is raised.
     """
     count = len(record.images)
     if probability == 0 or not 2 <= count <= MAX_IMAGES:
         return record
     stream = generator(seed, "recover order", step, record.id)
-    if stream.random() >= probability or len({_content(image) for image in record.images}) < count:
+    if stream.random() >= probability or len(set(image_keys_of(record))) < count:
         return record
     return recover_order_question(record, [int(slot) for slot in stream.permutation(count)])
 
@@ -70,9 +74,3 @@ def most_images_asked(count: int, permutation: PermutationConfig) -> int:
     if permutation.recover_order == 0 or count < 2:
         return count
     return max(count, 2 * min(count, MAX_IMAGES))
-
-
-@lru_cache(maxsize=1 << 16)
-def _content(image: Path) -> bytes:
-    """A digest of the file; the same file is read once."""
-    return hashlib.blake2b(image.read_bytes(), digest_size=16).digest()

@@ -130,13 +130,16 @@ class _Worker:
     """A worker process and the line to it."""
 
     def __init__(self, function: Callable[[Any], Any]):
-        mine, its = socket.socketpair()
-        with its:
-            program = BOOT.format(path=sys.path, descriptor=its.fileno())
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", program], pass_fds=[its.fileno()], stdin=subprocess.DEVNULL
-            )
-        self._connection = Connection(mine.detach())
+        try:
+            mine, its = socket.socketpair()
+            with mine, its:
+                program = BOOT.format(path=sys.path, descriptor=its.fileno())
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", program], pass_fds=[its.fileno()], stdin=subprocess.DEVNULL
+                )
+                self._connection = Connection(mine.detach())
+        except OSError as error:  # no memory, no processes or no open files are left
+            raise RuntimeError(f"a worker process could not be started: {error}") from error
         try:
             self._connection.send(function)
             self._receive(START_SECONDS)

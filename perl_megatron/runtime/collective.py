@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from perl_megatron.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -54,14 +56,36 @@ def world_size() -> int:
 def shared_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """``[function(item) for item in items]`` on every rank, each rank computing its share.
 
-    ``function`` may be non-deterministic (a deadline, say): every rank gets the one result that one rank computed.
+    ``function`` may be non-deterministic (a deadline, say): every rank gets the one result that one rank computed. A
+    UserError that one rank meets is raised by all, as by ``together``.
     """
     return shared_batches(lambda mine: [function(item) for item in mine], items)
 
 
 def shared_batches(function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
     """``shared_map`` for a function of many items: each rank calls it once, with its share."""
-    return interleave(gather_objects(function(items[rank() :: world_size()])), len(items))
+    share = together(lambda: function(items[rank() :: world_size()]))
+    return interleave(gather_objects(share), len(items))
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """What ``work`` returns on this rank, unless a rank could not do it. Collective; ``work`` itself need not be.
+
+    Raises:
+        UserError: that of the lowest rank that met one, on every rank, so that none waits for one that gave up.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: Result | UserError
+    try:
+        outcome = work()
+    except UserError as error:
+        outcome = error
+    for met in gather_objects(outcome if isinstance(outcome, UserError) else None):
+        if met is not None:
+            raise met
+    assert not isinstance(outcome, UserError)
+    return outcome
 
 
 def gather_objects(mine: Result) -> list[Result]:

@@ -1,11 +1,13 @@
 import shutil
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_checkpoint import make_images, make_policy, make_view
 
-from perl_megatron.data import processor
 from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.images import image_key
 from perl_megatron.data.processor import VISION_TOKENS, PromptEncoder
@@ -176,17 +178,36 @@ def test_what_is_decoded_ahead_is_taken_also_where_the_image_is_known(checkpoint
     ahead._ahead.close()
 
 
-def test_only_so_many_images_are_known(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(processor, "MAX_KNOWN_IMAGES", 4)
-    paths = make_images(tmp_path, [(28, 28), (28, 56), (28, 84), (56, 28), (84, 28), (56, 56)])
+def test_images_of_a_waiting_prompt_are_there_whatever_came_after_it(checkpoint, tmp_path):
+    """Also where the prompt was memoised, where two files hold the image, and in two threads."""
+    paths = make_images(tmp_path, [(28, 28 * width) for width in range(1, 41)])
     twin = tmp_path / "twin.png"
     shutil.copy(paths[0], twin)
+    views = [make_view([path], question=path.name) for path in (*paths, twin, *paths)]
     encoder, plain = PromptEncoder(checkpoint, system_prompt=""), PromptEncoder(checkpoint, system_prompt="")
-    for path in [twin, *paths, paths[0], twin]:
-        view = make_view([path])
-        prompt = encoder.encode(view)
-        assert prompt.token_ids.tolist() == plain.encode(view).token_ids.tolist()
-        assert encoder.image(prompt.image_keys[0]).size
-        assert len(encoder._key_of_path) <= 4
-        assert len(encoder._grids) <= 4
-        encoder._prompts = ByteBoundedCache(0)
+    encoder._images, encoder._patches = ByteBoundedCache(0), ByteBoundedCache(0)  # as if others had pushed them out
+    with ThreadPoolExecutor(2) as threads:
+        prompts = list(threads.map(encoder.encode, views))
+        patches = list(threads.map(encoder.patches, [prompt.image_keys[0] for prompt in prompts]))
+    for view, prompt, found in zip(views, prompts, patches, strict=True):
+        expected = plain.encode(view)
+        assert prompt.token_ids.tolist() == expected.token_ids.tolist()
+        np.testing.assert_array_equal(found, plain.patches(expected.image_keys[0]))
+
+
+def test_no_image_is_forgotten_and_what_is_kept_of_it_is_small(checkpoint):
+    """Their pixels come from no file here, and none are kept."""
+    encoder, patches = PromptEncoder(checkpoint, system_prompt="", cache_bytes=0), np.zeros((4, 1176), np.float32)
+    encoder._load = lambda path: Image.new("RGB", (1, 1), tuple(int(path.stem).to_bytes(3, "big")))
+    encoder._process_image = lambda image, where: (patches, (1, 2, image.width + 1))  # a new tuple each time
+    paths = [f"/data/folder/of/many/images/{number:08d}.png" for number in range(2**14 + 1)]
+    tracemalloc.start()
+    try:
+        keys = [encoder._read_image(Path(path)) for path in paths]
+        kept = tracemalloc.get_traced_memory()[0] / len(paths)
+    finally:
+        tracemalloc.stop()
+    assert kept < 450, f"{kept:.0f} bytes"
+    for number in (0, 1, 2**13, 2**14):
+        assert encoder.patches(keys[number]) is patches
+        assert encoder.image(keys[number]).getpixel((0, 0)) == tuple(number.to_bytes(3, "big"))

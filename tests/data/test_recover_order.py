@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perl_megatron.config.schema import PermutationConfig
+from perl_megatron.data.images import image_key, load_image
 from perl_megatron.data.permutation import apply_order, validate_contract
 from perl_megatron.data.planner import plan_views
 from perl_megatron.data.recover_order import MAX_IMAGES, maybe_recover_order, most_images_asked, recover_order_question
@@ -27,6 +28,10 @@ def images(tmp_path) -> list[Path]:
     for number, path in enumerate(paths):
         Image.fromarray(np.full((2, 2, 3), number, np.uint8)).save(path)
     return paths
+
+
+def keys_of(record) -> list[str]:
+    return [image_key(load_image(path, 28 * 28, 56 * 56)) for path in record.images]
 
 
 def true_numbers(view_images) -> list[int]:
@@ -72,7 +77,7 @@ def test_its_views_permute_the_second_block_alone(images):
 def test_the_draw_depends_on_seed_step_and_record_alone(images):
     def draw(name="q", **keys):
         return maybe_recover_order(
-            record_of(*images[:6], name=name), probability=1.0, **({"seed": 0, "step": 0} | keys)
+            record_of(*images[:6], name=name), keys_of, probability=1.0, **({"seed": 0, "step": 0} | keys)
         ).answer
 
     assert draw() == draw()
@@ -81,19 +86,22 @@ def test_the_draw_depends_on_seed_step_and_record_alone(images):
 
 def test_so_many_are_replaced_as_the_probability_says(images):
     record = record_of(*images[:2])
-    kinds = [maybe_recover_order(record, probability=0.3, seed=0, step=step).kind for step in range(1000)]
+    kinds = [maybe_recover_order(record, keys_of, probability=0.3, seed=0, step=step).kind for step in range(1000)]
     assert 230 <= kinds.count("recover_order") <= 370
-    answers = {maybe_recover_order(record, probability=1.0, seed=0, step=step).answer for step in range(50)}
+    answers = {maybe_recover_order(record, keys_of, probability=1.0, seed=0, step=step).answer for step in range(50)}
     assert answers == {"3, 4", "4, 3"}  # the first block's order is one of those to be recovered
 
 
 def test_records_that_do_not_suit_are_left_alone(images, tmp_path):
-    same = tmp_path / "same.png"
-    same.write_bytes(images[0].read_bytes())
-    for unsuited in (record_of(), record_of(images[0]), record_of(*images), record_of(images[0], images[1], same)):
-        assert maybe_recover_order(unsuited, probability=1.0, seed=0, step=0) is unsuited
+    """The last have an image twice: in one file, in two of the same pixels, in two that the resize makes the same."""
+    other_file, larger = tmp_path / "other.bmp", tmp_path / "larger.png"
+    Image.open(images[0]).save(other_file)
+    Image.open(images[0]).resize((5, 5)).save(larger)
+    twins = [record_of(images[0], images[1], same) for same in (images[0], other_file, larger)]
+    for unsuited in (record_of(), record_of(images[0]), record_of(*images), *twins):
+        assert maybe_recover_order(unsuited, keys_of, probability=1.0, seed=0, step=0) is unsuited
     plain = record_of(*images[:2])
-    assert maybe_recover_order(plain, probability=0.0, seed=0, step=0) is plain
+    assert maybe_recover_order(plain, keys_of, probability=0.0, seed=0, step=0) is plain
 
 
 def test_an_engine_has_to_take_twice_the_images():

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,20 @@ def test_what_cannot_start_is_no_fault_of_the_item(monkeypatch, capfd):
         pool.submit(1).result()
     assert not isinstance(failure.value, UserError)
     assert "No module named 'only_in_the_test'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("call", [(subprocess, "Popen"), (socket, "socketpair")])
+def test_where_no_process_can_be_started_each_item_says_so_until_one_can(monkeypatch, call):
+    def fail(*arguments, **keys):
+        raise OSError(12, "Cannot allocate memory")
+
+    with WorkerPool(work, 1) as pool:
+        with monkeypatch.context() as without:
+            without.setattr(*call, fail)
+            for item in (1, 2):
+                with pytest.raises(RuntimeError, match=r"could not be started.*Cannot allocate memory"):
+                    pool.submit(item).result(timeout=60)
+        assert pool.submit(3).result(timeout=60) == 9
 
 
 def test_closing_cancels_what_waits():

@@ -1,6 +1,6 @@
 """Two threads of each rank agree at the same time, over two groups, in opposite orders: no call may meet another's.
 
-Then one rank waits for the other in vain, as long as its group says.
+Errors that some ranks meet are those of all. At last one rank waits for the other in vain, as long as its group says.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from perl_megatron.errors import UserError
 from perl_megatron.runtime import collective
 
 ROUNDS = 50
@@ -44,6 +45,7 @@ def main(output: Path) -> None:
     assert collective.shared_map(lambda item: (item, rank), "abc") == [("a", 0), ("b", 1), ("c", 0)]
     batches = collective.shared_batches(lambda mine: [(item, len(mine)) for item in mine], "abc")
     assert batches == [("a", 2), ("b", 1), ("c", 2)]
+    agree_on_errors(rank)
     collective.barrier()
     impatient = collective.new_group(timeout_seconds=3)
     begin = time.monotonic()
@@ -59,6 +61,35 @@ def main(output: Path) -> None:
         while not output.exists() and time.monotonic() < begin + 30:
             time.sleep(0.05)
     dist.destroy_process_group()
+
+
+def agree_on_errors(rank: int) -> None:
+    """Whichever ranks could not do their part: all raise the lowest rank's error, and the next agreement is whole."""
+
+    class ItsOwnError(UserError):
+        def __init__(self, who: int):
+            super().__init__(f"not for {who}", where="here", fix=f"ask {1 - who}")
+
+    for unable in ([1], [0], [0, 1]):
+
+        def work(item: object, unable: list[int] = unable) -> object:
+            if rank in unable:
+                raise ItsOwnError(rank)
+            return item
+
+        for attempt in (
+            lambda: collective.together(lambda: work("done")),
+            lambda: collective.shared_map(work, "abc"),
+            lambda: collective.shared_batches(lambda mine: [work(item) for item in mine], "abc"),
+        ):
+            try:
+                attempt()
+                raise AssertionError(f"rank {rank} was not told")
+            except UserError as error:
+                met = (error.what, error.where, error.fix)
+            assert met == (f"not for {unable[0]}", "here", f"ask {1 - unable[0]}"), met
+            assert collective.gather_objects((rank, unable)) == [(0, unable), (1, unable)]
+    assert collective.together(lambda: rank) == rank
 
 
 if __name__ == "__main__":

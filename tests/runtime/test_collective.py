@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from launch_ranks import launch_ranks
 
+from perl_megatron.errors import UserError
 from perl_megatron.runtime import collective
 
 LONG = 60.0
@@ -23,6 +24,14 @@ def test_one_process_needs_no_group() -> None:
         collective.barrier()
     assert collective.shared_map(str, [1, 2]) == ["1", "2"]
     assert collective.shared_batches(lambda mine: mine[::-1], [1, 2]) == [2, 1]
+    error = UserError("not here")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(UserError) as met:
+        collective.together(fail)
+    assert met.value is error
 
 
 def test_a_group_is_that_of_its_thread_and_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +56,6 @@ def test_a_group_is_that_of_its_thread_and_ends_with_its_block(monkeypatch: pyte
     assert used == [inner, outer, None, None]
 
 
-def test_two_threads_of_two_ranks_do_not_meet(tmp_path: Path) -> None:
+def test_two_ranks_agree_from_two_threads_and_on_errors(tmp_path: Path) -> None:
     launch_ranks(WORKER, tmp_path / "done", log=tmp_path / "log", timeout=120)
     assert (tmp_path / "done").read_text() == "done"
