@@ -117,7 +117,8 @@ class GroupCollector:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` wrote (before groups could wait, it was the sampler's alone)."""
         self.questions.load_state_dict(state["sampler"])
-        self._waiting = tuple(self._question_from_json(saved) for saved in state.get("waiting", ()))
+        waiting = state.get("waiting", ())
+        self._waiting = together(lambda: tuple(self._question_from_json(saved) for saved in waiting))
 
     def _take_waiting(self, step: int) -> list[DrawnQuestion]:
         """The groups of earlier steps, those that have waited too long dropped, the others kept while there is room."""

@@ -15,6 +15,7 @@ from perl_megatron.data.images import MAX_SOURCE_PIXELS, MERGED_PATCH, check_ima
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
+from perl_megatron.runtime.collective import gather_objects, together
 from perl_megatron.runtime.rng import derive_seed
 from perl_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, View
 
@@ -75,7 +76,7 @@ class EngineAsker:
 
     def ask(self, views: Sequence[View], sampling: Sampling) -> list[list[Reply]]:
         """Unchecked views with a broken image, a special token or too long a prompt are not asked."""
-        prompts = [self._encoder.encode(view) if self._checked else self._prompt(view) for view in views]
+        prompts = self._prompts(views)
         asked = [(view, prompt) for view, prompt in zip(views, prompts, strict=True) if not isinstance(prompt, str)]
         seeds = [view_seed(self._config, view) for view, _ in asked]
         rollouts = iter(
@@ -91,6 +92,15 @@ class EngineAsker:
                 mine = [next(rollouts) for _ in range(sampling.num_rollouts)]
                 replies.append([Reply(rollout.text, rollout.finish_reason) for rollout in mine])
         return replies
+
+    def _prompts(self, views: Sequence[View]) -> list[EncodedPrompt | str]:
+        """For each view its prompt, or why it cannot be asked; what one rank cannot encode, none asks."""
+        if self._checked:
+            return list(together(lambda: [self._encoder.encode(view) for view in views]))
+        prompts = [self._prompt(view) for view in views]
+        for problems in gather_objects([prompt if isinstance(prompt, str) else None for prompt in prompts]):
+            prompts = [problem or prompt for prompt, problem in zip(prompts, problems, strict=True)]
+        return prompts
 
     def _prompt(self, view: View) -> EncodedPrompt | str:
         """The encoded view, or why it cannot be asked."""
