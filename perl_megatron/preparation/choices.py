@@ -6,16 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from perl_megatron.data.answer_guess import option_named_by
 from perl_megatron.data.contract.options import letter, lettered_options
 from perl_megatron.types import IMAGE_PLACEHOLDER
 
 _INSTRUCTION = re.compile(r"\s*(?:please\s+)?(?:answer|choose|select|pick|respond|reply|give|write)\b.*", re.I | re.S)
 _HEADING = re.compile(r"\s*(?:the\s+)?(?:options|choices|answer choices|candidates)(?:\s+are)?\s*:\s*$", re.IGNORECASE)
-_LETTER_ANSWER = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option|choice)\s*(?:is|:)?\s*)*"
-    r"(?:\(([A-Z])\)|([A-Z])[.):]|([A-Z])\s*$)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Choice:
     """The text without options and without an instruction how to answer them."""
     options: tuple[str, ...]
     letter: str | None
-    """Of the right option; None where the answer names none of them."""
+    """Of the right option; None where the answer names none of them, or gives a letter and another option's text."""
 
 
 def split_choice(text: str, answer: str) -> Choice | None:
@@ -49,7 +45,7 @@ def split_choice(text: str, answer: str) -> Choice | None:
         stem += rest.rstrip()
     if not reads_back(stem, options):
         return None
-    return Choice(stem, tuple(options), _letter(answer, options))
+    return Choice(stem, tuple(options), option_named_by(answer, options))
 
 
 def with_options(stem: str, options: Sequence[str]) -> str:
@@ -67,13 +63,3 @@ def reads_back(stem: str, options: Sequence[str]) -> bool:
 
 def _clean(option: str) -> str:
     return option.strip().rstrip(",;").strip()
-
-
-def _letter(answer: str, options: list[str]) -> str | None:
-    match = _LETTER_ANSWER.match(answer.strip())
-    if match is not None:
-        given = (match[1] or match[2] or match[3]).upper()
-        return given if ord(given) - ord("A") < len(options) else None
-    spoken = answer.strip().rstrip(".").casefold()
-    same = [index for index, option in enumerate(options) if option.rstrip(".").casefold() == spoken]
-    return letter(same[0]) if same else None

@@ -13,6 +13,7 @@ from PIL import Image
 
 from perl_megatron.data.image_store import ImageStore
 from perl_megatron.data.images import load_image
+from perl_megatron.data.row_formats import MAX_TEXT
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.question import Dropped, Kept, Question
 from perl_megatron.preparation.rules import AlreadyDone, apply_rules, latin_share
@@ -116,6 +117,9 @@ def test_each_rule(tmp_path, change, rules, reason):
         ("What is on both of them?", "", "the answer is empty"),
         ("Что на обоих изображениях?", "кот", "too few Latin letters"),
         ("What is it? (A) a cat (B) a dog", "a bird", "the answer is none of the options"),
+        ("What is it? (A) a cat (B) a dog", "A. a dog", "the answer is none of the options"),
+        ("What is it? (A) a cat (B) a dog", "B" + "." * MAX_TEXT, "the text or the answer is far too long"),
+        ("A. " * MAX_TEXT, "A", "the text or the answer is far too long"),
         ("Où se trouve le garçon sur les deux?", "à l'école", None),
     ],
 )
