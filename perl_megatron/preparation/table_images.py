@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES
 from perl_megatron.errors import UserError
+
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
+"""What reading a damaged zip file raises, or a path that no file can have."""
 
 
 class TableImages:
@@ -42,7 +51,7 @@ class TableImages:
                     raise UserError(f"the image '{path}' is larger than {MAX_IMAGE_BYTES} bytes", fix="reduce it")
                 return (folder / path).read_bytes()
             return self._from_archive(path, folder)
-        except (OSError, zipfile.BadZipFile, RuntimeError) as error:
+        except _UNREADABLE as error:
             raise UserError(f"cannot read the image '{path}': {error}", where=str(folder)) from error
 
     def close(self) -> None:

@@ -218,6 +218,21 @@ def test_a_broken_zip_file_is_named(tmp_path):
         TableImages(None).read("a.png", tmp_path / "train.parquet")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_an_image_that_is_damaged_within_its_zip_file_is_dropped(tmp_path, method):
+    (tmp_path / "source").mkdir()
+    archive_path = tmp_path / "source" / "train_images.zip"
+    with zipfile.ZipFile(archive_path, "w", method) as archive:
+        archive.writestr("x.png", b"abc" * 10_000)
+    content = bytearray(archive_path.read_bytes())
+    content[45:60] = b"\xff" * 15  # within the compressed stream
+    archive_path.write_bytes(content)
+    good, bad = (row(name, "What is on both of them?", "a cat", TWO) for name in "ab")
+    outcomes = decide(tmp_path, {**bad, "images": ["x.png", "x.png"]}, good)
+    assert reasons(outcomes) == ["an image cannot be read", None]
+    assert "cannot read the image 'x.png'" in outcomes[0].detail
+
+
 def test_a_full_disk_ends_the_run_instead_of_dropping_questions(tmp_path, monkeypatch):
     def full(store: ImageStore, content: bytes) -> Path:
         raise UserError("cannot write an image: No space left on device")
