@@ -19,7 +19,6 @@ from PIL import Image
 
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES, ImageStore, image_suffix
 from perl_megatron.data.images import FORMATS, MAX_SOURCE_PIXELS, MERGED_PATCH, smart_resize
-from perl_megatron.data.row_formats import MAX_TEXT
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.choices import Choice, split_choice
 from perl_megatron.preparation.mantis import BrokenRow, Candidate, read_candidates
@@ -77,11 +76,8 @@ def _judge(
 ) -> Kept | Dropped | AlreadyDone:
     if isinstance(candidate, BrokenRow):
         return AlreadyDone(candidate.id) if is_done else Dropped(candidate.id, candidate.source, candidate.reason)
-    if max(len(candidate.text), len(candidate.answer)) > MAX_TEXT:  # not even read: what is not bounded takes long
-        choice, reason, detail = None, "the text or the answer is far too long", f"more than {MAX_TEXT} characters"
-    else:
-        choice = split_choice(candidate.text, candidate.answer)
-        reason, detail = broken_rule(candidate, choice, rules), ""
+    choice = split_choice(candidate.text, candidate.answer)
+    reason, detail = broken_rule(candidate, choice, rules), ""
     contents: list[bytes] = []
     if reason is None:
         try:
