@@ -11,7 +11,9 @@ from perl_megatron.data.contract.options import letter, lettered_options
 from perl_megatron.types import IMAGE_PLACEHOLDER
 
 _INSTRUCTION = re.compile(r"\s*(?:please\s+)?(?:answer|choose|select|pick|respond|reply|give|write)\b.*", re.I | re.S)
-_HEADING = re.compile(r"\s*(?:the\s+)?(?:options|choices|answer choices|candidates)(?:\s+are)?\s*:\s*$", re.IGNORECASE)
+_HEADING = re.compile(r"(?:the\s+)?(?:options|choices|answer choices|candidates)(?:\s+are)?\s*:$", re.IGNORECASE)
+_HEADING_CHARACTERS = 64
+"""A heading is looked for in so many characters before the options: blanks in a long text would be gone over often."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def split_choice(text: str, answer: str) -> Choice | None:
     if not all(options) or len(set(worded)) < len(worded):
         return None
     rest = text[listed[-1].end :]
-    stem = _HEADING.sub("", text[: listed[0].marker]).rstrip()
+    stem = _without_heading(text[: listed[0].marker].rstrip())
     if IMAGE_PLACEHOLDER in rest and len(worded) < len(options):
         return None  # the images would change their order
     if IMAGE_PLACEHOLDER in rest or not _INSTRUCTION.fullmatch(rest):
@@ -59,6 +61,11 @@ def reads_back(stem: str, options: Sequence[str]) -> bool:
     text = with_options(stem, options)
     found = [text[option.start : option.end] for option in lettered_options(text, None)]
     return found == list(options) and not any("\n" in option for option in options)
+
+
+def _without_heading(stem: str) -> str:
+    heading = _HEADING.search(stem, max(0, len(stem) - _HEADING_CHARACTERS))
+    return stem if heading is None else stem[: heading.start()].rstrip()
 
 
 def _clean(option: str) -> str:

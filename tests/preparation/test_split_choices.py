@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +60,26 @@ def test_questions_with_options(text, answer, stem, options, letter):
 )
 def test_questions_without(text):
     assert split_choice(text, "A") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "options" + " " * 90_000 + "x (A) a (B) b",
+        "(A) a (B) b\n" + " " * 90_000 + "y",
+        "(A) a" + ",; " * 30_000 + "(B) b",
+        "A. " * 16_000 + " " * 50_000,
+        "A. B. " * 8_000 + " " * 50_000,
+        "A. x " * 10_000 + " " * 40_000 + "B. y",
+        "A. " * 16_000 + "B." + " " * 50_000 + "x",
+        "A. " * 16_000 + "B." + "," * 49_000 + " C. x",
+        "A. x\n" * 20_000 + "B. y",
+    ],
+)
+def test_no_text_takes_long(text):
+    begin = time.process_time()
+    split_choice(text, "A")
+    assert time.process_time() - begin < 1
 
 
 words = st.text("abcdefgh ", min_size=1, max_size=12).map(str.strip).filter(bool)
