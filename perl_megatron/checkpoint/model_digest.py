@@ -10,7 +10,6 @@ from perl_megatron.errors import UserError
 SAMPLED_BYTES = 2**20
 """Of the beginning and the end of a file of weights, which go into the model's digest."""
 
-
 _SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")
 
 
