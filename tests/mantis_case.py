@@ -68,7 +68,7 @@ def bad_rows() -> list[dict[str, Any]]:
     """Eight rows, each of which breaks another rule."""
     good = [png(900), png(901)]
     mismatch = row("mismatch", "Which one is it of the two?", "this", good)
-    mismatch["conversation"][0]["content"] = "<image> Which one is it of the two?"
+    mismatch["conversation"][0]["content"] = "<image><image><image> Which one is it of the two?"
     first = row("choice-0", *CHOICE[0], [png(100), png(101)])
     return [
         row("single", "What is on this picture?", "a cat", good[:1]),

@@ -26,8 +26,7 @@ from perl_megatron.data.row_import import RowSettings
 from perl_megatron.data.tables import columns, count_rows
 from perl_megatron.errors import UserError
 from perl_megatron.record_check import check_answer
-
-ANSWER_TYPES = ("choice", "number", "index", "ordering", "math", "text")
+from perl_megatron.reward.grade import ANSWER_TYPES
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

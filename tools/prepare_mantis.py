@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from perl_megatron.checkpoint.model_digest import model_digest
 from perl_megatron.config.load import LoadedConfig, load_config, load_sections
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.difficulty import Policy
@@ -87,7 +88,7 @@ def make_pipeline(settings: PreparationSettings, folder: Path, bar: Progress) ->
         return Pipeline(settings, folder, watch=watch)
     loaded = load_config(policy, [f"rollout.max_response_tokens={settings.difficulty.max_response_tokens}"])
     config = loaded.config
-    mark = [str(config.model.path), config.model.dtype, config.data.model_dump(mode="json", exclude={"train"})]
+    mark = [model_digest(config.model.path), config.model.dtype, config.data.model_dump(mode="json", exclude={"train"})]
     pipeline = Pipeline(
         settings,
         folder,

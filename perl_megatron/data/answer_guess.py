@@ -13,12 +13,21 @@ from itertools import accumulate
 
 from perl_megatron.data.contract.options import option_spans
 
-_WRAPPERS = re.compile(r"\$+(.*?)\$+|\\boxed\{(.*)\}|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
+MAX_GUESSED = 1000
+"""Characters of the longest answer that is looked into; a longer one is a text. No choice, number or formula is."""
+_MAX_WRAPPERS = 16
+"""Wrappers around each other that are taken off; where there are more, none is."""
+_WRAPPERS = (("\\boxed{", "}"), ("\\(", "\\)"), ("\\[", "\\]"))
 _LEAD = re.compile(r"(?:the\s+)?(?:final\s+)?(?:correct\s+)?answer\s*(?:is\b\s*:?|:)\s*", re.IGNORECASE)
-_LETTER = re.compile(r"(?i:option\s+)?(?:\(([A-Za-z])\)|([A-Z])(?=[).:]|$))[).:]?\s*(.*)", re.DOTALL)
+_LETTER = re.compile(
+    r"(?i:(?:the\s++)?(?:(?:correct|right|best)\s++)?(?:answer|option|choice)\b(?:\s++is\b)?\s*+:?\s*+)?"
+    r"(?:\(([A-Za-z])\)|([A-Z])(?=[).:]|$))[).:]?\s*(.*)",
+    re.DOTALL,
+)
+_SMALL_LETTER = re.compile(r"([a-z])[).:]?")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _LATEX = re.compile(r"\\[A-Za-z]+|[\^_{}]")
-_FORMULA = re.compile(r"[-+*/=().,\s\d√π°<>≤≥±]*[\d√π][-+*/=().,\s\d√π°<>≤≥±a-zA-Z]*")
+_FORMULA = re.compile(r"[-+*/=().,\s°<>≤≥±]*[\d√π][-+*/=().,\s\d√π°<>≤≥±a-zA-Z]*")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 
 
@@ -39,11 +48,13 @@ def guess_answer(text: str, answer: str) -> GuessedAnswer:
 
     A choice: the text lists options (A), (B), … and the answer names one of them, by its letter or by its whole text. A
     number: nothing but digits, a sign, a point and commas between thousands. 'math': LaTeX, or a formula of digits,
-    operators and single letters. All else is text.
+    operators and single letters. All else is text, and so is an answer of more than ``MAX_GUESSED`` characters.
     """
+    if len(answer.strip()) > MAX_GUESSED:
+        return GuessedAnswer(answer.strip(), "text")
     plain = _unwrapped(answer)
     options = lettered_options(text)
-    choice = _choice(plain, options)
+    choice = option_named_by(answer, options)
     if choice is not None:
         return GuessedAnswer(choice, "choice", options)
     if _NUMBER.fullmatch(plain):
@@ -66,40 +77,58 @@ def with_options(text: str, options: Sequence[str]) -> str:
     return "\n".join([text.rstrip(), *(f"({chr(ord('A') + index)}) {option}" for index, option in enumerate(own))])
 
 
+def option_named_by(answer: str, options: Sequence[str]) -> str | None:
+    """The letter of the option that an answer names; None where it names none of them, or it is not clear which.
+
+    It names one by its letter, by letter and text ('B. blue') where these agree, or by its whole text. That is how
+    'D.C. area' is the option of this text, and not D. Wrappers as in 'The answer is (B)' are read over.
+
+    Args:
+        options: the texts of the options A, B, …
+    """
+    if not options or len(answer.strip()) > MAX_GUESSED:
+        return None
+    plain = _unwrapped(answer)
+    letters = [chr(ord("A") + index) for index in range(len(options))]
+    named = _LETTER.fullmatch(plain)
+    if named is not None:
+        letter, rest = (named[1] or named[2]).upper(), named[3].strip()
+        if letter in letters and (not rest or _same(rest, options[letters.index(letter)])):
+            return letter
+    by_text = [letter for letter, option in zip(letters, options, strict=True) if _same(option, plain)]
+    if by_text:
+        return by_text[0] if len(by_text) == 1 else None
+    small = _SMALL_LETTER.fullmatch(plain)  # an option's own text may be 'a': that came first
+    return small[1].upper() if small is not None and small[1].upper() in letters else None
+
+
 def _unwrapped(answer: str) -> str:
     """Wrappers are taken off one by one, as long as they are around the whole."""
     plain = answer.strip()
-    while True:
-        shorter = _inside(_LEAD.sub("", plain, count=1).strip() if _LEAD.match(plain) else plain)
+    for _ in range(_MAX_WRAPPERS):
+        lead = _LEAD.match(plain)
+        shorter = _inside(plain if lead is None else plain[lead.end() :].strip())
         if shorter == plain:
             break
         plain = shorter
+    else:
+        return answer.strip()
     bare = plain[:-1] if plain.endswith(".") else plain
     return bare if _NUMBER.fullmatch(bare) else plain
 
 
 def _inside(text: str) -> str:
     """What the wrapper around the whole text holds; the text itself where there is none, as in '$1$ and $2$'."""
-    wrapped = _WRAPPERS.fullmatch(text)
-    if wrapped is None:
-        return text
-    inside = next(part for part in wrapped.groups() if part is not None).strip()
+    if text.startswith("$") and text.endswith("$"):
+        inside = text.strip("$").strip()
+    else:
+        ends = next((ends for ends in _WRAPPERS if text.startswith(ends[0]) and text.endswith(ends[1])), None)
+        if ends is None:
+            return text
+        inside = text.removeprefix(ends[0]).removesuffix(ends[1]).strip()
     depths = list(accumulate((character == "{") - (character == "}") for character in inside))
     is_whole = inside and "$" not in inside and min(depths) >= 0 == depths[-1]
     return inside if is_whole else text
-
-
-def _choice(plain: str, options: Sequence[str]) -> str | None:
-    if not options:
-        return None
-    by_text = [index for index, option in enumerate(options) if _same(option, plain)]
-    named = _LETTER.fullmatch(plain)
-    if named is not None:
-        index = ord((named[1] or named[2]).upper()) - ord("A")
-        rest = named[3].strip()
-        if index < len(options) and (not rest or _same(rest, options[index])):
-            return chr(ord("A") + index)
-    return chr(ord("A") + by_text[0]) if len(by_text) == 1 else None
 
 
 def _same(one: str, other: str) -> bool:

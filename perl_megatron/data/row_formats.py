@@ -6,7 +6,6 @@ A row that cannot be read as its format says raises ``UserError``; its caller dr
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,12 +47,13 @@ def read_mantis(values: Mapping[str, Any]) -> list[Draft]:
     before it is left out.
     """
     images, record_id = _images(values), _id(values)
-    pairs = _turns(values.get("conversation", values.get("conversations")))
+    given = (values.get("conversation"), values.get("conversations"))  # a table of both kinds of rows has both
+    pairs = _turns(next((turns for turns in given if turns is not None), None))
     if not pairs:
         raise UserError("the conversation has no answer of an assistant")
     num_unplaced = len(images) - sum(question.count(IMAGE_PLACEHOLDER) for question, _ in pairs)
     if num_unplaced < 0:
-        raise UserError(f"the text has more {IMAGE_PLACEHOLDER} placeholders than the {len(images)} images")
+        raise UserError(f"the conversation has more {IMAGE_PLACEHOLDER} placeholders than images")
     drafts = []
     num_before = num_unplaced
     for number, (question, answer) in enumerate(pairs, start=1):
@@ -214,7 +214,7 @@ def _image(image: object) -> bytes | str:
     if isinstance(image, str) and image.startswith("data:"):
         try:
             return base64.b64decode(image.partition("base64,")[2], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # also where it is not ASCII
             raise UserError(f"an image's data URL is corrupt: {error}") from error
     if isinstance(image, str) and image:
         return image.removeprefix("file://")
@@ -256,7 +256,7 @@ def _optional_text(values: Mapping[str, Any], *names: str) -> str:
 
 def _bounded(text: str) -> str:
     if len(text) > MAX_TEXT:
-        raise UserError(f"a text has {len(text)} characters, more than {MAX_TEXT}")
+        raise UserError(f"a text has more than {MAX_TEXT} characters")
     return text
 
 

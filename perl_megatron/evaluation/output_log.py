@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from perl_megatron.checkpoint.model_digest import model_digest
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.asking import evaluation_sampling
 from perl_megatron.observability.json_lines import read_rows, to_line
 from perl_megatron.types import Record
-
-SAMPLED_BYTES = 2**20
-"""Of the beginning and the end of a file of weights, which go into the model's fingerprint."""
 
 
 class OutputLog:
@@ -113,24 +111,6 @@ def answer_settings(config: Config, who: str) -> dict[str, Any]:
             "max prompt tokens": data.max_prompt_tokens,
         }
     return settings
-
-
-def model_digest(folder: Path) -> str:
-    """32 hexadecimal digits that change when a Hugging Face folder's config, tokenizer or weights do.
-
-    Of each file of weights, name, size, beginning and end are looked at: training changes all of them.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".model", ".jinja", ".txt") or not file.is_file():
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(SAMPLED_BYTES))
-            content.seek(max(size - SAMPLED_BYTES, 0))
-            digest.update(content.read())
-    return digest.hexdigest()
 
 
 def question_digest(record: Record) -> str:

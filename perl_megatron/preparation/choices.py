@@ -6,16 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from perl_megatron.data.answer_guess import option_named_by
 from perl_megatron.data.contract.options import letter, lettered_options
 from perl_megatron.types import IMAGE_PLACEHOLDER
 
 _INSTRUCTION = re.compile(r"\s*(?:please\s+)?(?:answer|choose|select|pick|respond|reply|give|write)\b.*", re.I | re.S)
-_HEADING = re.compile(r"\s*(?:the\s+)?(?:options|choices|answer choices|candidates)(?:\s+are)?\s*:\s*$", re.IGNORECASE)
-_LETTER_ANSWER = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option|choice)\s*(?:is|:)?\s*)*"
-    r"(?:\(([A-Z])\)|([A-Z])[.):]|([A-Z])\s*$)",
-    re.IGNORECASE,
-)
+_HEADING = re.compile(r"(?:the\s+)?(?:options|choices|answer choices|candidates)(?:\s+are)?\s*:$", re.IGNORECASE)
+_HEADING_CHARACTERS = 64
+"""A heading is looked for in so many characters before the options: blanks in a long text would be gone over often."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Choice:
     """The text without options and without an instruction how to answer them."""
     options: tuple[str, ...]
     letter: str | None
-    """Of the right option; None where the answer names none of them."""
+    """Of the right option; None where the answer names none of them, or gives a letter and another option's text."""
 
 
 def split_choice(text: str, answer: str) -> Choice | None:
@@ -42,14 +40,14 @@ def split_choice(text: str, answer: str) -> Choice | None:
     if not all(options) or len(set(worded)) < len(worded):
         return None
     rest = text[listed[-1].end :]
-    stem = _HEADING.sub("", text[: listed[0].marker]).rstrip()
+    stem = _without_heading(text[: listed[0].marker].rstrip())
     if IMAGE_PLACEHOLDER in rest and len(worded) < len(options):
         return None  # the images would change their order
     if IMAGE_PLACEHOLDER in rest or not _INSTRUCTION.fullmatch(rest):
         stem += rest.rstrip()
     if not reads_back(stem, options):
         return None
-    return Choice(stem, tuple(options), _letter(answer, options))
+    return Choice(stem, tuple(options), option_named_by(answer, options))
 
 
 def with_options(stem: str, options: Sequence[str]) -> str:
@@ -65,15 +63,10 @@ def reads_back(stem: str, options: Sequence[str]) -> bool:
     return found == list(options) and not any("\n" in option for option in options)
 
 
+def _without_heading(stem: str) -> str:
+    heading = _HEADING.search(stem, max(0, len(stem) - _HEADING_CHARACTERS))
+    return stem if heading is None else stem[: heading.start()].rstrip()
+
+
 def _clean(option: str) -> str:
     return option.strip().rstrip(",;").strip()
-
-
-def _letter(answer: str, options: list[str]) -> str | None:
-    match = _LETTER_ANSWER.match(answer.strip())
-    if match is not None:
-        given = (match[1] or match[2] or match[3]).upper()
-        return given if ord(given) - ord("A") < len(options) else None
-    spoken = answer.strip().rstrip(".").casefold()
-    same = [index for index, option in enumerate(options) if option.rstrip(".").casefold() == spoken]
-    return letter(same[0]) if same else None

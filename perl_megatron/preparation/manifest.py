@@ -13,7 +13,8 @@ from typing import Any
 
 from perl_megatron.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+"""Goes up when the stages decide otherwise than before: then no folder goes on with what they decided."""
 REPLACED = "replaced"
 _EDGE_BYTES = 2**20
 

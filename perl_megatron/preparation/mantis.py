@@ -1,8 +1,4 @@
-"""Rows of Mantis-Instruct as candidates for questions.
-
-A row has ``images`` (bytes, or paths), and ``conversation`` (or ``conversations``), a list of turns with ``role`` and
-``content`` (or ``from`` and ``value``), in whose texts ``<image>`` stands once for each image.
-"""
+"""Rows of Mantis-Instruct as candidates for questions; the import's reader reads them (``read_mantis``)."""
 
 from __future__ import annotations
 
@@ -10,14 +6,12 @@ import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from perl_megatron.data.row_formats import read_mantis
+from perl_megatron.data.row_import import readable_id
 from perl_megatron.data.tables import Row, rows, table_files
+from perl_megatron.errors import UserError
 from perl_megatron.preparation.settings import SourceSettings
-from perl_megatron.types import IMAGE_PLACEHOLDER
-
-_USERS = ("user", "human")
-_ASSISTANTS = ("assistant", "gpt")
 
 
 @dataclass(frozen=True)
@@ -28,8 +22,8 @@ class Candidate:
     source: str
     """The table (relative to the source) and row."""
     table: Path
-    images: tuple[Any, ...]
-    """As the table gives them: see ``TableImages.read``."""
+    images: tuple[bytes | str, ...]
+    """For each image the bytes of its file, or the path to it."""
     text: str
     answer: str
 
@@ -71,55 +65,13 @@ def _relative(where: str, base: Path) -> str:
 
 
 def _of_row(row: Row, table: Path, source: str, *, all_turns: bool) -> Iterator[Candidate | BrokenRow]:
-    identifier = str(row.values.get("id") or source)
-    turns = row.values.get("conversation") or row.values.get("conversations")
-    images = row.values.get("images")
-    if images is None:
-        images = row.values.get("image")
-    images = images if isinstance(images, list) else [] if images is None else [images]
     try:
-        pairs = _pairs(turns)
-    except ValueError as error:
-        yield BrokenRow(identifier, source, str(error))
+        drafts = read_mantis(row.values)
+    except UserError as error:
+        yield BrokenRow(readable_id(row.values) or source, source, error.what)
         return
-    num_shown = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in pairs)
-    if num_shown != len(images):
-        yield BrokenRow(identifier, source, "the number of placeholders is not the number of images")
-        return
-    earlier = 0
-    for number, (question, answer) in enumerate(pairs if all_turns else pairs[:1]):
-        shown = question.count(IMAGE_PLACEHOLDER)
-        # Images of earlier turns are shown in front: the question may be about them.
-        text = IMAGE_PLACEHOLDER * earlier + ("\n" if earlier and shown == 0 else "") + question
-        earlier += shown
-        name = identifier if number == 0 else f"{identifier}/turn{number + 1}"
-        yield Candidate(name, source, table, tuple(images[:earlier]), text, answer)
-
-
-def _pairs(turns: Any) -> list[tuple[str, str]]:
-    """(question, answer) of each exchange. ValueError for what is no conversation."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("the row has no conversation")
-    pairs: list[tuple[str, str]] = []
-    question: str | None = None
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise ValueError("a turn of the conversation is no object")
-        role = turn.get("role", turn.get("from"))
-        text = turn.get("content", turn.get("value"))
-        if not isinstance(text, str):
-            raise ValueError("a turn of the conversation has no text")
-        if role in _USERS:
-            if question is not None:
-                raise ValueError("a question of the conversation has no answer")
-            question = text.strip()
-        elif role in _ASSISTANTS:
-            if question is None:
-                raise ValueError("an answer of the conversation has no question")
-            if IMAGE_PLACEHOLDER in text:
-                raise ValueError("an answer of the conversation shows an image")
-            pairs.append((question, text.strip()))
-            question = None
-    if not pairs:
-        raise ValueError("the conversation has no answered question")
-    return pairs
+    identifier = drafts[0].id or source
+    for number, draft in enumerate(drafts if all_turns else drafts[:1], start=1):
+        # Not '#2', as in an import: that is the second row with this id.
+        name = identifier if number == 1 else f"{identifier}/turn{number}"
+        yield Candidate(name, source, table, draft.images, draft.text.strip(), draft.answer.strip())

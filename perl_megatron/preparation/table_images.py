@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES
 from perl_megatron.errors import UserError
+
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
+"""What reading a damaged zip file raises, or a path that no file can have."""
 
 
 class TableImages:
@@ -21,29 +29,24 @@ class TableImages:
         self._folder = folder
         self._archives: dict[Path, list[tuple[zipfile.ZipFile, frozenset[str]]]] = {}
 
-    def read(self, image: Any, table: Path) -> bytes:
-        """The image's file. ``image`` is its bytes, its path, or ``{"bytes": …, "path": …}`` with one of them.
+    def read(self, image: bytes | str, table: Path) -> bytes:
+        """The image's file. ``image`` is its bytes, or its path.
 
-        Raises ``UserError`` where it is none of these, is not there, is too large, or leads out of the folder.
+        Raises ``UserError`` where it is not there, is too large, or leads out of the folder.
         """
-        path = image
-        if isinstance(image, dict):
-            path = image.get("path") if image.get("bytes") is None else image["bytes"]
-        if isinstance(path, bytes):
-            return path
-        if not isinstance(path, str) or not path:
-            raise UserError("the image has neither bytes nor a path", fix="check the column 'images'")
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise UserError(f"the image path '{path}' leaves the folder", fix="write it relative to source.images")
+        if isinstance(image, bytes):
+            return image
+        if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
+            raise UserError(f"the image path '{image}' leaves the folder", fix="write it relative to source.images")
         folder = self._folder or table.parent
         try:
-            if (folder / path).is_file():
-                if (folder / path).stat().st_size > MAX_IMAGE_BYTES:
-                    raise UserError(f"the image '{path}' is larger than {MAX_IMAGE_BYTES} bytes", fix="reduce it")
-                return (folder / path).read_bytes()
-            return self._from_archive(path, folder)
-        except (OSError, zipfile.BadZipFile, RuntimeError) as error:
-            raise UserError(f"cannot read the image '{path}': {error}", where=str(folder)) from error
+            if (folder / image).is_file():
+                if (folder / image).stat().st_size > MAX_IMAGE_BYTES:
+                    raise UserError(f"the image '{image}' is larger than {MAX_IMAGE_BYTES} bytes", fix="reduce it")
+                return (folder / image).read_bytes()
+            return self._from_archive(image, folder)
+        except _UNREADABLE as error:
+            raise UserError(f"cannot read the image '{image}': {error}", where=str(folder)) from error
 
     def close(self) -> None:
         """Close the zip files."""

@@ -42,8 +42,9 @@ def test_mantis_questions_see_the_images_up_to_their_turn():
 
 def test_mantis_conversations_may_have_the_other_names():
     other = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "7"}]
-    (draft,) = FORMATS["mantis"]({"id": "x", "images": [], "conversations": other})
-    assert (draft.text, draft.answer) == ("?", "7")
+    for row in ({"conversations": other}, {"conversation": None, "conversations": other}):
+        (draft,) = FORMATS["mantis"]({"id": "x", "images": [], **row})
+        assert (draft.text, draft.answer) == ("?", "7")
 
 
 def test_the_other_formats():
@@ -100,8 +101,9 @@ def test_images_and_chats_in_other_forms():
         ("verl", changed(VERL[0], reward_model={"ground_truth": {"a": 1}}), "ground_truth is no text"),
         ("easyr1", changed(EASYR1[0], images=[7]), "neither bytes nor a path"),
         ("easyr1", changed(EASYR1[0], images=["data:image/png;base64,?"]), "data URL is corrupt"),
+        ("easyr1", changed(EASYR1[0], images=["data:image/png;base64,é"]), "data URL is corrupt"),
         ("jsonl", changed(PLAIN[0], options="A"), "options is no list"),
-        ("jsonl", changed(PLAIN[0], answer="x" * 200_000), "200000 characters"),
+        ("jsonl", changed(PLAIN[0], answer="x" * 200_000), "more than 100000 characters"),
     ],
 )
 def test_bad_rows_are_refused(format, row, reason):

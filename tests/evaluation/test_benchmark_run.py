@@ -17,7 +17,7 @@ from perl_megatron.evaluation.asking import EngineAsker, Reply, evaluation_sampl
 from perl_megatron.evaluation.benchmark_run import run_benchmark
 from perl_megatron.evaluation.benchmarks.benchmark import load_items
 from perl_megatron.evaluation.benchmarks.registry import BENCHMARKS
-from perl_megatron.evaluation.output_log import OutputLog, model_digest, open_folder
+from perl_megatron.evaluation.output_log import OutputLog, open_folder
 from perl_megatron.rollout.engine import Sampling
 
 GREEDY = Sampling(num_rollouts=1, temperature=0.0, top_p=1.0, max_tokens=16)
@@ -163,17 +163,6 @@ def test_other_settings_are_refused(tmp_path):
     assert (tmp_path / "r.benchmarks.1" / "blink.jsonl").read_text() == "kept\n"
     open_folder(config(tmp_path, resume=False), settings)
     assert (tmp_path / "r.benchmarks.2").is_dir()
-
-
-def test_model_digest_sees_other_weights(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(5 * 2**20))
-    before = model_digest(tmp_path)
-    (tmp_path / "notes.md").write_text("not the model")
-    assert model_digest(tmp_path) == before
-    weights.write_bytes(bytes(5 * 2**20 - 1) + b"x")
-    assert model_digest(tmp_path) != before
 
 
 class FakeEngine:

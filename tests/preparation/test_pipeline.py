@@ -58,7 +58,7 @@ def test_what_goes_in_and_comes_out(finished):
         {
             "fewer than 2 images": 1,
             "more than 8 images": 1,
-            "the number of placeholders is not the number of images": 1,
+            "the conversation has more <image> placeholders than images": 1,
             "the answer is too long": 1,
             "too few Latin letters": 1,
             "the answer is none of the options": 1,

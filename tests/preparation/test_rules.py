@@ -13,6 +13,7 @@ from PIL import Image
 
 from perl_megatron.data.image_store import ImageStore
 from perl_megatron.data.images import load_image
+from perl_megatron.data.row_formats import MAX_TEXT, read_mantis
 from perl_megatron.errors import UserError
 from perl_megatron.preparation.question import Dropped, Kept, Question
 from perl_megatron.preparation.rules import AlreadyDone, apply_rules, latin_share
@@ -90,19 +91,23 @@ def test_published_spellings_of_a_conversation(tmp_path):
         ({}, {"min_question_characters": 30}, "the question is too short"),
         ({}, {"max_question_characters": 10}, "the question is too long"),
         ({}, {"max_answer_characters": 3}, "the answer is too long"),
-        ({"conversation": None}, {}, "the row has no conversation"),
-        ({"conversation": ["What?"]}, {}, "a turn of the conversation is no object"),
-        ({"conversation": [{"role": "user", "content": None}]}, {}, "a turn of the conversation has no text"),
-        ({"conversation": [{"role": "user", "content": "What?"}]}, {}, "the conversation has no answered question"),
+        ({"conversation": None}, {}, "conversation is no list"),
+        ({"conversation": ["What?"]}, {}, "a message of the chat is no object with role and content"),
+        ({"conversation": [{"role": "user", "content": None}]}, {}, "a message of the chat has no role or no text"),
+        (
+            {"conversation": [{"role": "user", "content": "What?"}]},
+            {},
+            "the conversation has no answer of an assistant",
+        ),
         (
             {"conversation": [{"role": "assistant", "content": "Hi"}]},
             {},
-            "an answer of the conversation has no question",
+            "the conversation has no answer of an assistant",
         ),
         ({"images": ["gone.png", "gone.png"]}, {}, "an image cannot be read"),
         ({"images": ["../up.png", "/etc/passwd"]}, {}, "an image cannot be read"),
-        ({"images": [{"bytes": None, "path": None}, 3]}, {}, "an image cannot be read"),
-        ({"images": None}, {}, "the number of placeholders is not the number of images"),
+        ({"images": [{"bytes": None, "path": None}, 3]}, {}, "an image has neither bytes nor a path"),
+        ({"images": None}, {}, "the conversation has more <image> placeholders than images"),
     ],
 )
 def test_each_rule(tmp_path, change, rules, reason):
@@ -116,11 +121,29 @@ def test_each_rule(tmp_path, change, rules, reason):
         ("What is on both of them?", "", "the answer is empty"),
         ("Что на обоих изображениях?", "кот", "too few Latin letters"),
         ("What is it? (A) a cat (B) a dog", "a bird", "the answer is none of the options"),
+        ("What is it? (A) a cat (B) a dog", "A. a dog", "the answer is none of the options"),
+        ("What is it? (A) a cat (B) a dog", "B" + "." * MAX_TEXT, "a text has more than 100000 characters"),
+        ("A. " * MAX_TEXT, "A", "a text has more than 100000 characters"),
         ("Où se trouve le garçon sur les deux?", "à l'école", None),
     ],
 )
 def test_rules_of_text(tmp_path, text, answer, reason):
     assert reasons(decide(tmp_path, row("a", text, answer, TWO))) == [reason]
+
+
+def test_rows_are_read_as_the_import_reads_them(tmp_path):
+    """An id 0 is one; images without a placeholder go first, turns of one speaker are joined, contents may be lists."""
+    part = {"type": "text", "text": "What is on"}
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, part]},
+        {"role": "user", "content": "both of them?"},
+        {"role": "assistant", "content": " a cat"},
+    ]
+    (kept,) = decide(tmp_path, {**row("a", "", "", TWO), "id": 0, "conversation": turns})
+    assert (kept.question.id, kept.question.answer) == ("0", "a cat")
+    assert kept.question.text == "<image>\n<image>What is on\nboth of them?"
+    (draft,) = read_mantis({"id": 0, "images": TWO, "conversation": turns})
+    assert (draft.id, draft.text, draft.answer.strip()) == ("0", kept.question.text, "a cat")
 
 
 def test_duplicates_and_equal_ids(tmp_path):
@@ -194,7 +217,7 @@ def test_images_in_a_zip_file_beside_the_table(tmp_path, prefix):
     with zipfile.ZipFile(folder / "train_images.zip", "w") as archive:
         archive.writestr(f"{prefix}a/1.png", TWO[0])
     images = TableImages(None)
-    assert images.read({"bytes": None, "path": "a/1.png"}, folder / "train.parquet") == TWO[0]
+    assert images.read("a/1.png", folder / "train.parquet") == TWO[0]
     with pytest.raises(UserError, match="is not there"):
         images.read("a/2.png", folder / "train.parquet")
     images.close()
@@ -212,6 +235,21 @@ def test_a_broken_zip_file_is_named(tmp_path):
     (tmp_path / "train_images.zip").write_bytes(b"not a zip")
     with pytest.raises(UserError, match="cannot read the image"):
         TableImages(None).read("a.png", tmp_path / "train.parquet")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_an_image_that_is_damaged_within_its_zip_file_is_dropped(tmp_path, method):
+    (tmp_path / "source").mkdir()
+    archive_path = tmp_path / "source" / "train_images.zip"
+    with zipfile.ZipFile(archive_path, "w", method) as archive:
+        archive.writestr("x.png", b"abc" * 10_000)
+    content = bytearray(archive_path.read_bytes())
+    content[45:60] = b"\xff" * 15  # within the compressed stream
+    archive_path.write_bytes(content)
+    good, bad = (row(name, "What is on both of them?", "a cat", TWO) for name in "ab")
+    outcomes = decide(tmp_path, {**bad, "images": ["x.png", "x.png"]}, good)
+    assert reasons(outcomes) == ["an image cannot be read", None]
+    assert "cannot read the image 'x.png'" in outcomes[0].detail
 
 
 def test_a_full_disk_ends_the_run_instead_of_dropping_questions(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perl_megatron.data.answer_guess import guess_answer
 from perl_megatron.preparation.choices import split_choice
 
 
@@ -31,6 +34,8 @@ from perl_megatron.preparation.choices import split_choice
         ("Plan A. is best?\n(A) yes\n(B) no", "(B)", "Plan A. is best?", ("yes", "no"), "B"),
         ("Which?\n(A) a dog\n(B) a cat", "a cat", "Which?", ("a dog", "a cat"), "B"),
         ("Which?\n(A) a dog\n(B) a cat", "A dog is on it.", "Which?", ("a dog", "a cat"), None),
+        ("Where? (A) New York (B) D.C. area", "D.C. area", "Where?", ("New York", "D.C. area"), "B"),
+        ("Which?\n(A) red\n(B) blue", "A. blue", "Which?", ("red", "blue"), None),
         ("Which?\n(A) red\n(B) blue", "(C)", "Which?", ("red", "blue"), None),
         ("Which?\n(A) red\n(B) blue", "", "Which?", ("red", "blue"), None),
     ],
@@ -55,6 +60,26 @@ def test_questions_with_options(text, answer, stem, options, letter):
 )
 def test_questions_without(text):
     assert split_choice(text, "A") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "options" + " " * 90_000 + "x (A) a (B) b",
+        "(A) a (B) b\n" + " " * 90_000 + "y",
+        "(A) a" + ",; " * 30_000 + "(B) b",
+        "A. " * 16_000 + " " * 50_000,
+        "A. B. " * 8_000 + " " * 50_000,
+        "A. x " * 10_000 + " " * 40_000 + "B. y",
+        "A. " * 16_000 + "B." + " " * 50_000 + "x",
+        "A. " * 16_000 + "B." + "," * 49_000 + " C. x",
+        "A. x\n" * 20_000 + "B. y",
+    ],
+)
+def test_no_text_takes_long(text):
+    begin = time.process_time()
+    split_choice(text, "A")
+    assert time.process_time() - begin < 1
 
 
 words = st.text("abcdefgh ", min_size=1, max_size=12).map(str.strip).filter(bool)
@@ -85,3 +110,13 @@ def test_any_text_is_split_or_not(text, answer):
         assert all(choice.options)
         assert choice.letter is None or ord(choice.letter) - ord("A") < len(choice.options)
         assert "".join([choice.stem, *choice.options]).count("<image>") == text.count("<image>")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(["U.S. army", "D.C. area", "B. blue", "red", "a"]), st.text("ABab(). redlu", max_size=8))
+def test_the_import_reads_the_same_letter(option, answer):
+    text = f"Which one?\n(A) blue\n(B) {option}"
+    for given_answer in (answer, option, f"{option} {answer}"):
+        choice, guess = split_choice(text, given_answer), guess_answer(text, given_answer)
+        if choice is not None:
+            assert choice.letter == (guess.answer if guess.answer_type == "choice" else None)

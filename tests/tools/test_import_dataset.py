@@ -55,6 +55,15 @@ def test_many_dropped_rows_are_an_error(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("answer_type", ["short_text", "json"])
+def test_every_answer_type_of_the_reward_can_be_said(tmp_path, answer_type):
+    data = source(tmp_path, '{"age": 7}')
+    arguments = [str(data), str(tmp_path / "out"), "--processes", "1", "--answer-type", answer_type]
+    assert tool("import_dataset").main(arguments) == 0
+    (record,) = read_records(tmp_path / "out/records.jsonl", max_corrupt_fraction=0).records
+    assert (record.answer, record.answer_type) == ('{"age": 7}', answer_type)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

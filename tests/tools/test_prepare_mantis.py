@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,13 @@ def test_all_stages_with_the_embedded_engine(source, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert prepare(out, "--settings", settings) == 0  # nothing is left to do
         assert capsys.readouterr().out == printed
+        raw = lines(out / "03_difficulty.raw.jsonl")
+        shutil.rmtree(model)
+        make_policy(model, seed=1)  # another checkpoint at the same place
+        assert prepare(out, "--settings", settings) == 0
+    assert lines(out / "replaced" / "1" / "03_difficulty.raw.jsonl") == raw
+    assert lines(out / "03_difficulty.raw.jsonl") != raw
+    assert not (out / "replaced" / "1" / "02_rephrase.jsonl").exists()
     raw = lines(out / "03_difficulty.raw.jsonl")
     assert len(raw) == 18
     assert {len(row["responses"]) for row in raw} == {3}

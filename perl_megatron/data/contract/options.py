@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from textwrap import shorten
 
 from perl_megatron.data.contract.reference_phrases import NOUN, Reference, preceded_by
@@ -58,23 +59,36 @@ def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
     for number in reversed(range(len(markers))):
         following[number] = nearest.get(chr(ord(letters[number]) + 1))
         nearest[letters[number]] = number
+
+    # Many lists may share an option, as in 'A. A. A. … B. x': each is looked at once.
+    @cache
+    def option(number: int) -> LetteredOption:
+        after = following[number]
+        end = _line_end(text, markers[number].end()) if after is None else markers[after].start()
+        return _option(text, markers[number], trimmed(end))
+
+    @cache
+    def trimmed(end: int) -> int:
+        while end > 0 and text[end - 1].isspace():
+            end -= 1
+        return end
+
+    @cache
+    def is_empty(number: int) -> bool:
+        return _NO_CONTENT.fullmatch(text, option(number).start, option(number).end) is not None
+
     found: list[LetteredOption] = []
-    line_ends: dict[int, int] = {}  # many lists may end in the same line, which can be long
     for first in (number for number, own in enumerate(letters) if own == "A"):
         if found and found[-1].marker < markers[first].start() < found[-1].end:
             continue
-        options, current = list[LetteredOption](), first
-        while len(options) < (count or len(ALPHABET)):
-            after = following[current]
-            if after is None:
-                if current not in line_ends:
-                    line_ends[current] = _line_end(text, markers[current].end())
-                options.append(_option(text, markers[current], line_ends[current]))
-                break
-            options.append(_option(text, markers[current], markers[after].start()))
-            current = after
-        if len(options) >= (count or 2) and _is_list(text, options):
-            found = options
+        listed, after = [first], following[first]
+        while after is not None and len(listed) < (count or len(ALPHABET)):
+            listed.append(after)
+            after = following[after]
+        # Letters may stand for images ('image A: <image> image B: <image>'), or only mention options.
+        is_named = all(preceded_by(text, markers[number].start(), _NOUN_BEFORE) for number in listed)
+        if len(listed) >= (count or 2) and not is_named and not any(map(is_empty, listed[:-1])):
+            found = [option(number) for number in listed]
     return found
 
 
@@ -84,18 +98,9 @@ def option_spans(text: str, count: int | None) -> list[tuple[int, int]]:
 
 
 def _option(text: str, marker: re.Match[str], end: int) -> LetteredOption:
-    blanks = _BLANKS.match(text, marker.end(), end)
+    blanks = _BLANKS.match(text, marker.end())
     assert blanks is not None
-    while end > blanks.end() and text[end - 1].isspace():
-        end -= 1
-    return LetteredOption(marker.start(), blanks.end(), end)
-
-
-def _is_list(text: str, options: list[LetteredOption]) -> bool:
-    """Whether letters mark options, and not images ('image A: <image> image B: <image>') or a mention of options."""
-    if all(preceded_by(text, option.marker, _NOUN_BEFORE) for option in options):
-        return False
-    return not any(_NO_CONTENT.fullmatch(text, option.start, option.end) for option in options[:-1])
+    return LetteredOption(marker.start(), blanks.end(), max(end, blanks.end()))
 
 
 def _line_end(text: str, start: int) -> int:

@@ -52,6 +52,8 @@ def test_hostile_texts_take_linear_time():
         line = "y" * (400 * repeats)
         for text in ("(A) x " * repeats, "(A) x (B) y " * repeats + "(C) z", "(A) " * repeats):
             lettered_options(text + "(B) " + line, None)
+            lettered_options(text + line.replace("y", " "), None)
+            lettered_options(text + "(B) " + line.replace("y", ",") + " (C) z", None)
         return time.process_time() - started
 
     seconds(10)
