@@ -156,7 +156,7 @@ def test_the_first_template_that_fits_decides(tmp_path):
     )
     templates = load_templates(written(tmp_path, own))
     reasons = [
-        apply_template(record(text, "2"), templates, family="mine").contract.reason
+        apply_template(record(text, "20"), templates, family="mine").contract.reason
         for text in ("<image><image> closed", "<image><image><image>", "<image><image>")
     ]
     assert reasons == ["never: it is closed", "three: the last 4 of 3 images should move", ""]
