@@ -137,22 +137,33 @@ def check_option_slots(record: Record) -> None:
 
 
 def check_inline_images(record: Record) -> None:
-    """Refuse options that show movable images, '(A) <image> (B) <image>', but that the contract does not say to be."""
+    """Refuse options that show movable images, '(A) <image> (B) <image>', but that the contract does not say to be.
+
+    An option that shows several of them would show others after a move, and its letter says nothing of it.
+    """
     contract = record.contract
-    by_letter = contract.answer is AnswerRule.OPTION_LETTER
-    by_letter_unchanged = contract.answer is AnswerRule.UNCHANGED and re.fullmatch("[A-Z]", record.answer)
-    if not contract.permutable or not (by_letter or by_letter_unchanged):
+    if not contract.permutable:
         return
     listed = lettered_options(record.text, len(contract.option_slots) or None) or lettered_options(record.text, None)
     for index, option in enumerate(listed):
         shown = slots_within(record.text, option)
-        expected = contract.option_slots[index] if by_letter and index < len(contract.option_slots) else None
-        if len(shown) == 1 and shown[0] in contract.movable and shown[0] != expected:
-            raise UserError(
-                f"option {letter(index)} shows the image of slot {shown[0]}, which moves, but the contract "
-                + ("says nothing of it" if expected is None else f"gives slot {expected}"),
-                fix="use the answer rule 'option_letter' with the slot of each option",
-            )
+        moving = [slot for slot in shown if slot in contract.movable]
+        expected = contract.option_slots[index] if index < len(contract.option_slots) else None
+        if not moving or shown == [expected] or (len(shown) == 1 and _follows(record, index, shown[0])):
+            continue
+        several = len(shown) > 1
+        raise UserError(
+            f"option {letter(index)} shows the image{'s' if several else ''} of slot{'s' if several else ''} "
+            f"{', '.join(map(str, shown))}, which move{'' if several else 's'}, but the contract "
+            + ("says nothing of it" if expected is None else f"gives slot {expected}"),
+            fix="let no image move" if several else "use the answer rule 'option_letter' with the slot of each option",
+        )
+
+
+def _follows(record: Record, index: int, slot: int) -> bool:
+    """Whether an answer that names an option names its image: by the image's number, or by a letter that is its own."""
+    rule = record.contract.answer
+    return rule in (AnswerRule.INDEX, AnswerRule.ORDERING) or (rule is AnswerRule.REFERENCES and index == slot)
 
 
 def check_named_slots(record: Record, options: list[LetteredOption], references: list[Reference]) -> None:

@@ -82,6 +82,7 @@ def rotated(permutable: Record) -> tuple[str, str]:
         ("showhowto_choice", FIVE + "Next? (A) this (B) that", "A", None, None, "2 options", None),
         ("showhowto_ordering", TWO + "Order? (A) 1, 2 (B) the usual", "A", None, None, "names none", None),
         ("showhowto_ordering", TWO + "Order? (A) 1, 2 (B) 2, 3", "A", None, None, "does not exist", None),
+        ("mantis", "Which pair? (A) <image> <image> (B) <image> <image>", "B", None, None, "images of slots", None),
         ("mantis", TWO + "Is there a dog?", "yes", CHANGES, None, "no reference says how", None),
         ("mantis", TWO + "Which animal is in both?", "a cat", None, None, "no template for 'mantis' fits", None),
         ("mantis", TWO + "What happens in the next image?", "yes", None, None, "the images are a sequence", None),
