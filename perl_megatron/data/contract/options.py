@@ -59,21 +59,17 @@ def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
         following[number] = nearest.get(chr(ord(letters[number]) + 1))
         nearest[letters[number]] = number
     found: list[LetteredOption] = []
-    line_ends: dict[int, int] = {}  # many lists may end in the same line, which can be long
+    reader = _OptionReader(text)
     for first in (number for number, own in enumerate(letters) if own == "A"):
         if found and found[-1].marker < markers[first].start() < found[-1].end:
             continue
-        options, current = list[LetteredOption](), first
-        while len(options) < (count or len(ALPHABET)):
+        options = list[LetteredOption]()
+        current: int | None = first
+        while current is not None and len(options) < (count or len(ALPHABET)):
             after = following[current]
-            if after is None:
-                if current not in line_ends:
-                    line_ends[current] = _line_end(text, markers[current].end())
-                options.append(_option(text, markers[current], line_ends[current]))
-                break
-            options.append(_option(text, markers[current], markers[after].start()))
+            options.append(reader.option(markers[current], None if after is None else markers[after].start()))
             current = after
-        if len(options) >= (count or 2) and _is_list(text, options):
+        if len(options) >= (count or 2) and reader.is_list(options):
             found = options
     return found
 
@@ -83,27 +79,57 @@ def option_spans(text: str, count: int | None) -> list[tuple[int, int]]:
     return [(option.start, option.end) for option in lettered_options(text, count)]
 
 
-def _option(text: str, marker: re.Match[str], end: int) -> LetteredOption:
-    blanks = _BLANKS.match(text, marker.end(), end)
-    assert blanks is not None
-    while end > blanks.end() and text[end - 1].isspace():
-        end -= 1
-    return LetteredOption(marker.start(), blanks.end(), end)
+class _OptionReader:
+    """Reads options of one text. Lists may share options, blanks and lines, which can be long: each is read once."""
 
+    def __init__(self, text: str):
+        self.text = text
+        self._options: dict[int, LetteredOption] = {}
+        self._trimmed: dict[int, int] = {}
+        self._has_content: dict[LetteredOption, bool] = {}
+        self._line = (0, -1)
 
-def _is_list(text: str, options: list[LetteredOption]) -> bool:
-    """Whether letters mark options, and not images ('image A: <image> image B: <image>') or a mention of options."""
-    if all(preceded_by(text, option.marker, _NOUN_BEFORE) for option in options):
-        return False
-    return not any(_NO_CONTENT.fullmatch(text, option.start, option.end) for option in options[:-1])
+    def option(self, marker: re.Match[str], end: int | None) -> LetteredOption:
+        """The option behind a marker, up to ``end``; None: up to the end of the line of its first word."""
+        if marker.start() not in self._options:
+            start = self._first_word(marker.end())
+            end = self._line_end(start) if end is None else end
+            self._options[marker.start()] = LetteredOption(
+                marker.start(), min(start, end), max(min(start, end), self._without_blanks(end))
+            )
+        return self._options[marker.start()]
 
+    def is_list(self, options: list[LetteredOption]) -> bool:
+        """Whether letters mark options, and not images ('image A: <image> image B: <image>') or mention options."""
+        if all(preceded_by(self.text, option.marker, _NOUN_BEFORE) for option in options):
+            return False
+        return all(self._holds_words(option) for option in options[:-1])
 
-def _line_end(text: str, start: int) -> int:
-    """The end of the line on which the first word after ``start`` stands."""
-    first_word = _BLANKS.match(text, start)
-    assert first_word is not None
-    end = text.find("\n", first_word.end())
-    return len(text) if end < 0 else end
+    def _holds_words(self, option: LetteredOption) -> bool:
+        if option not in self._has_content:
+            self._has_content[option] = not _NO_CONTENT.fullmatch(self.text, option.start, option.end)
+        return self._has_content[option]
+
+    def _first_word(self, start: int) -> int:
+        blanks = _BLANKS.match(self.text, start)
+        assert blanks is not None
+        return blanks.end()
+
+    def _line_end(self, start: int) -> int:
+        """The end of the line of ``start``."""
+        if not self._line[0] <= start <= self._line[1]:
+            end = self.text.find("\n", start)
+            self._line = (start, len(self.text) if end < 0 else end)
+        return self._line[1]
+
+    def _without_blanks(self, end: int) -> int:
+        """Where the last word before ``end`` ends."""
+        if end not in self._trimmed:
+            word_end = end
+            while word_end and self.text[word_end - 1].isspace():
+                word_end -= 1
+            self._trimmed[end] = word_end
+        return self._trimmed[end]
 
 
 def slots_within(text: str, option: LetteredOption) -> list[int]:
