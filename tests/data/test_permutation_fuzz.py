@@ -1,5 +1,6 @@
 """Texts that look like references, in any mixture: refused with a ``UserError``, or followed back and forth."""
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ FRAGMENTS = [
     "image two", "in the image one dog", "(A)", "(B)", "(C)", "A.", "B)", "A", "B", "neither", "both", "none of these",
     "all of the above", "<image>", "the other image", "each image", "the previous image", "and", "or", "to", "than",
     "from", ",", ".", "?", ":", "\n", "-", "1", "2", "3, 1, 2", "3", "100%", "2.5", "the", "in", "of", "dog", "Which",
+    "the first of the two images", "the last of", "of these pictures", "the image shown first", "first pair of images",
+    "the second of", "the original image", "pair", "shown", "One image",
     "é", "İ", "①", "²", "٢", "\u200b", "\x00", "\ud7ff",
 ]
 # fmt: on
@@ -103,6 +106,47 @@ def test_fuzzed_records_are_refused_or_follow(record, seed):
     assert neutral(back.text) == neutral(record.text)
     assert neutral(back.answer) == neutral(record.answer)
     assert [neutral(option) for option in back.grading.options] == [neutral(text) for text in record.grading.options]
+
+
+ORDINALS = ["first", "second", "third", "last", "1st", "2nd"]
+AFTER_ORDINALS = [
+    "of",
+    "among",
+    "the",
+    "these",
+    "two",
+    "3",
+    "pair",
+    "set",
+    "shown",
+    "given",
+    "image",
+    "pictures",
+    "dog",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["the ", "", "a photo and the "]),
+    st.sampled_from(ORDINALS),
+    st.lists(st.sampled_from(AFTER_ORDINALS), max_size=4),
+    st.sampled_from([" image", " images", " photos"]),
+)
+def test_an_ordinal_before_a_noun_for_images_follows_or_is_refused(article, ordinal, words, noun):
+    text = f"<image><image><image>\nIs there a dog in {article}{' '.join([ordinal, *words])}{noun}?"
+    images = tuple(Path(f"{slot}.png") for slot in range(3))
+    record = Record("q", images, text, "yes", contract=PermutationContract((0, 1, 2), (ReferenceRule.ORDINAL,)))
+    try:
+        validate_contract(record)
+    except UserError:
+        event("refused")
+        return
+    event("accepted")
+    moved = apply_order(record, (1, 2, 0), 1).text
+    something_else = "dog" in words or words[:1] in (["the"], ["these"])  # "the first dog", "first the images turn"
+    all_three = re.search(f"{ordinal} 3 (?:given |shown )?(?:image|photos|pictures)", text)
+    assert moved != text or something_else or all_three
 
 
 def test_long_texts_take_linear_time():

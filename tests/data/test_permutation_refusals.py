@@ -28,6 +28,7 @@ BY_LETTER = {"rule": AnswerRule.OPTION_LETTER, "num_images": 3, "movable": (1, 2
 NAMES = AnswerRule.REFERENCES
 FOUR = {"num_images": 4, "movable": (1, 2, 3), "option_slots": (1, 2, 3, None)}
 SHOWN = "(A) <image> (B) <image>"
+PAIRS = "Which pair shows the same animal? (A) <image> <image> (B) <image> <image>"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ SHOWN = "(A) <image> (B) <image>"
         (record("", "left", NAMES, references=(INDEX,)), "names none"),
         (record("", "left", NAMES, num_images=4), "does not name one of 4"),
         (record(SHOWN, "A"), "option A shows the image of slot 0, which moves"),
+        (record(SHOWN, "(A)"), "option A shows the image of slot 0, which moves"),
+        (record("Is A like B? " + SHOWN, "yes"), "option A shows the image of slot 0, which moves"),
+        (record(PAIRS, "B", num_images=4), "option A shows the images of slots 0, 1, which move, but"),
+        (record(PAIRS, "B", num_images=4, movable=(1, 2)), "option A shows the images of slots 0, 1"),
+        (record(PAIRS, "B", NAMES, num_images=4), "option A shows the images of slots 0, 1"),
+        (record(PAIRS, "2", AnswerRule.INDEX, num_images=4), "option A shows the images of slots 0, 1"),
+        (record("Which? Pair A: <image> <image> Pair B: <image> <image>", "B", num_images=4), "option A shows"),
+        (record(PAIRS, "A", AnswerRule.OPTION_LETTER, num_images=4, movable=(0, 2), option_slots=(0, 2)), "option A"),
+        (record("<image> " + SHOWN, "A", NAMES, num_images=3), "option A shows the image of slot 1"),
         (record(SHOWN, "A", **BY_LETTER | {"option_slots": (2, 1)}), "but the contract gives slot 2"),
         (record(SHOWN, "A", **BY_LETTER | {"option_slots": (None, 1, 2)}), "says nothing of it"),
         (record("(A) image A (B) image 3", "A", **BY_LETTER | {"option_slots": (2, 1)}), "another image"),
@@ -130,6 +140,19 @@ def test_a_mention_of_all_options_that_are_images_stays():
     original = record(SHOWN + " (C) both A and B (D) A dog", "C", **BY_LETTER | {"option_slots": (1, 2, None, None)})
     validate_contract(original)
     assert apply_order(original, (0, 2, 1), 1).text == original.text
+
+
+def test_images_in_options_follow_where_the_answer_names_them():
+    by_letter = record("Which? " + SHOWN, "B", NAMES, references=(LETTER,))
+    by_number = record("Which? <image> " + SHOWN, "2", AnswerRule.INDEX, num_images=3)
+    fixed = record(PAIRS + "\nLike <image> or <image>?", "B", num_images=6, movable=(4, 5))
+    for good, order, answer in (
+        (by_letter, (1, 0), "A"),
+        (by_number, (1, 0, 2), "1"),
+        (fixed, (0, 1, 2, 3, 5, 4), "B"),
+    ):
+        validate_contract(good)
+        assert apply_order(good, order, 1).answer == answer
 
 
 def test_lists_of_letters_are_no_options():

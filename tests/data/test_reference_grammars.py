@@ -70,6 +70,9 @@ def test_references_follow(num_images, text, expected):
         "a right angle, a right-handed player, the right answer. Is the statement right?",
         "In the image two dogs and in these images three cats",
         "In this image I see a vitamin A pill (B)",
+        "First of all, the images. First the image turns. The first of the dogs sleeps.",
+        "It lies in the second half of the image.",
+        "a first pair of shoes, the image is set second to none",
         "the second largest image, who is first in it",
         "the pictured scene, a figurine, images, imagery b",
     ],
@@ -106,6 +109,23 @@ def test_other_words_stay(text):
         (3, "Is the first larger than the second?", "cannot follow"),
         (3, "the second image and the third", "cannot follow"),
         (3, "the first blurry image", "cannot follow"),
+        (3, "the first of the two images", "cannot follow"),
+        (3, "the last of these pictures", "cannot follow"),
+        (3, "first of three images", "cannot follow"),
+        (3, "the first of the blurry old images", "cannot follow"),
+        (3, "the second of these", "cannot follow"),
+        (3, "the first two of the images", "cannot follow"),
+        (3, "the image shown first", "cannot follow"),
+        (3, "the picture that comes last", "cannot follow"),
+        (3, "the photo that was displayed second", "cannot follow"),
+        (3, "the image that is first", "cannot follow"),
+        (3, "the first pair of images", "cannot follow"),
+        (3, "the second half of the images", "cannot follow"),
+        (3, "the first row of images", "cannot follow"),
+        (3, "the first image pair", "cannot follow"),
+        (3, "the first set of two pictures", "cannot follow"),
+        (3, "the first-shown image", "cannot follow"),
+        (3, "the first's dog", "cannot follow"),
         (3, "image four", "does not exist"),
         (3, "image 99999999999999999999", "does not exist"),
         (3, "images 1-99999999999999999999", "does not exist"),
@@ -121,12 +141,30 @@ def test_what_could_be_something_else_is_refused(num_images, text, complaint):
 
 
 @pytest.mark.parametrize(
-    "text", ["the previous image", "Next picture", "the former", "the latter is", "the above image"]
+    "text",
+    [
+        *("the previous image", "Next picture", "the former", "the latter is", "the above image", "the earlier photo"),
+        *("Later images", "the earlier of the images", "the initial image", "the original two images"),
+        *("a reference image", "the query image", "the starting picture", "the other image"),
+        *("Image 1 differs from the other given image", "One dog sleeps in the other image."),
+        *("One of the dogs is in the other image", "the other image is one image"),
+    ],
 )
 def test_neighbours_are_refused_where_images_move(text):
     with pytest.raises(UserError, match="cannot follow"):
         refuse_relative(text)
-    refuse_relative("the following images above and below, the next step, a latter day")
+    refuse_relative(
+        "the following images above and below, the next step, a latter day, the other images, an image source"
+    )
+    refuse_relative(
+        "One image shows a dog, and the other image a cat. One of the two photos differs from the other one."
+    )
+
+
+def test_roles_may_be_those_of_images_that_stay():
+    refuse_relative("Which is like the reference image?", all_move=False)
+    with pytest.raises(UserError, match="cannot follow"):
+        refuse_relative("Which is like the next image?", all_move=False)
 
 
 def test_letters_may_be_those_of_options():

@@ -18,6 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from perl_megatron.config import yaml_source
 from perl_megatron.data.contract.read_record import ReadRecord, option_images
+from perl_megatron.data.contract.text_references import moving_references
+from perl_megatron.data.contract.unread_answers import refuse_unread_answer
 from perl_megatron.data.contract.unread_wordings import refuse_unread
 from perl_megatron.data.permutation import validate_contract
 from perl_megatron.errors import UserError
@@ -181,8 +183,10 @@ def apply_template(
         try:
             contract = _contract(template, read)
             refuse_unread(record, contract)
+            refuse_unread_answer(record, contract)
             permutable = replace(record, contract=contract)
             validate_contract(permutable)
+            _check_label(permutable, label)
         except UserError as error:
             return _not_permutable(record, f"{template.name}: {error.what}")
         return permutable
@@ -191,6 +195,17 @@ def apply_template(
 
 def _not_permutable(record: Record, reason: str) -> Record:
     return replace(record, contract=PermutationContract(answer=AnswerRule.NOT_PERMUTABLE, reason=reason))
+
+
+def _check_label(record: Record, label: OrderLabel | None) -> None:
+    """Refuse an answer that stays, beside a text that stays, where the label says that the order changes it."""
+    contract = record.contract
+    if label is None or not label.should_change or contract.answer is not AnswerRule.UNCHANGED:
+        return
+    moving = moving_references(record)
+    references = [*moving.text, *(reference for option in moving.options for reference in option)]
+    if not any(reference.render and reference.slots[0] in contract.movable for reference in references):
+        raise UserError("by its label the answer changes with the order, but no reference says how")
 
 
 def _holds(when: Conditions, read: ReadRecord, label: OrderLabel | None) -> bool:

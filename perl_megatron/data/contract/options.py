@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from textwrap import shorten
 
 from perl_megatron.data.contract.reference_phrases import NOUN, Reference, preceded_by
@@ -59,36 +58,19 @@ def lettered_options(text: str, count: int | None) -> list[LetteredOption]:
     for number in reversed(range(len(markers))):
         following[number] = nearest.get(chr(ord(letters[number]) + 1))
         nearest[letters[number]] = number
-
-    # Many lists may share an option, as in 'A. A. A. … B. x': each is looked at once.
-    @cache
-    def option(number: int) -> LetteredOption:
-        after = following[number]
-        end = _line_end(text, markers[number].end()) if after is None else markers[after].start()
-        return _option(text, markers[number], trimmed(end))
-
-    @cache
-    def trimmed(end: int) -> int:
-        while end > 0 and text[end - 1].isspace():
-            end -= 1
-        return end
-
-    @cache
-    def is_empty(number: int) -> bool:
-        return _NO_CONTENT.fullmatch(text, option(number).start, option(number).end) is not None
-
     found: list[LetteredOption] = []
+    reader = _OptionReader(text)
     for first in (number for number, own in enumerate(letters) if own == "A"):
         if found and found[-1].marker < markers[first].start() < found[-1].end:
             continue
-        listed, after = [first], following[first]
-        while after is not None and len(listed) < (count or len(ALPHABET)):
-            listed.append(after)
-            after = following[after]
-        # Letters may stand for images ('image A: <image> image B: <image>'), or only mention options.
-        is_named = all(preceded_by(text, markers[number].start(), _NOUN_BEFORE) for number in listed)
-        if len(listed) >= (count or 2) and not is_named and not any(map(is_empty, listed[:-1])):
-            found = [option(number) for number in listed]
+        options = list[LetteredOption]()
+        current: int | None = first
+        while current is not None and len(options) < (count or len(ALPHABET)):
+            after = following[current]
+            options.append(reader.option(markers[current], None if after is None else markers[after].start()))
+            current = after
+        if len(options) >= (count or 2) and reader.is_list(options):
+            found = options
     return found
 
 
@@ -97,18 +79,57 @@ def option_spans(text: str, count: int | None) -> list[tuple[int, int]]:
     return [(option.start, option.end) for option in lettered_options(text, count)]
 
 
-def _option(text: str, marker: re.Match[str], end: int) -> LetteredOption:
-    blanks = _BLANKS.match(text, marker.end())
-    assert blanks is not None
-    return LetteredOption(marker.start(), blanks.end(), max(end, blanks.end()))
+class _OptionReader:
+    """Reads options of one text. Lists may share options, blanks and lines, which can be long: each is read once."""
 
+    def __init__(self, text: str):
+        self.text = text
+        self._options: dict[int, LetteredOption] = {}
+        self._trimmed: dict[int, int] = {}
+        self._has_content: dict[LetteredOption, bool] = {}
+        self._line = (0, -1)
 
-def _line_end(text: str, start: int) -> int:
-    """The end of the line on which the first word after ``start`` stands."""
-    first_word = _BLANKS.match(text, start)
-    assert first_word is not None
-    end = text.find("\n", first_word.end())
-    return len(text) if end < 0 else end
+    def option(self, marker: re.Match[str], end: int | None) -> LetteredOption:
+        """The option behind a marker, up to ``end``; None: up to the end of the line of its first word."""
+        if marker.start() not in self._options:
+            start = self._first_word(marker.end())
+            end = self._line_end(start) if end is None else end
+            self._options[marker.start()] = LetteredOption(
+                marker.start(), min(start, end), max(min(start, end), self._without_blanks(end))
+            )
+        return self._options[marker.start()]
+
+    def is_list(self, options: list[LetteredOption]) -> bool:
+        """Whether letters mark options, and not images ('image A: <image> image B: <image>') or mention options."""
+        if all(preceded_by(self.text, option.marker, _NOUN_BEFORE) for option in options):
+            return False
+        return all(self._holds_words(option) for option in options[:-1])
+
+    def _holds_words(self, option: LetteredOption) -> bool:
+        if option not in self._has_content:
+            self._has_content[option] = not _NO_CONTENT.fullmatch(self.text, option.start, option.end)
+        return self._has_content[option]
+
+    def _first_word(self, start: int) -> int:
+        blanks = _BLANKS.match(self.text, start)
+        assert blanks is not None
+        return blanks.end()
+
+    def _line_end(self, start: int) -> int:
+        """The end of the line of ``start``."""
+        if not self._line[0] <= start <= self._line[1]:
+            end = self.text.find("\n", start)
+            self._line = (start, len(self.text) if end < 0 else end)
+        return self._line[1]
+
+    def _without_blanks(self, end: int) -> int:
+        """Where the last word before ``end`` ends."""
+        if end not in self._trimmed:
+            word_end = end
+            while word_end and self.text[word_end - 1].isspace():
+                word_end -= 1
+            self._trimmed[end] = word_end
+        return self._trimmed[end]
 
 
 def slots_within(text: str, option: LetteredOption) -> list[int]:
@@ -142,22 +163,33 @@ def check_option_slots(record: Record) -> None:
 
 
 def check_inline_images(record: Record) -> None:
-    """Refuse options that show movable images, '(A) <image> (B) <image>', but that the contract does not say to be."""
+    """Refuse options that show movable images, '(A) <image> (B) <image>', but that the contract does not say to be.
+
+    An option that shows several of them would show others after a move, and its letter says nothing of it.
+    """
     contract = record.contract
-    by_letter = contract.answer is AnswerRule.OPTION_LETTER
-    by_letter_unchanged = contract.answer is AnswerRule.UNCHANGED and re.fullmatch("[A-Z]", record.answer)
-    if not contract.permutable or not (by_letter or by_letter_unchanged):
+    if not contract.permutable:
         return
     listed = lettered_options(record.text, len(contract.option_slots) or None) or lettered_options(record.text, None)
     for index, option in enumerate(listed):
         shown = slots_within(record.text, option)
-        expected = contract.option_slots[index] if by_letter and index < len(contract.option_slots) else None
-        if len(shown) == 1 and shown[0] in contract.movable and shown[0] != expected:
-            raise UserError(
-                f"option {letter(index)} shows the image of slot {shown[0]}, which moves, but the contract "
-                + ("says nothing of it" if expected is None else f"gives slot {expected}"),
-                fix="use the answer rule 'option_letter' with the slot of each option",
-            )
+        moving = [slot for slot in shown if slot in contract.movable]
+        expected = contract.option_slots[index] if index < len(contract.option_slots) else None
+        if not moving or shown == [expected] or (len(shown) == 1 and _follows(record, index, shown[0])):
+            continue
+        several = len(shown) > 1
+        raise UserError(
+            f"option {letter(index)} shows the image{'s' if several else ''} of slot{'s' if several else ''} "
+            f"{', '.join(map(str, shown))}, which move{'' if several else 's'}, but the contract "
+            + ("says nothing of it" if expected is None else f"gives slot {expected}"),
+            fix="let no image move" if several else "use the answer rule 'option_letter' with the slot of each option",
+        )
+
+
+def _follows(record: Record, index: int, slot: int) -> bool:
+    """Whether an answer that names an option names its image: by the image's number, or by a letter that is its own."""
+    rule = record.contract.answer
+    return rule in (AnswerRule.INDEX, AnswerRule.ORDERING) or (rule is AnswerRule.REFERENCES and index == slot)
 
 
 def check_named_slots(record: Record, options: list[LetteredOption], references: list[Reference]) -> None:

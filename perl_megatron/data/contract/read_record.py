@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -55,10 +56,12 @@ class ReadRecord:
 
     @cached_property
     def names_in_answer(self) -> bool:
-        """Whether the answer names images, in a sentence or as words such as 'left' and 'the second one'."""
+        """Whether the answer names images, in a sentence or as words such as 'left' and 'the second one'.
+
+        A number or a letter alone may be anything.
+        """
         references = self._references_of(self.record.answer, numbers=False)
-        letter_alone = len(self.record.answer.strip("(). ")) == 1
-        return bool(references) and not letter_alone
+        return bool(references) and not re.fullmatch(r"\W*(?:\d+|[A-Za-z])\W*", self.record.answer)
 
     @cached_property
     def names_images(self) -> bool:

@@ -18,7 +18,9 @@ from perl_megatron.data.contract.letter_references import find_letters
 from perl_megatron.data.contract.ordinal_references import find_ordinals
 from perl_megatron.data.contract.position_references import find_positions
 from perl_megatron.data.contract.reference_phrases import (
+    NEUTRAL,
     NOUN,
+    NUMBERS,
     Phrase,
     Reference,
     cannot_follow,
@@ -78,21 +80,34 @@ def rewrite_references(text: str, references: Sequence[Reference], new_slots: Se
     return "".join([*pieces, text[end:]])
 
 
-_RELATIVE_WORDS = ("previous", "preceding", "prior", "next", "subsequent", "former", "latter", "above", "below")
+_NEIGHBOURS = ("previous", "preceding", "prior", "next", "subsequent", "earlier", "later")
+_ROLES = ("initial", "original", "starting", "ending", "opening", "closing", "reference", "query", "source", "target")
+_RELATIVE_WORDS = (*_NEIGHBOURS, "former", "latter", "above", "below")
+_COUNT = rf"(?:(?:{'|'.join(NUMBERS)}|\d++)\s++)?"
 _RELATIVE = re.compile(
-    rf"\b(?:previous|preceding|prior|next|subsequent)\s++{NOUN}s?\b|\bthe\s++(?:former|latter)\b"
+    rf"\b(?:{'|'.join(_NEIGHBOURS)})\s++{_COUNT}{NEUTRAL}{NOUN}s?\b|\bthe\s++(?:former|latter)\b|\b(?:earlier|later)\s++of\s++the\b"
     rf"|\b(?:above|below)\s++{NOUN}\b(?!s)|\b(?:the|this)\s++{NOUN}\s++(?:above|below)\b",
     re.IGNORECASE,
 )
+_ROLE = re.compile(rf"\b(?:{'|'.join(_ROLES)})\s++{_COUNT}{NEUTRAL}{NOUN}s?\b", re.IGNORECASE)
+_OTHER = re.compile(rf"\bthe\s++other\s++{NEUTRAL}(?:{NOUN}|one)\b", re.IGNORECASE)
+_ONE = re.compile(
+    rf"\bone\s++(?:of\s++(?:them|(?:the|these|those)\s++(?:\w++\s++)?(?:{NOUN})s)\b|(?:of\s++)?{NOUN}\b)", re.IGNORECASE
+)
 
 
-def refuse_relative(text: str) -> None:
+def refuse_relative(text: str, *, all_move: bool = True) -> None:
     """Refuse a wording that names an image by its neighbour ("the next image") or by the text ("the latter").
 
-    Only for records whose images move: such a wording cannot be rewritten in general.
+    Only for records whose images move: such a wording cannot be rewritten in general. "The other image" stays after
+    "one image", and a role ("the reference image") may be that of an image that stays (``all_move`` is false).
     """
     if holds_any(text, _RELATIVE_WORDS) and (relative := _RELATIVE.search(text)):
         raise cannot_follow(relative[0])
+    if all_move and holds_any(text, _ROLES) and (role := _ROLE.search(text)):
+        raise cannot_follow(role[0])
+    if (other := _OTHER.search(text)) and not _ONE.search(text, 0, other.start()):
+        raise cannot_follow(other[0])
 
 
 _PLACEHOLDER = re.compile(re.escape(IMAGE_PLACEHOLDER))

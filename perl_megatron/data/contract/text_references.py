@@ -108,7 +108,7 @@ def _text_references(record: Record, listed: list[LetteredOption]) -> list[Refer
         return bare
     text = "".join([*pieces, record.text[end:]])
     if record.contract.permutable:
-        refuse_relative(text)
+        refuse_relative(text, all_move=len(record.contract.movable) == len(record.images))
     found = find_references(text, rules, len(record.images), image_letters(record))
     return sorted([*bare, *found], key=lambda reference: reference.start) if bare else found
 

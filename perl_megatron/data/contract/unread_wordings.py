@@ -20,7 +20,7 @@ from perl_megatron.types import IMAGE_PLACEHOLDER, PermutationContract, Record, 
 
 _OTHER_NOUN = (
     r"(?:frame|panel|screenshot|slide|scene|view|painting|drawing|diagram|chart|graph|plot|map|scan|clip|illustration"
-    r"|sketch|snapshot|shot|page|poster|card|candidate|item|x-ray)s?\b"
+    r"|sketch|snapshot|shot|page|poster|card|candidate|item|x-ray|pair|set|group)s?\b"
 )
 _SIDE = r"(?:left|right|top|bottom|upper|lower|middle|central)(?:[- ]?most)?"
 _OTHER_NAMES = re.compile(

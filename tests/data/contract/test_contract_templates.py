@@ -72,7 +72,15 @@ def rotated(permutable: Record) -> tuple[str, str]:
         ("some_subset", TWO + "How many dogs are there in total?", "2", None, (0, 1), "in total?", "2"),
         ("mantis", THREE + "Which image is more like image 2? (A) image 1 (B) image 3", "A", ARE_IMAGES,
          (0, 2), "like image 2? (A) image 1", "B"),
+        ("dreamsim", THREE + "Which image is most like the reference image?", "Image 3",
+         None, (1, 2), "the reference image?", "Image 2"),
         # Not permutable, for a reason.
+        ("mantis", TWO + "Is there a dog in the first of the two images?", "yes", None, None, "cannot follow", None),
+        ("mantis", TWO + "How many cars are in the original image?", "4", None, None, "cannot follow", None),
+        ("mantis", TWO + "How many cars are in the other image?", "4", None, None, "cannot follow", None),
+        ("mantis", TWO + "How many objects disappeared?", "3", None, None, "a sequence", None),
+        ("mantis", TWO + "Was the man added?", "yes", None, None, "a sequence", None),
+        ("mantis", TWO + "How many dogs are in pair 2?", "3", None, None, "'pair 2' may name", None),
         ("nlvr2", TWO + "Image A shows a dog.", "True", None, None, "by 'letter', which the template", None),
         ("dreamsim", "<image>\n<image> <image>\nIs image B like it?", "A", None, None, "cannot tell the options", None),
         ("iconqa", THREE + "Which is like the leftmost image?", "A", None, None, "by 'position'", None),
@@ -82,6 +90,7 @@ def rotated(permutable: Record) -> tuple[str, str]:
         ("showhowto_choice", FIVE + "Next? (A) this (B) that", "A", None, None, "2 options", None),
         ("showhowto_ordering", TWO + "Order? (A) 1, 2 (B) the usual", "A", None, None, "names none", None),
         ("showhowto_ordering", TWO + "Order? (A) 1, 2 (B) 2, 3", "A", None, None, "does not exist", None),
+        ("mantis", "Which pair? (A) <image> <image> (B) <image> <image>", "B", None, None, "images of slots", None),
         ("mantis", TWO + "Is there a dog?", "yes", CHANGES, None, "no reference says how", None),
         ("mantis", TWO + "Which animal is in both?", "a cat", None, None, "no template for 'mantis' fits", None),
         ("mantis", TWO + "What happens in the next image?", "yes", None, None, "the images are a sequence", None),
@@ -156,7 +165,7 @@ def test_the_first_template_that_fits_decides(tmp_path):
     )
     templates = load_templates(written(tmp_path, own))
     reasons = [
-        apply_template(record(text, "2"), templates, family="mine").contract.reason
+        apply_template(record(text, "20"), templates, family="mine").contract.reason
         for text in ("<image><image> closed", "<image><image><image>", "<image><image>")
     ]
     assert reasons == ["never: it is closed", "three: the last 4 of 3 images should move", ""]

@@ -61,6 +61,43 @@ def test_hostile_texts_take_linear_time():
     assert seconds(5000) < 40 * max(seconds(500), 0.001)
 
 
+class CountedText(str):
+    """A text that counts how often one of its characters is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, key):
+        type(self).looks += 1
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("before_blanks", ["A. ", "A. B. ", "A. x "])
+@pytest.mark.parametrize("after_blanks", ["", "x", "B. x"])
+def test_blanks_behind_many_letters_are_looked_at_once(before_blanks, after_blanks):
+    CountedText.looks = 0
+    lettered_options(CountedText(before_blanks * 2000 + " " * 10000 + after_blanks), None)
+    assert CountedText.looks < 30000  # once for each letter meant twenty million
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A. " * 20000 + " " * 40000,
+        "A. " * 20000 + " " * 40000 + "B. x",
+        "A. " * 20000 + "x" * 40000,
+        "A. " * 20000 + "B. " + "!" * 40000 + "C. x",
+        "A. x B. " * 12500,
+        "(A) " * 25000,
+        "A.\n" * 33333,
+    ],
+    ids=range(7),
+)
+def test_a_hundred_thousand_characters_take_less_than_a_second(text):
+    started = time.process_time()
+    lettered_options(text, None)
+    assert time.process_time() - started < 1
+
+
 def test_the_letter_stands_before_the_text():
     text = "Which? (A)  cat  (B) dog"
     (first, second) = lettered_options(text, None)
