@@ -17,6 +17,7 @@ from perl_megatron.evaluation.asking import EngineAsker, Reply, evaluation_sampl
 from perl_megatron.evaluation.benchmark_run import run_benchmark
 from perl_megatron.evaluation.benchmarks.benchmark import load_items
 from perl_megatron.evaluation.benchmarks.registry import BENCHMARKS
+from perl_megatron.evaluation.benchmarks.scoring import SCORE_VERSION
 from perl_megatron.evaluation.output_log import OutputLog, model_digest, open_folder
 from perl_megatron.rollout.engine import Sampling
 
@@ -72,7 +73,7 @@ def test_rows(items, tmp_path):
         "prediction": "B",
         "expected": "B",
         "correct": True,
-        "score_version": 1,
+        "score_version": SCORE_VERSION,
         "question_digest": "",
     }
 
@@ -112,13 +113,13 @@ def test_changed_questions_and_missing_answers_are_asked_again(items, tmp_path):
 
 def test_old_verdicts_are_given_again(items, tmp_path, monkeypatch):
     ask(items, Scripted(), tmp_path)
-    monkeypatch.setattr(benchmark_run, "SCORE_VERSION", 2)
+    monkeypatch.setattr(benchmark_run, "SCORE_VERSION", SCORE_VERSION + 1)
     items[0] = replace(items[0], record=replace(items[0].record, answer="A"))
     again = Scripted()
     rows = ask(items, again, tmp_path)
     assert again.asked == []
     assert [row["correct"] for row in rows] == [False] + [True] * 9
-    assert {row["score_version"] for row in rows} == {2}
+    assert {row["score_version"] for row in rows} == {SCORE_VERSION + 1}
 
 
 def test_what_cannot_be_asked_counts_as_wrong(items, tmp_path):

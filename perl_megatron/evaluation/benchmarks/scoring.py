@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from perl_megatron.evaluation.benchmarks.extraction import (
+    MAX_LENGTH,
     Prediction,
     after_thinking,
     all_boxed,
@@ -20,24 +21,16 @@ from perl_megatron.evaluation.benchmarks.extraction import (
     read_option,
 )
 from perl_megatron.evaluation.benchmarks.item import Item
+from perl_megatron.evaluation.benchmarks.units import guard_variable, set_apart, split_unit
 from perl_megatron.reward.answers import plain, read_number
 from perl_megatron.reward.math_equivalence import math_equal
 
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 """Raised when a verdict can change; raw outputs of an older version are scored again."""
 
 _NUMBER = re.compile(
     r"(?<![\w.^*])(?<![0-9],)[-+−]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))(?:\s*/\s*[0-9]+)?"
     r"(?![0-9]|[.,][0-9]|\s?[\^*])"
-)
-_UNIT = (
-    r"(?:square |cubic |sq\.? ?|cu\.? ?)?(?:[kcmdμ]?m|[kmμ]?g|[mμn]?s|[mk]?l|k?w|k?pa|k?n|k?j|°[cf]?|\\circ|%|percent|"
-    r"meters?|metres?|centimet(?:er|re)s?|kilomet(?:er|re)s?|millimet(?:er|re)s?|feet|foot|ft|inch(?:es)?|in|miles?|"
-    r"yards?|grams?|kilograms?|seconds?|sec|minutes?|min|hours?|hrs?|h|days?|weeks?|months?|years?|degrees?|radians?|"
-    r"dollars?|cents?|euros?|yuan|units?|people|times)(?:\s*(?:\^\s*\{?\s*[23]\s*\}?|[²³]))?"
-)
-_WITH_UNIT = re.compile(
-    rf"(?P<number>.*?[0-9}}])\s*(?:/\s*|per\s*)?(?P<unit>{_UNIT}(?:\s*(?:/|per)\s*{_UNIT})?)\s*", re.IGNORECASE
 )
 _STEP = re.compile(r"(?:^|(?<=[\s;；.。,，、}]))[(（]\s*([1-9])\s*[)）]")
 _FRACTION_DEGREE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
@@ -181,7 +174,7 @@ def number_in(text: str) -> Fraction | None:
     None for a text without a number or with several ('3 or 4').
     """
     text = _tidy(text).replace("%", "")
-    for whole in (text, _split_unit(text)[0]):
+    for whole in (text, split_unit(text, attached=True).expression):
         number = read_number(whole)
         if number is not None:
             return number
@@ -246,27 +239,34 @@ def _same_value(expected: str, given: str) -> bool:
 
 
 def _math_same(expected: str, given: str) -> bool:
-    expected, given = _tidy(expected), _tidy(given)
+    """Mathematically equal, in the same unit or in one that converts exactly; either may leave the unit out."""
+    expected, given = (_tidy(set_apart(text[:MAX_LENGTH]), degree=True) for text in (expected, given))
     if not given:
         return False
-    bare = [_split_unit(text) for text in (expected, given)]
-    if bare[0][1] and bare[1][1] and fold(bare[0][1]) != fold(bare[1][1]):
-        return False  # 3 m is not 3 cm; math-verify does not look at units
-    if fold(expected) == fold(given) or math_equal(expected, given):
+    if fold(expected) == fold(given):
         return True
-    return bare != [(expected, ""), (given, "")] and math_equal(bare[0][0], bare[1][0])
+    wanted = split_unit(expected)
+    got = split_unit(given, attached=wanted.unit is not None)
+    if got.unit is not None:
+        wanted = split_unit(expected, attached=True)
+    if wanted.unit is not None and got.unit is not None:  # math-verify does not look at units: 3 m is not 3 cm
+        if wanted.unit == got.unit:
+            return math_equal(wanted.expression, got.expression)
+        numbers = read_number(wanted.expression), read_number(got.expression)
+        if wanted.unit.dimensions != got.unit.dimensions or numbers[0] is None or numbers[1] is None:
+            return False
+        return numbers[0] * wanted.unit.factor == numbers[1] * got.unit.factor
+    if wanted.unit is None and got.unit is None:
+        return math_equal(guard_variable(expected), guard_variable(given))
+    return math_equal(expected, given) or math_equal(wanted.expression, got.expression)
 
 
-def _split_unit(text: str) -> tuple[str, str]:
-    match = _WITH_UNIT.fullmatch(text)
-    return (match["number"].strip(), match["unit"].replace(" ", "")) if match else (text, "")
-
-
-def _tidy(text: str) -> str:
-    """Without dollar signs, degree signs, thin spaces, text commands and a final full stop."""
-    text = plain(text[:2000])
+def _tidy(text: str, *, degree: bool = False) -> str:
+    """Without dollar signs, thin spaces, text commands, a final full stop and (unless ``degree``) degree sign."""
+    text = plain(text[:MAX_LENGTH])
     text = _FRACTION_DEGREE.sub("°", text).replace("\\$", "").replace("$", "").replace("\\%", "%")
-    return re.sub(r"\\[,!;:]|~|\\qquad|\\quad", " ", text).strip().rstrip(".。").strip().removesuffix("°")
+    text = re.sub(r"\\[,!;:]|~|\\qquad|\\quad", " ", text).strip().rstrip(".。").strip()
+    return text if degree else text.removesuffix("°")
 
 
 def _elements(text: str) -> list[Fraction | str]:

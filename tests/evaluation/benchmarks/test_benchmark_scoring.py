@@ -172,6 +172,24 @@ def test_math(expected, response, verdict):
     assert right(f"\\boxed{{{response}}}", item("math", expected)) == verdict
 
 
+@pytest.mark.parametrize(
+    ("expected", "response", "verdict"),
+    [
+        *(("12 cm^2", "12 cm²", True), ("12\\mathrm{cm}^2", "12 cm²", True), ("5 hours", "5 h", True)),
+        *(("24 cm^2", "24 square centimeters", True), ("5 cm", "5 centimeters", True), ("3 m", "300 cm", True)),
+        *(("5km", "5", True), ("17", "17\\text{m}", True), ("50\\%", "50", True), ("5 people", "5", True)),
+        *(("2\\sqrt{3}\\text{cm}", "\\sqrt{12} cm", True), ("10\\,\\mathrm{m/s^{2}}", "10 m/s^2", True)),
+        *(("3 m", "3m", True), ("3m", "3 m", True), ("2n", "2n", True), ("3m", "m \\cdot 3", True)),
+        *(("5 cm", "5 cm^2", False), ("3 m", "300 m", False), ("30^\\circ", "30 radians", False)),
+        *((f"{number}{variable}", number, False) for number, variable in (("2", "n"), ("3", "m"), ("6", "h"))),
+        *(("2 n", "2", False), ("2mn", "2", False), ("\\frac{1}{2}mv^2", "\\frac{1}{2}", False), ("3", "3m", False)),
+    ],
+)
+def test_units(expected, response, verdict):
+    """A unit has several spellings and may be left out; a letter right after a number is a variable."""
+    assert right(f"\\boxed{{{response}}}", item("math", expected)) == verdict
+
+
 def test_choice_or_math():
     assert right("\\boxed{B}", item("choice_or_math", "B", options=("1", "2")))
     assert not right("\\boxed{B}", item("choice_or_math", "2"))
