@@ -139,17 +139,16 @@ def score_choice_or_math(response: str, item: Item) -> Verdict:
 def score_steps(response: str, item: Item) -> Verdict:
     """Every step's answer mathematically equal, and as many steps as expected.
 
-    The steps of a response are its boxes, where there are as many as steps; else the parts '(1) …', '(2) …' of its
-    prediction.
+    The steps of a response are the parts '(1) …', '(2) …' of its prediction, where there are as many as steps; else
+    the boxes after its thinking, where there are.
     """
     expected = steps_of(item.record.answer)
-    boxes, prediction = all_boxed(response), predict(response)
-    if len(boxes) == len(expected) > 1:
-        given = boxes
-    elif prediction is None:
+    boxes, prediction = all_boxed(after_thinking(response)), predict(response)
+    if prediction is None:
         return _unread(prediction)
-    else:
-        given = steps_of(prediction.text)
+    given = steps_of(prediction.text)
+    if len(given) != len(expected) == len(boxes):
+        given = boxes
     right = len(given) == len(expected) and all(map(_math_same, expected, given))
     return Verdict(" ; ".join(given), right)
 

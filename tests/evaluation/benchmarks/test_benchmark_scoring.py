@@ -217,6 +217,20 @@ def test_steps(response, verdict):
     assert right(response, item("steps", STEPS)) == verdict
 
 
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        (r"<think>maybe \boxed{7}</think> \boxed{(1) 5; (2) 6}", True),
+        (r"<think>\boxed{7} \boxed{8}</think> \boxed{5} \boxed{6}", True),
+        (r"<think>\boxed{5} \boxed{6}</think> \boxed{7} \boxed{8}", False),
+        (r"<think>\boxed{5}</think> \boxed{6}", False),
+        (r"So \boxed{11}, that is \boxed{(1) 5; (2) 6}", True),
+    ],
+)
+def test_thinking_holds_no_steps(response, verdict):
+    assert right(response, item("steps", "(1) 5; (2) 6")) == verdict
+
+
 def test_steps_of():
     assert steps_of(STEPS) == ["$(4,2)$", "$a=\\frac{1}{2}$", "7.5"]
     assert steps_of("f(1) = 2 and f(2) = 3") == ["f(1) = 2 and f(2) = 3"]
