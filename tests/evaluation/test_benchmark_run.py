@@ -15,6 +15,7 @@ from perl_megatron.errors import UserError
 from perl_megatron.evaluation import benchmark_run
 from perl_megatron.evaluation.asking import EngineAsker, Reply, evaluation_sampling
 from perl_megatron.evaluation.benchmark_run import run_benchmark
+from perl_megatron.evaluation.benchmarks import scoring
 from perl_megatron.evaluation.benchmarks.benchmark import load_items
 from perl_megatron.evaluation.benchmarks.registry import BENCHMARKS
 from perl_megatron.evaluation.benchmarks.scoring import SCORE_VERSION
@@ -120,6 +121,25 @@ def test_old_verdicts_are_given_again(items, tmp_path, monkeypatch):
     assert again.asked == []
     assert [row["correct"] for row in rows] == [False] + [True] * 9
     assert {row["score_version"] for row in rows} == {SCORE_VERSION + 1}
+    on_disk = OutputLog(tmp_path / "blink.jsonl").read()
+    assert len(on_disk) == 20
+    assert on_disk[10:] == rows
+    assert ask(items, again, tmp_path) == rows
+    assert len(OutputLog(tmp_path / "blink.jsonl").read()) == 20  # once
+
+
+def test_the_mathematics_of_a_chunk_is_bounded_together(items, tmp_path, monkeypatch):
+    """One call of ``compare_all``, which bounds them, for each chunk."""
+    calls = []
+
+    def compare(pairs, *, at_once):
+        calls.append(pairs)
+        return dict.fromkeys(pairs, False)
+
+    monkeypatch.setattr(scoring, "compare_all", compare)
+    items = [replace(item, scorer="math") for item in items]
+    ask(items, Scripted(answer="\\boxed{9**9**9}"), tmp_path)
+    assert [len(pairs) for pairs in calls] == [3, 3, 3, 1]
 
 
 def test_what_cannot_be_asked_counts_as_wrong(items, tmp_path):

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from perl_megatron.evaluation.benchmarks.extraction import (
-    MAX_LENGTH,
     Prediction,
     after_thinking,
     all_boxed,
@@ -21,9 +20,11 @@ from perl_megatron.evaluation.benchmarks.extraction import (
     read_option,
 )
 from perl_megatron.evaluation.benchmarks.item import Item
-from perl_megatron.evaluation.benchmarks.units import guard_variable, set_apart, split_unit
-from perl_megatron.reward.answers import plain, read_number
-from perl_megatron.reward.math_equivalence import math_equal
+from perl_megatron.evaluation.benchmarks.math_answers import Maths, math_same, split_unit, tidy
+from perl_megatron.reward.answers import read_number
+from perl_megatron.reward.math_equivalence import compare_all, math_equal
+from perl_megatron.reward.scorer import MAX_AT_ONCE
+from perl_megatron.runtime.environment import cores_of_this_process
 
 SCORE_VERSION = 2
 """Raised when a verdict can change; raw outputs of an older version are scored again."""
@@ -33,7 +34,6 @@ _NUMBER = re.compile(
     r"(?![0-9]|[.,][0-9]|\s?[\^*])"
 )
 _STEP = re.compile(r"(?:^|(?<=[\s;；.。,，、}]))[(（]\s*([1-9])\s*[)）]")
-_FRACTION_DEGREE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,29 @@ class Verdict:
     correct: bool
 
 
-def score(response: str, item: Item) -> Verdict:
+def score(response: str, item: Item, *, maths: Maths = math_equal) -> Verdict:
     """The verdict on a response to ``item``."""
+    if item.scorer in MATH_SCORERS:
+        return MATH_SCORERS[item.scorer](response, item, maths)
     return SCORERS[item.scorer](response, item)
+
+
+def score_all(answers: Sequence[tuple[str, Item]]) -> list[Verdict]:
+    """``score`` of many (response, item): their mathematics is compared side by side, within a common bound.
+
+    The bound is that of ``reward.math_equivalence.compare_all``, as for the answers of a training step.
+    """
+    pairs: list[tuple[str, str]] = []
+
+    def collect(expected: str, given: str) -> bool:
+        pairs.append((expected, given))
+        return False  # so that what is compared next where this is not equal is collected too
+
+    for response, item in answers:
+        if item.scorer in MATH_SCORERS:
+            score(response, item, maths=collect)
+    equal = compare_all(pairs, at_once=min(MAX_AT_ONCE, cores_of_this_process()))
+    return [score(response, item, maths=lambda wanted, given: equal[wanted, given]) for response, item in answers]
 
 
 def score_choice(response: str, item: Item) -> Verdict:
@@ -113,7 +133,7 @@ def score_tolerant(response: str, item: Item) -> Verdict:
     text, grading = _answer_text(response), item.record.grading
     if text is None:
         return Verdict(None, False)
-    given, expected = number_in(text), read_number(_tidy(item.record.answer).replace("%", ""))
+    given, expected = number_in(text), read_number(tidy(item.record.answer).replace("%", ""))
     if given is not None and expected is not None:
         relative, absolute = (
             Fraction(str(bound)) for bound in (grading.relative_tolerance, grading.absolute_tolerance)
@@ -122,21 +142,21 @@ def score_tolerant(response: str, item: Item) -> Verdict:
     return Verdict(text, _same_value(item.record.answer, text))
 
 
-def score_math(response: str, item: Item) -> Verdict:
+def score_math(response: str, item: Item, maths: Maths) -> Verdict:
     """Mathematically equal, as math-verify sees it; a unit may be left out."""
     prediction = predict(response)
     if prediction is None:
         return _unread(prediction)
     given = prediction.value()
-    return Verdict(given, _math_same(item.record.answer, given))
+    return Verdict(given, math_same(item.record.answer, given, maths))
 
 
-def score_choice_or_math(response: str, item: Item) -> Verdict:
+def score_choice_or_math(response: str, item: Item, maths: Maths) -> Verdict:
     """By letter or option text where the record has options, else by mathematical equality."""
-    return (score_choice if item.record.grading.options else score_math)(response, item)
+    return score_choice(response, item) if item.record.grading.options else score_math(response, item, maths)
 
 
-def score_steps(response: str, item: Item) -> Verdict:
+def score_steps(response: str, item: Item, maths: Maths) -> Verdict:
     """Every step's answer mathematically equal, and as many steps as expected.
 
     The steps of a response are the parts '(1) …', '(2) …' of its prediction, where there are as many as steps; else
@@ -149,8 +169,11 @@ def score_steps(response: str, item: Item) -> Verdict:
     given = steps_of(prediction.text)
     if len(given) != len(expected) == len(boxes):
         given = boxes
-    right = len(given) == len(expected) and all(map(_math_same, expected, given))
-    return Verdict(" ; ".join(given), right)
+    if len(given) != len(expected):
+        return Verdict(" ; ".join(given), False)
+    # All are compared, also after a wrong one: ``score_all`` collects them.
+    same = [math_same(wanted, got, maths) for wanted, got in zip(expected, given, strict=True)]
+    return Verdict(" ; ".join(given), all(same))
 
 
 SCORERS: dict[str, Callable[[str, Item], Verdict]] = {
@@ -161,6 +184,8 @@ SCORERS: dict[str, Callable[[str, Item], Verdict]] = {
     "list": score_list,
     "one_of": score_one_of,
     "tolerant": score_tolerant,
+}
+MATH_SCORERS: dict[str, Callable[[str, Item, Maths], Verdict]] = {
     "math": score_math,
     "choice_or_math": score_choice_or_math,
     "steps": score_steps,
@@ -172,7 +197,7 @@ def number_in(text: str) -> Fraction | None:
 
     None for a text without a number or with several ('3 or 4').
     """
-    text = _tidy(text).replace("%", "")
+    text = tidy(text).replace("%", "")
     for whole in (text, split_unit(text, attached=True).expression):
         number = read_number(whole)
         if number is not None:
@@ -225,7 +250,7 @@ def _answer_text(response: str) -> str | None:
 
 def _same_value(expected: str, given: str) -> bool:
     """Equal as numbers (a percent sign does not count), or as texts without spaces and outer brackets."""
-    numbers = [read_number(_tidy(text).replace("%", "")) for text in (expected, given)]
+    numbers = [read_number(tidy(text).replace("%", "")) for text in (expected, given)]
     if None not in numbers:
         return numbers[0] == numbers[1]
 
@@ -237,39 +262,8 @@ def _same_value(expected: str, given: str) -> bool:
     return bool(bare(given)) and bare(expected) == bare(given)
 
 
-def _math_same(expected: str, given: str) -> bool:
-    """Mathematically equal, in the same unit or in one that converts exactly; either may leave the unit out."""
-    expected, given = (_tidy(set_apart(text[:MAX_LENGTH]), degree=True) for text in (expected, given))
-    if not given:
-        return False
-    if fold(expected) == fold(given):
-        return True
-    wanted = split_unit(expected)
-    got = split_unit(given, attached=wanted.unit is not None)
-    if got.unit is not None:
-        wanted = split_unit(expected, attached=True)
-    if wanted.unit is not None and got.unit is not None:  # math-verify does not look at units: 3 m is not 3 cm
-        if wanted.unit == got.unit:
-            return math_equal(wanted.expression, got.expression)
-        numbers = read_number(wanted.expression), read_number(got.expression)
-        if wanted.unit.dimensions != got.unit.dimensions or numbers[0] is None or numbers[1] is None:
-            return False
-        return numbers[0] * wanted.unit.factor == numbers[1] * got.unit.factor
-    if wanted.unit is None and got.unit is None:
-        return math_equal(guard_variable(expected), guard_variable(given))
-    return math_equal(expected, given) or math_equal(wanted.expression, got.expression)
-
-
-def _tidy(text: str, *, degree: bool = False) -> str:
-    """Without dollar signs, thin spaces, text commands, a final full stop and (unless ``degree``) degree sign."""
-    text = plain(text[:MAX_LENGTH])
-    text = _FRACTION_DEGREE.sub("°", text).replace("\\$", "").replace("$", "").replace("\\%", "%")
-    text = re.sub(r"\\[,!;:]|~|\\qquad|\\quad", " ", text).strip().rstrip(".。").strip()
-    return text if degree else text.removesuffix("°")
-
-
 def _elements(text: str) -> list[Fraction | str]:
-    parts = re.split(r"[,;]", _tidy(text).strip("[](){} "))
+    parts = re.split(r"[,;]", tidy(text).strip("[](){} "))
     values: list[Fraction | str] = []
     for part in parts:
         bare = part.strip().strip("'\"").strip()

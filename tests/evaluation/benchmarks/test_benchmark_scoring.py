@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perl_megatron.evaluation.benchmarks import scoring
 from perl_megatron.evaluation.benchmarks.item import Item
-from perl_megatron.evaluation.benchmarks.scoring import SCORERS, number_in, score, steps_of
+from perl_megatron.evaluation.benchmarks.scoring import MATH_SCORERS, SCORERS, number_in, score, score_all, steps_of
+from perl_megatron.reward.math_equivalence import compare_all
 from perl_megatron.types import Grading, Record
 
 HOSTILE = (
@@ -249,7 +251,7 @@ def test_number_in(text, value):
     assert number_in(text) == value
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", [*SCORERS, *MATH_SCORERS])
 @settings(deadline=None, max_examples=25)
 @given(response=st.text(max_size=200) | st.text(max_size=60).map(lambda text: f"\\boxed{{{text}}}"))
 def test_no_response_crashes_a_scorer(scorer, response):
@@ -257,10 +259,32 @@ def test_no_response_crashes_a_scorer(scorer, response):
     assert verdict.correct in {True, False}
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", [*SCORERS, *MATH_SCORERS])
 def test_hostile_answers_are_wrong_in_time(scorer):
     question = item(scorer, "A" if "choice" in scorer else "7", options=("cat", "dog") if "choice" in scorer else ())
     start = time.process_time()
     for response in HOSTILE:
         assert not right(response, question), response[:40]
     assert time.process_time() - start < 10
+
+
+def test_many_answers_are_compared_in_one_call(monkeypatch):
+    """All the mathematics of many answers is known beforehand, so that it has one bound; verdicts are those of each."""
+    calls = []
+
+    def compare(pairs, *, at_once):
+        calls.append(at_once)
+        return compare_all(pairs, at_once=at_once)
+
+    asked = [
+        *((response, item("steps", STEPS)) for response in (r"\boxed{(1) 7; (2) a=1/2; (3) 7.5}", r"\boxed{1}", "")),
+        *((f"\\boxed{{{given}}}", item("math", "17 m")) for given in ("17", "34/2 m", "1700 cm", "17 cm", "16")),
+        ("\\boxed{12}", item("integer", "12")),
+        ("\\boxed{4/2}", item("choice_or_math", "2")),
+        ("\\boxed{B}", item("choice_or_math", "B", options=("1", "2"))),
+    ]
+    one_by_one = [score(response, question) for response, question in asked]
+    monkeypatch.setattr(scoring, "compare_all", compare)
+    assert score_all(asked) == one_by_one
+    assert len(calls) == 1
+    assert [verdict.correct for verdict in one_by_one] == [False] * 3 + [True] * 3 + [False] * 2 + [True] * 3
