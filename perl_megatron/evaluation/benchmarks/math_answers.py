@@ -14,9 +14,9 @@ Maths = Callable[[str, str], bool]
 """Decides whether two mathematical expressions, (expected, given), are equal."""
 
 _FRACTION_DEGREE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
-_UPRIGHT = re.compile(r"(?<=[0-9}])(?=\\(?:text|mathrm|textrm|operatorname)\s*\{)")
-_END_OF_NUMBER = re.compile(r"(?<=[0-9})])(?=[^0-9})])")
-_VARIABLE_AT_END = re.compile(r"(?<=[0-9}])\s?([A-Za-z])\Z")
+_UPRIGHT = re.compile(r"(?:(?<=[0-9}])|(?<=\\pi))(?=\\(?:text|mathrm|textrm|operatorname)\s*\{)")
+_END_OF_NUMBER = re.compile(r"(?<=[0-9})π])(?=[^0-9})])|(?<=\\pi)(?=\s)")
+_VARIABLE_AT_END = re.compile(r"(?<=[0-9}\s])([A-Za-z])\Z")
 _POWER = re.compile(r"\s*\^\s*")
 _COUNTED = frozenset({"unit", "people", "person", "time"})
 """Words without plural s that may be left out like units."""
@@ -65,7 +65,8 @@ def split_unit(text: str, *, attached: bool = False) -> Measured:
     """
     for match in _END_OF_NUMBER.finditer(text, max(0, len(text) - MAX_UNIT)):
         rest = text[match.end() :]
-        is_apart = attached or rest[0].isspace()
+        is_after_command = text[: match.end()].endswith("\\pi")  # whose space does not set anything apart
+        is_apart = attached or (rest[0].isspace() and not is_after_command)
         unit = read_known_unit(_POWER.sub("^", rest), apart=is_apart, others=_COUNTED)
         if unit is not None:
             return Measured(text[: match.end()].strip(), unit)

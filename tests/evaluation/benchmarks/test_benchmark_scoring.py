@@ -182,6 +182,8 @@ def test_math(expected, response, verdict):
         *(("5km", "5", True), ("17", "17\\text{m}", True), ("50\\%", "50", True), ("5 people", "5", True)),
         *(("2\\sqrt{3}\\text{cm}", "\\sqrt{12} cm", True), ("10\\,\\mathrm{m/s^{2}}", "10 m/s^2", True)),
         *(("3 m", "3m", True), ("3m", "3 m", True), ("2n", "2n", True), ("3m", "m \\cdot 3", True)),
+        *(("9\\pi\\text{cm}^2", "9\\pi square centimeters", True), ("9\\pi cm", "9π", True)),
+        *(("2\\pi h", "2\\pi", False), ("9\\pi cm", "9\\pi cm^2", False)),
         *(("5 cm", "5 cm^2", False), ("3 m", "300 m", False), ("30^\\circ", "30 radians", False)),
         *((f"{number}{variable}", number, False) for number, variable in (("2", "n"), ("3", "m"), ("6", "h"))),
         *(("2 n", "2", False), ("2mn", "2", False), ("\\frac{1}{2}mv^2", "\\frac{1}{2}", False), ("3", "3m", False)),
