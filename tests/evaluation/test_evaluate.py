@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 from pathlib import Path
 
@@ -75,6 +76,23 @@ def test_chunks_do_not_matter(tmp_path):
     chunked = evaluate_by(FirstSlot(), settings, records, on_chunk=lambda *progress: told.append(progress))
     assert chunked.outputs == whole.outputs
     assert told == [(0, 12), (5, 12), (10, 12), (12, 12)]
+
+
+def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
+    result = evaluate_by(FirstSlot(), config(tmp_path), make_records(tmp_path))
+    file = tmp_path / "folder" / "out.jsonl"
+    result.write(file)
+    before = file.read_bytes()
+    assert len(before.splitlines()) == 12
+
+    def full_disk(path, text, **_):
+        path.write_bytes(text[:100].encode())
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        result.write(file)
+    assert file.read_bytes() == before
 
 
 def test_several_rollouts(tmp_path):
