@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,8 +31,9 @@ from perl_megatron.evaluation.benchmarks.benchmark import load_items
 from perl_megatron.evaluation.benchmarks.item import Item
 from perl_megatron.evaluation.benchmarks.registry import BENCHMARKS, local_copies
 from perl_megatron.evaluation.evaluate import Evaluation, evaluate_by
+from perl_megatron.evaluation.kept_answers import KeptAnswers
 from perl_megatron.evaluation.order_report import order_report
-from perl_megatron.evaluation.output_log import answer_settings, open_folder, output_folder
+from perl_megatron.evaluation.output_log import OutputLog, answer_settings, open_folder, output_folder
 from perl_megatron.evaluation.paper_table import PUBLISHED, own_row
 from perl_megatron.evaluation.paper_table import markdown as paper_markdown
 from perl_megatron.observability.order_bias_plot import plot_order_bias
@@ -44,6 +46,8 @@ from perl_megatron.types import Record
 
 logger = logging.getLogger(__name__)
 
+BENCHMARK_ANSWERS, UNFINISHED = "benchmarks", "unfinished"
+"""Kinds of answers on the disk (``output_folder``)."""
 WIDTH = 120
 """Of what is printed where there is no terminal."""
 
@@ -83,9 +87,15 @@ def _evaluate(
     if benchmarks:
         _run_benchmarks(config, asker, benchmarks, who)
         return
+    settings = answer_settings(config, asker.name)
+    on_rank_zero(lambda: _open(config, settings, UNFINISHED), what="the folder of the answers")
+    folder = output_folder(config, UNFINISHED)
+    kept = KeptAnswers(asker, OutputLog(folder / "answers.jsonl"))
     with _ViewProgress(config.run.name) as progress:
-        result = evaluate_by(asker, config, records, on_chunk=progress.show)
+        result = evaluate_by(kept, config, records, on_chunk=progress.show)
     on_rank_zero(lambda: _report_records(config, result, who), what="the evaluation")
+    if all(row["finish_reason"] != "error" for row in result.outputs):  # else the same command asks those again
+        on_rank_zero(lambda: shutil.rmtree(folder), what="the folder of the answers")
 
 
 class _ViewProgress:
@@ -143,8 +153,8 @@ def _load_benchmarks(config: Config) -> dict[str, list[Item]]:
 
 def _run_benchmarks(config: Config, asker: Asker, benchmarks: Mapping[str, Sequence[Item]], who: str) -> None:
     settings = answer_settings(config, asker.name)
-    on_rank_zero(lambda: _open(config, settings), what="the folder of the answers")
-    folder, sampling = output_folder(config), evaluation_sampling(config)
+    on_rank_zero(lambda: _open(config, settings, BENCHMARK_ANSWERS), what="the folder of the answers")
+    folder, sampling = output_folder(config, BENCHMARK_ANSWERS), evaluation_sampling(config)
     results: dict[str, BenchmarkResult] = {}
     console = Console()
     if not console.is_terminal:
@@ -162,8 +172,8 @@ def _run_benchmarks(config: Config, asker: Asker, benchmarks: Mapping[str, Seque
         console.print(f"all answers and results: {folder}", markup=False)
 
 
-def _open(config: Config, settings: dict[str, object]) -> None:
-    open_folder(config, settings)
+def _open(config: Config, settings: dict[str, object], kind: str) -> None:
+    open_folder(config, settings, kind)
 
 
 def _write_benchmarks(

@@ -36,6 +36,7 @@ class EvaluationConfig(Section):
     benchmark_folder: Path | None = None
     """Folder with a local copy of each benchmark, in a folder or file of its name."""
     chunk_size: int = Field(default=256, ge=1)
-    """Questions of a benchmark that are asked at once; after each chunk the answers are on the disk."""
+    """Questions of a benchmark, or views of records, that `perl-megatron eval` asks at once; after each chunk the
+    answers are on the disk."""
     resume: bool = True
-    """Whether an interrupted evaluation of benchmarks goes on; if not, its answers are put aside."""
+    """Whether an interrupted `perl-megatron eval` goes on; if not, its answers are put aside."""

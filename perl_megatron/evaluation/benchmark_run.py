@@ -5,7 +5,7 @@ All ranks call these functions together; only rank 0 touches the folder of outpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from perl_megatron.data.permutation import apply_order
 from perl_megatron.evaluation.asking import Asker, Reply
 from perl_megatron.evaluation.benchmarks.benchmark import Benchmark
 from perl_megatron.evaluation.benchmarks.item import Item
-from perl_megatron.evaluation.benchmarks.scoring import SCORE_VERSION, Verdict, score
+from perl_megatron.evaluation.benchmarks.scoring import SCORE_VERSION, Verdict, score_all
 from perl_megatron.evaluation.output_log import OutputLog, question_digest
 from perl_megatron.observability.progress import RunProgress
 from perl_megatron.rollout.engine import Sampling
-from perl_megatron.runtime.collective import gather_objects, rank, shared_map
+from perl_megatron.runtime.collective import gather_objects, rank, shared_batches
 
 Row = dict[str, Any]
 
@@ -29,7 +29,7 @@ def run_benchmark(
 ) -> list[Row]:
     """The rows of all items, those that were there before included: ``sampling.num_rollouts`` for each, in order."""
     log = OutputLog(folder / f"{benchmark.name}.jsonl")
-    rows = _known_rows(log, items, sampling.num_rollouts)
+    rows = _known_rows(log, items, sampling.num_rollouts, chunk_size=chunk_size)
     waiting = [item for item in items if item.id not in rows]
     progress = None
     if rank() == 0:
@@ -60,7 +60,7 @@ def _answer(benchmark: Benchmark, chunk: Sequence[Item], asker: Asker, sampling:
     for item in chunk:
         broken = [Reply("", "not asked", item.problem)] * sampling.num_rollouts
         pairs += [(item, number, reply) for number, reply in enumerate(asked.get(item.id, broken))]
-    verdicts = shared_map(_verdict, [(item, reply.text, reply.problem) for item, _, reply in pairs])
+    verdicts = shared_batches(_verdicts, [(item, reply.text, reply.problem) for item, _, reply in pairs])
     return [
         {
             "benchmark": benchmark.name,
@@ -83,12 +83,13 @@ def _answer(benchmark: Benchmark, chunk: Sequence[Item], asker: Asker, sampling:
     ]
 
 
-def _verdict(pair: tuple[Item, str, str | None]) -> Verdict:
-    item, response, problem = pair
-    return Verdict(None, False) if problem is not None else score(response, item)
+def _verdicts(answers: Sequence[tuple[Item, str, str | None]]) -> list[Verdict]:
+    """The verdicts on (item, response, problem); an answer with a problem is wrong."""
+    given = iter(score_all([(response, item) for item, response, problem in answers if problem is None]))
+    return [next(given) if problem is None else Verdict(None, False) for _, _, problem in answers]
 
 
-def _known_rows(log: OutputLog, items: Sequence[Item], num_rollouts: int) -> dict[str, list[Row]]:
+def _known_rows(log: OutputLog, items: Sequence[Item], num_rollouts: int, *, chunk_size: int) -> dict[str, list[Row]]:
     """The rows that need not be asked again, by item; those of an older scorer are scored again.
 
     Asked again is what got no answer, what has too few rollouts, and a question that is another one now.
@@ -113,9 +114,15 @@ def _known_rows(log: OutputLog, items: Sequence[Item], num_rollouts: int) -> dic
         for row in rows
         if row["score_version"] != SCORE_VERSION or row["expected"] != of_item[row["id"]].record.answer
     ]
-    verdicts = shared_map(_verdict, [(of_item[row["id"]], row["response"], row["problem"]) for row in old])
-    for row, verdict in zip(old, verdicts, strict=True):
-        expected = of_item[row["id"]].record.answer
-        row |= {"prediction": verdict.prediction, "correct": verdict.correct, "expected": expected}
-        row["score_version"] = SCORE_VERSION
+    for start in range(0, len(old), chunk_size):
+        _score_again(log, old[start : start + chunk_size], of_item)
     return known
+
+
+def _score_again(log: OutputLog, rows: Sequence[Row], of_item: Mapping[str, Item]) -> None:
+    """Change the verdicts of ``rows``, and append them to the log, whose readers take the last row of an answer."""
+    answers = [(of_item[row["id"]], row["response"], row["problem"]) for row in rows]
+    for row, verdict in zip(rows, shared_batches(_verdicts, answers), strict=True):
+        row |= {"prediction": verdict.prediction, "correct": verdict.correct}
+        row |= {"expected": of_item[row["id"]].record.answer, "score_version": SCORE_VERSION}
+    on_rank_zero(partial(log.append, rows), what="the verdicts")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.evaluation.asking import Asker, EngineAsker, Reply, evaluation_sampling
 from perl_megatron.evaluation.order_bias import OrderBias, ViewOutcome, order_bias
 from perl_megatron.evaluation.slots import answered_slot, expected_slot, queried_slot
+from perl_megatron.observability.json_lines import write_rows
 from perl_megatron.reward.score import total
 from perl_megatron.reward.scorer import Response, rule_parts
 from perl_megatron.rollout.engine import RolloutEngine
@@ -52,9 +52,9 @@ class Evaluation:
         return table
 
     def write(self, path: Path) -> None:
-        """Write all raw outputs as JSON lines."""
+        """Write all raw outputs as JSON lines; an earlier file is replaced only by the whole new one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.outputs))
+        write_rows(path, self.outputs)
 
 
 def evaluate(config: Config, records: Sequence[Record], encoder: PromptEncoder, engine: RolloutEngine) -> Evaluation:

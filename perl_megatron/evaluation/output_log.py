@@ -1,7 +1,8 @@
-"""The raw outputs of a benchmark on the disk: JSON lines, appended chunk by chunk, so that little is ever lost.
+"""Raw outputs on the disk: JSON lines, appended chunk by chunk, so that little is ever lost.
 
 `RUNS/NAME.benchmarks/` holds `settings.json` (what the answers depend on), one `BENCHMARK.jsonl` for each benchmark
-with a row for each answer, and `results.json` with `results.md` at the end.
+with a row for each answer, and `results.json` with `results.md` at the end. `RUNS/NAME.unfinished/` holds the answers
+to the views of records until all are there.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.asking import evaluation_sampling
 from perl_megatron.observability.json_lines import read_rows, to_line
-from perl_megatron.types import Record
+from perl_megatron.types import Record, View
 
 
 class OutputLog:
-    """The rows of one benchmark. Only rank 0 has one."""
+    """Rows of answers. Only rank 0 reads and writes them."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -49,18 +50,18 @@ class OutputLog:
             os.fsync(file.fileno())
 
 
-def output_folder(config: Config) -> Path:
-    """Where the benchmarks of this `run.name` are kept."""
-    return config.run.directory / f"{config.run.name}.benchmarks"
+def output_folder(config: Config, kind: str = "benchmarks") -> Path:
+    """Where the benchmarks of this `run.name` are kept, or another ``kind`` of answers."""
+    return config.run.directory / f"{config.run.name}.{kind}"
 
 
-def open_folder(config: Config, settings: dict[str, Any]) -> Path:
+def open_folder(config: Config, settings: dict[str, Any], kind: str = "benchmarks") -> Path:
     """Make the folder, or go on with the one that is there.
 
     Raises ``UserError`` where it holds answers to other settings, unless `evaluation.resume` is off: then the folder
     is put aside under another name.
     """
-    folder = output_folder(config)
+    folder = output_folder(config, kind)
     file = folder / "settings.json"
     if folder.exists() and not config.evaluation.resume:
         number = 1
@@ -89,7 +90,7 @@ def open_folder(config: Config, settings: dict[str, Any]) -> Path:
 
 
 def answer_settings(config: Config, who: str) -> dict[str, Any]:
-    """All that a benchmark's answers depend on, besides its questions. ``who`` answers."""
+    """All that answers depend on, besides the questions. ``who`` answers."""
     sampling, data = evaluation_sampling(config), config.data
     settings: dict[str, Any] = {
         "answers from": who,
@@ -113,7 +114,7 @@ def answer_settings(config: Config, who: str) -> dict[str, Any]:
     return settings
 
 
-def question_digest(record: Record) -> str:
+def question_digest(record: Record | View) -> str:
     """16 hexadecimal digits of what is asked: text and names of the images (in the store, hashes of their content)."""
     asked = json.dumps([record.text, [path.name for path in record.images]])
     return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()

@@ -153,15 +153,52 @@ def read_unit(text: str) -> Unit | None:
 
     Everything after a slash or 'per' is below it, as in 'g/m s^2'.
     """
+    factors = _factors(text)
+    return None if factors is None else _product(factors)
+
+
+def read_known_unit(text: str, *, apart: bool, others: frozenset[str] = frozenset()) -> Unit | None:
+    """``read_unit`` for a text that may as well be a product of variables: other words than known units make it None.
+
+    Args:
+        text: what follows a number.
+        apart: whether something sets the unit apart from the number. If not, one letter is a variable ('2n', '3m'), and
+            the case of two letters counts ('mn' and 'mv' are no units). The case of one letter always does.
+        others: words without plural s that are taken for units too.
+    """
+    factors = _factors(text)
+    if factors is None:
+        return None
+    names = [factor["name"].removesuffix(".") for factor in factors]
+    letters = [name for name in names if len(name) <= (1 if apart else 2)]
+    is_variable = not apart and len(names) == 1 and len(names[0]) == 1 and names[0].isascii() and names[0].isalpha()
+    if is_variable or any(name not in _UNITS for name in letters):
+        return None
+    units = [_named(name) for name in names]
+    known = all(name in _DEFINITIONS or name in others for unit in units for name, _ in unit.dimensions)
+    return _product(factors) if known else None
+
+
+def _factors(text: str) -> list[re.Match[str]] | None:
+    """The matches of ``_FACTOR`` that make up a whole text; None where it is no product of words and powers."""
     text = _without_latex(text).replace(THIN_SPACE, " ").strip().removesuffix(".")
     if not text or len(text) > 100:
         return None
-    dimensions: Counter[str] = Counter()
-    factor, sign, position = Fraction(1), 1, 0
+    factors: list[re.Match[str]] = []
+    position = 0
     while position < len(text):
         match = _FACTOR.match(text, position)
         if match is None:
             return None
+        factors.append(match)
+        position = match.end()
+    return factors
+
+
+def _product(factors: list[re.Match[str]]) -> Unit:
+    dimensions: Counter[str] = Counter()
+    factor, sign = Fraction(1), 1
+    for match in factors:
         shape = (match["shape"] or match["shaped"] or "").lower()
         power = int(match["power"] or 1) * (2 if shape.startswith("s") else 3 if shape else 1)
         sign = -1 if match["slash"] else sign
@@ -169,7 +206,6 @@ def read_unit(text: str) -> Unit | None:
         factor *= unit.factor ** (sign * power)
         for name, exponent in unit.dimensions:
             dimensions[name] += exponent * power * sign
-        position = match.end()
     return Unit(frozenset((name, power) for name, power in dimensions.items() if power), factor)
 
 

@@ -15,8 +15,10 @@ from perl_megatron.errors import UserError
 from perl_megatron.evaluation import benchmark_run
 from perl_megatron.evaluation.asking import EngineAsker, Reply, evaluation_sampling
 from perl_megatron.evaluation.benchmark_run import run_benchmark
+from perl_megatron.evaluation.benchmarks import scoring
 from perl_megatron.evaluation.benchmarks.benchmark import load_items
 from perl_megatron.evaluation.benchmarks.registry import BENCHMARKS
+from perl_megatron.evaluation.benchmarks.scoring import SCORE_VERSION
 from perl_megatron.evaluation.output_log import OutputLog, open_folder
 from perl_megatron.rollout.engine import Sampling
 
@@ -72,7 +74,7 @@ def test_rows(items, tmp_path):
         "prediction": "B",
         "expected": "B",
         "correct": True,
-        "score_version": 1,
+        "score_version": SCORE_VERSION,
         "question_digest": "",
     }
 
@@ -112,13 +114,32 @@ def test_changed_questions_and_missing_answers_are_asked_again(items, tmp_path):
 
 def test_old_verdicts_are_given_again(items, tmp_path, monkeypatch):
     ask(items, Scripted(), tmp_path)
-    monkeypatch.setattr(benchmark_run, "SCORE_VERSION", 2)
+    monkeypatch.setattr(benchmark_run, "SCORE_VERSION", SCORE_VERSION + 1)
     items[0] = replace(items[0], record=replace(items[0].record, answer="A"))
     again = Scripted()
     rows = ask(items, again, tmp_path)
     assert again.asked == []
     assert [row["correct"] for row in rows] == [False] + [True] * 9
-    assert {row["score_version"] for row in rows} == {2}
+    assert {row["score_version"] for row in rows} == {SCORE_VERSION + 1}
+    on_disk = OutputLog(tmp_path / "blink.jsonl").read()
+    assert len(on_disk) == 20
+    assert on_disk[10:] == rows
+    assert ask(items, again, tmp_path) == rows
+    assert len(OutputLog(tmp_path / "blink.jsonl").read()) == 20  # once
+
+
+def test_the_mathematics_of_a_chunk_is_bounded_together(items, tmp_path, monkeypatch):
+    """One call of ``compare_all``, which bounds them, for each chunk."""
+    calls = []
+
+    def compare(pairs, *, at_once):
+        calls.append(pairs)
+        return dict.fromkeys(pairs, False)
+
+    monkeypatch.setattr(scoring, "compare_all", compare)
+    items = [replace(item, scorer="math") for item in items]
+    ask(items, Scripted(answer="\\boxed{9**9**9}"), tmp_path)
+    assert [len(pairs) for pairs in calls] == [3, 3, 3, 1]
 
 
 def test_what_cannot_be_asked_counts_as_wrong(items, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scripted_endpoint import Said, ScriptedEndpoint, asked_text, failed
 from perl_megatron import evaluation_job
 from perl_megatron.config.schema import Config
 from perl_megatron.data.records import write_records
+from perl_megatron.errors import UserError
 from perl_megatron.evaluation.asking import Reply
 from perl_megatron.evaluation.evaluate import evaluate_by
 from perl_megatron.types import AnswerRule, PermutationContract, Record
@@ -77,6 +79,23 @@ def test_chunks_do_not_matter(tmp_path):
     assert told == [(0, 12), (5, 12), (10, 12), (12, 12)]
 
 
+def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
+    result = evaluate_by(FirstSlot(), config(tmp_path), make_records(tmp_path))
+    file = tmp_path / "folder" / "out.jsonl"
+    result.write(file)
+    before = file.read_bytes()
+    assert len(before.splitlines()) == 12
+
+    def full_disk(path, text, **_):
+        path.write_bytes(text[:100].encode())
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        result.write(file)
+    assert file.read_bytes() == before
+
+
 def test_several_rollouts(tmp_path):
     records = make_records(tmp_path, 1)
     result = evaluate_by(FirstSlot(), config(tmp_path, num_orders=2, num_rollouts=3, temperature=1.0), records)
@@ -113,6 +132,60 @@ def test_records_by_endpoint(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "Slots, worst first" in captured.out
     assert "view 18/18" in captured.err
+
+
+def test_an_interrupted_evaluation_of_records_goes_on(tmp_path):
+    """Two chunks of three are answered; the second run asks the rest only, and ends as if nothing had happened."""
+    data = tmp_path / "data" / "heldout.jsonl"
+    write_records(data, make_records(tmp_path / "data"))
+    settings = config(tmp_path, data=data, num_orders=3, chunk_size=3)
+    whole = evaluation_job.output_folder(settings, "evaluation.jsonl")
+    records = evaluation_job._readable_records(settings)
+    evaluation_job._evaluate(settings, Interrupted(), {}, records)
+    expected = whole.read_bytes()
+    whole.unlink()
+    first, second = Interrupted(after=2), Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        evaluation_job._evaluate(settings, first, {}, records)
+    assert not whole.exists()
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"system_prompt": "Other"})})
+    with pytest.raises(UserError, match="other settings"):
+        evaluation_job._evaluate(other, second, {}, records)
+    evaluation_job._evaluate(settings, second, {}, records)
+    assert (len(first.asked), len(second.asked)) == (6, 3)
+    assert len({*first.asked, *second.asked}) == 9
+    assert whole.read_bytes() == expected
+    assert not (tmp_path / "runs" / "mine.unfinished").exists()
+
+
+def test_views_without_an_answer_are_asked_again(tmp_path):
+    data = tmp_path / "data" / "heldout.jsonl"
+    write_records(data, make_records(tmp_path / "data"))
+    failing = {"q1"}
+    settings = config(tmp_path, data=data, num_orders=2)
+    records = evaluation_job._readable_records(settings)
+    evaluation_job._evaluate(settings, Interrupted(failing=failing), {}, records)
+    again = Interrupted()
+    evaluation_job._evaluate(settings, again, {}, records)
+    assert {record for record, _ in again.asked} == failing
+    assert len(again.asked) == 2
+
+
+class Interrupted(FirstSlot):
+    """Answers A until it is interrupted; to some records with an error."""
+
+    def __init__(self, *, after=None, failing=()):
+        self.asked, self._after, self._failing = [], after, failing
+
+    def ask(self, views, sampling):
+        if self._after is not None and len(self.asked) >= 3 * self._after:
+            raise KeyboardInterrupt
+        self.asked += [(view.record_id, view.order) for view in views]
+        replies = super().ask(views, sampling)
+        failed = [Reply("", "error", "the endpoint is down")] * sampling.num_rollouts
+        return [
+            failed if view.record_id in self._failing else reply for view, reply in zip(views, replies, strict=True)
+        ]
 
 
 def test_benchmarks_by_endpoint_go_on_after_failures(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The order-bias report: rows by hand, a policy with a planted slot bias, the files that it writes."""
 
 import json
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from perl_megatron.evaluation.order_bias import ViewOutcome, flips, order_bias
 from perl_megatron.evaluation.order_report import OrderRow, SlotRow, order_report
 from perl_megatron.evaluation.slots import answered_slot, expected_slot, queried_slot
 from perl_megatron.observability.order_bias_plot import plot_order_bias
-from perl_megatron.types import AnswerRule, PermutationContract, Record, ReferenceRule
+from perl_megatron.reward.grade import answers, question_of
+from perl_megatron.types import AnswerRule, Grading, PermutationContract, Record, ReferenceRule
 
 ORDERS = list(permutations(range(3)))
 
@@ -164,6 +166,30 @@ def test_numbers_that_name_no_slot(response):
     contract = PermutationContract((0, 1, 2), answer=AnswerRule.INDEX)
     view = apply_order(record(contract, "2"), (0, 1, 2), 0)
     assert answered_slot(response, view, contract) is None
+
+
+@pytest.mark.parametrize("answer", ["C", "(C) image 3", "blue cup", "C. blue cup", "the third image", "the last image"])
+def test_an_option_is_read_as_grading_reads_it(answer):
+    """The first option is image 2, so that its text, its letter and its image's number differ."""
+    contract = PermutationContract((0, 1, 2), answer=AnswerRule.OPTION_LETTER, option_slots=(1, 0, 2))
+    asked = replace(record(contract, "C"), answer_type="choice", grading=Grading(("red ball", "hat", "blue cup")))
+    view = apply_order(asked, (0, 1, 2), 0)
+    assert answers(answer, question_of(view))
+    assert answered_slot(f"\\boxed{{{answer}}}", view, contract) == 2
+
+
+def test_the_last_image_is_an_index():
+    contract = PermutationContract((0, 1, 2), answer=AnswerRule.INDEX)
+    assert answered_slot("\\boxed{the last image}", apply_order(record(contract, "2"), (0, 1, 2), 0), contract) == 2
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_answer_that_refers_to_an_image_has_its_slot(order):
+    contract = PermutationContract((0, 1, 2), (ReferenceRule.ORDINAL,), AnswerRule.REFERENCES)
+    view = apply_order(record(contract, "the second image"), order, 0)
+    assert expected_slot(view, contract) == order.index(1)
+    assert answered_slot("\\boxed{The third image}", view, contract) == 2
+    assert answered_slot("\\boxed{a dog}", view, contract) is None
 
 
 def test_several_references_name_no_slot():

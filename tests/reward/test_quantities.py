@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from perl_megatron.reward.quantities import read_quantity, read_unit
+from perl_megatron.reward.quantities import read_known_unit, read_quantity, read_unit
 
 
 def same(first: str, second: str) -> bool:
@@ -134,3 +134,17 @@ def test_value_in_the_expected_unit(answer, unit, value):
 )
 def test_not_a_quantity(answer):
     assert read_quantity(answer) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "apart", "known"),
+    [
+        *((" m", True, True), ("m", False, False), ("m^2", False, False), ("km", False, True), ("m/s", False, True)),
+        *((" n", True, False), ("mn", False, False), ("mN", False, True), ("gt^2", False, False), (" h", True, True)),
+        *(("°", False, True), ("%", False, True), ("°C", False, True), ("元", False, True), ("apples", True, False)),
+        *((" points", True, True), ("or 3", True, False), ("x", True, False), ("", True, False), ("KM", True, True)),
+    ],
+)
+def test_known_units(text, apart, known):
+    """What follows a number is a unit, and no product of variables."""
+    assert (read_known_unit(text, apart=apart, others=frozenset({"point"})) is not None) == known

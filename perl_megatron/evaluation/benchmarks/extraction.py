@@ -104,6 +104,9 @@ def read_option(text: str, options: Sequence[str]) -> str | None:
     index = -1 if match is None else ord(match["letter"].upper()) - ord("A")
     if match is not None and index < (len(options) or 26):
         rest = match["rest"].strip(_DECORATION)
+        is_marked = set(match["open"] + match["close"]) & set("([)].:")
+        if is_marked and rest and options and fold(rest) == fold(options[index]):
+            return match["letter"].upper()  # 'B. x', where 'x' alone could be another letter
         if rest and _OTHER_LETTER.match(rest):
             return None
         if _stands_for_option(match, rest, options[index] if options else None):

@@ -14,7 +14,7 @@ class Item:
     record: Record
     """What is asked; ``record.answer`` is the expected answer, ``record.grading`` has options, tolerances and unit."""
     scorer: str
-    """Which of ``scoring.SCORERS`` decides."""
+    """Which of ``scoring.SCORERS`` or ``MATH_SCORERS`` decides."""
     precision: int | None = None
     """Decimals that a 'float' is rounded to; None: those of the expected answer."""
     cluster: str = ""

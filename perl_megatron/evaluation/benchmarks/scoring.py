@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,27 +20,20 @@ from perl_megatron.evaluation.benchmarks.extraction import (
     read_option,
 )
 from perl_megatron.evaluation.benchmarks.item import Item
-from perl_megatron.reward.answers import plain, read_number
-from perl_megatron.reward.math_equivalence import math_equal
+from perl_megatron.evaluation.benchmarks.math_answers import Maths, math_same, split_unit, tidy
+from perl_megatron.reward.answers import read_number
+from perl_megatron.reward.math_equivalence import compare_all, math_equal
+from perl_megatron.reward.scorer import MAX_AT_ONCE
+from perl_megatron.runtime.environment import cores_of_this_process
 
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 """Raised when a verdict can change; raw outputs of an older version are scored again."""
 
 _NUMBER = re.compile(
     r"(?<![\w.^*])(?<![0-9],)[-+−]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))(?:\s*/\s*[0-9]+)?"
     r"(?![0-9]|[.,][0-9]|\s?[\^*])"
 )
-_UNIT = (
-    r"(?:square |cubic |sq\.? ?|cu\.? ?)?(?:[kcmdμ]?m|[kmμ]?g|[mμn]?s|[mk]?l|k?w|k?pa|k?n|k?j|°[cf]?|\\circ|%|percent|"
-    r"meters?|metres?|centimet(?:er|re)s?|kilomet(?:er|re)s?|millimet(?:er|re)s?|feet|foot|ft|inch(?:es)?|in|miles?|"
-    r"yards?|grams?|kilograms?|seconds?|sec|minutes?|min|hours?|hrs?|h|days?|weeks?|months?|years?|degrees?|radians?|"
-    r"dollars?|cents?|euros?|yuan|units?|people|times)(?:\s*(?:\^\s*\{?\s*[23]\s*\}?|[²³]))?"
-)
-_WITH_UNIT = re.compile(
-    rf"(?P<number>.*?[0-9}}])\s*(?:/\s*|per\s*)?(?P<unit>{_UNIT}(?:\s*(?:/|per)\s*{_UNIT})?)\s*", re.IGNORECASE
-)
 _STEP = re.compile(r"(?:^|(?<=[\s;；.。,，、}]))[(（]\s*([1-9])\s*[)）]")
-_FRACTION_DEGREE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
 
 
 @dataclass(frozen=True)
@@ -52,9 +45,29 @@ class Verdict:
     correct: bool
 
 
-def score(response: str, item: Item) -> Verdict:
+def score(response: str, item: Item, *, maths: Maths = math_equal) -> Verdict:
     """The verdict on a response to ``item``."""
+    if item.scorer in MATH_SCORERS:
+        return MATH_SCORERS[item.scorer](response, item, maths)
     return SCORERS[item.scorer](response, item)
+
+
+def score_all(answers: Sequence[tuple[str, Item]]) -> list[Verdict]:
+    """``score`` of many (response, item): their mathematics is compared side by side, within a common bound.
+
+    The bound is that of ``reward.math_equivalence.compare_all``, as for the answers of a training step.
+    """
+    pairs: list[tuple[str, str]] = []
+
+    def collect(expected: str, given: str) -> bool:
+        pairs.append((expected, given))
+        return False  # so that what is compared next where this is not equal is collected too
+
+    for response, item in answers:
+        if item.scorer in MATH_SCORERS:
+            score(response, item, maths=collect)
+    equal = compare_all(pairs, at_once=min(MAX_AT_ONCE, cores_of_this_process()))
+    return [score(response, item, maths=lambda wanted, given: equal[wanted, given]) for response, item in answers]
 
 
 def score_choice(response: str, item: Item) -> Verdict:
@@ -120,7 +133,7 @@ def score_tolerant(response: str, item: Item) -> Verdict:
     text, grading = _answer_text(response), item.record.grading
     if text is None:
         return Verdict(None, False)
-    given, expected = number_in(text), read_number(_tidy(item.record.answer).replace("%", ""))
+    given, expected = number_in(text), read_number(tidy(item.record.answer).replace("%", ""))
     if given is not None and expected is not None:
         relative, absolute = (
             Fraction(str(bound)) for bound in (grading.relative_tolerance, grading.absolute_tolerance)
@@ -129,36 +142,38 @@ def score_tolerant(response: str, item: Item) -> Verdict:
     return Verdict(text, _same_value(item.record.answer, text))
 
 
-def score_math(response: str, item: Item) -> Verdict:
+def score_math(response: str, item: Item, maths: Maths) -> Verdict:
     """Mathematically equal, as math-verify sees it; a unit may be left out."""
     prediction = predict(response)
     if prediction is None:
         return _unread(prediction)
     given = prediction.value()
-    return Verdict(given, _math_same(item.record.answer, given))
+    return Verdict(given, math_same(item.record.answer, given, maths))
 
 
-def score_choice_or_math(response: str, item: Item) -> Verdict:
+def score_choice_or_math(response: str, item: Item, maths: Maths) -> Verdict:
     """By letter or option text where the record has options, else by mathematical equality."""
-    return (score_choice if item.record.grading.options else score_math)(response, item)
+    return score_choice(response, item) if item.record.grading.options else score_math(response, item, maths)
 
 
-def score_steps(response: str, item: Item) -> Verdict:
+def score_steps(response: str, item: Item, maths: Maths) -> Verdict:
     """Every step's answer mathematically equal, and as many steps as expected.
 
-    The steps of a response are its boxes, where there are as many as steps; else the parts '(1) …', '(2) …' of its
-    prediction.
+    The steps of a response are the parts '(1) …', '(2) …' of its prediction, where there are as many as steps; else
+    the boxes after its thinking, where there are.
     """
     expected = steps_of(item.record.answer)
-    boxes, prediction = all_boxed(response), predict(response)
-    if len(boxes) == len(expected) > 1:
-        given = boxes
-    elif prediction is None:
+    boxes, prediction = all_boxed(after_thinking(response)), predict(response)
+    if prediction is None:
         return _unread(prediction)
-    else:
-        given = steps_of(prediction.text)
-    right = len(given) == len(expected) and all(map(_math_same, expected, given))
-    return Verdict(" ; ".join(given), right)
+    given = steps_of(prediction.text)
+    if len(given) != len(expected) == len(boxes):
+        given = boxes
+    if len(given) != len(expected):
+        return Verdict(" ; ".join(given), False)
+    # All are compared, also after a wrong one: ``score_all`` collects them.
+    same = [math_same(wanted, got, maths) for wanted, got in zip(expected, given, strict=True)]
+    return Verdict(" ; ".join(given), all(same))
 
 
 SCORERS: dict[str, Callable[[str, Item], Verdict]] = {
@@ -169,6 +184,8 @@ SCORERS: dict[str, Callable[[str, Item], Verdict]] = {
     "list": score_list,
     "one_of": score_one_of,
     "tolerant": score_tolerant,
+}
+MATH_SCORERS: dict[str, Callable[[str, Item, Maths], Verdict]] = {
     "math": score_math,
     "choice_or_math": score_choice_or_math,
     "steps": score_steps,
@@ -180,8 +197,8 @@ def number_in(text: str) -> Fraction | None:
 
     None for a text without a number or with several ('3 or 4').
     """
-    text = _tidy(text).replace("%", "")
-    for whole in (text, _split_unit(text)[0]):
+    text = tidy(text).replace("%", "")
+    for whole in (text, split_unit(text, attached=True).expression):
         number = read_number(whole)
         if number is not None:
             return number
@@ -233,7 +250,7 @@ def _answer_text(response: str) -> str | None:
 
 def _same_value(expected: str, given: str) -> bool:
     """Equal as numbers (a percent sign does not count), or as texts without spaces and outer brackets."""
-    numbers = [read_number(_tidy(text).replace("%", "")) for text in (expected, given)]
+    numbers = [read_number(tidy(text).replace("%", "")) for text in (expected, given)]
     if None not in numbers:
         return numbers[0] == numbers[1]
 
@@ -245,32 +262,8 @@ def _same_value(expected: str, given: str) -> bool:
     return bool(bare(given)) and bare(expected) == bare(given)
 
 
-def _math_same(expected: str, given: str) -> bool:
-    expected, given = _tidy(expected), _tidy(given)
-    if not given:
-        return False
-    bare = [_split_unit(text) for text in (expected, given)]
-    if bare[0][1] and bare[1][1] and fold(bare[0][1]) != fold(bare[1][1]):
-        return False  # 3 m is not 3 cm; math-verify does not look at units
-    if fold(expected) == fold(given) or math_equal(expected, given):
-        return True
-    return bare != [(expected, ""), (given, "")] and math_equal(bare[0][0], bare[1][0])
-
-
-def _split_unit(text: str) -> tuple[str, str]:
-    match = _WITH_UNIT.fullmatch(text)
-    return (match["number"].strip(), match["unit"].replace(" ", "")) if match else (text, "")
-
-
-def _tidy(text: str) -> str:
-    """Without dollar signs, degree signs, thin spaces, text commands and a final full stop."""
-    text = plain(text[:2000])
-    text = _FRACTION_DEGREE.sub("°", text).replace("\\$", "").replace("$", "").replace("\\%", "%")
-    return re.sub(r"\\[,!;:]|~|\\qquad|\\quad", " ", text).strip().rstrip(".。").strip().removesuffix("°")
-
-
 def _elements(text: str) -> list[Fraction | str]:
-    parts = re.split(r"[,;]", _tidy(text).strip("[](){} "))
+    parts = re.split(r"[,;]", tidy(text).strip("[](){} "))
     values: list[Fraction | str] = []
     for part in parts:
         bare = part.strip().strip("'\"").strip()

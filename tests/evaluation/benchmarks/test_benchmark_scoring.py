@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perl_megatron.evaluation.benchmarks import scoring
 from perl_megatron.evaluation.benchmarks.item import Item
-from perl_megatron.evaluation.benchmarks.scoring import SCORERS, number_in, score, steps_of
+from perl_megatron.evaluation.benchmarks.scoring import MATH_SCORERS, SCORERS, number_in, score, score_all, steps_of
+from perl_megatron.reward.math_equivalence import compare_all
 from perl_megatron.types import Grading, Record
 
 HOSTILE = (
@@ -172,6 +174,26 @@ def test_math(expected, response, verdict):
     assert right(f"\\boxed{{{response}}}", item("math", expected)) == verdict
 
 
+@pytest.mark.parametrize(
+    ("expected", "response", "verdict"),
+    [
+        *(("12 cm^2", "12 cm²", True), ("12\\mathrm{cm}^2", "12 cm²", True), ("5 hours", "5 h", True)),
+        *(("24 cm^2", "24 square centimeters", True), ("5 cm", "5 centimeters", True), ("3 m", "300 cm", True)),
+        *(("5km", "5", True), ("17", "17\\text{m}", True), ("50\\%", "50", True), ("5 people", "5", True)),
+        *(("2\\sqrt{3}\\text{cm}", "\\sqrt{12} cm", True), ("10\\,\\mathrm{m/s^{2}}", "10 m/s^2", True)),
+        *(("3 m", "3m", True), ("3m", "3 m", True), ("2n", "2n", True), ("3m", "m \\cdot 3", True)),
+        *(("9\\pi\\text{cm}^2", "9\\pi square centimeters", True), ("9\\pi cm", "9π", True)),
+        *(("2\\pi h", "2\\pi", False), ("9\\pi cm", "9\\pi cm^2", False)),
+        *(("5 cm", "5 cm^2", False), ("3 m", "300 m", False), ("30^\\circ", "30 radians", False)),
+        *((f"{number}{variable}", number, False) for number, variable in (("2", "n"), ("3", "m"), ("6", "h"))),
+        *(("2 n", "2", False), ("2mn", "2", False), ("\\frac{1}{2}mv^2", "\\frac{1}{2}", False), ("3", "3m", False)),
+    ],
+)
+def test_units(expected, response, verdict):
+    """A unit has several spellings and may be left out; a letter right after a number is a variable."""
+    assert right(f"\\boxed{{{response}}}", item("math", expected)) == verdict
+
+
 def test_choice_or_math():
     assert right("\\boxed{B}", item("choice_or_math", "B", options=("1", "2")))
     assert not right("\\boxed{B}", item("choice_or_math", "2"))
@@ -199,6 +221,20 @@ def test_steps(response, verdict):
     assert right(response, item("steps", STEPS)) == verdict
 
 
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        (r"<think>maybe \boxed{7}</think> \boxed{(1) 5; (2) 6}", True),
+        (r"<think>\boxed{7} \boxed{8}</think> \boxed{5} \boxed{6}", True),
+        (r"<think>\boxed{5} \boxed{6}</think> \boxed{7} \boxed{8}", False),
+        (r"<think>\boxed{5}</think> \boxed{6}", False),
+        (r"So \boxed{11}, that is \boxed{(1) 5; (2) 6}", True),
+    ],
+)
+def test_thinking_holds_no_steps(response, verdict):
+    assert right(response, item("steps", "(1) 5; (2) 6")) == verdict
+
+
 def test_steps_of():
     assert steps_of(STEPS) == ["$(4,2)$", "$a=\\frac{1}{2}$", "7.5"]
     assert steps_of("f(1) = 2 and f(2) = 3") == ["f(1) = 2 and f(2) = 3"]
@@ -217,7 +253,7 @@ def test_number_in(text, value):
     assert number_in(text) == value
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", [*SCORERS, *MATH_SCORERS])
 @settings(deadline=None, max_examples=25)
 @given(response=st.text(max_size=200) | st.text(max_size=60).map(lambda text: f"\\boxed{{{text}}}"))
 def test_no_response_crashes_a_scorer(scorer, response):
@@ -225,10 +261,32 @@ def test_no_response_crashes_a_scorer(scorer, response):
     assert verdict.correct in {True, False}
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", [*SCORERS, *MATH_SCORERS])
 def test_hostile_answers_are_wrong_in_time(scorer):
     question = item(scorer, "A" if "choice" in scorer else "7", options=("cat", "dog") if "choice" in scorer else ())
     start = time.process_time()
     for response in HOSTILE:
         assert not right(response, question), response[:40]
     assert time.process_time() - start < 10
+
+
+def test_many_answers_are_compared_in_one_call(monkeypatch):
+    """All the mathematics of many answers is known beforehand, so that it has one bound; verdicts are those of each."""
+    calls = []
+
+    def compare(pairs, *, at_once):
+        calls.append(at_once)
+        return compare_all(pairs, at_once=at_once)
+
+    asked = [
+        *((response, item("steps", STEPS)) for response in (r"\boxed{(1) 7; (2) a=1/2; (3) 7.5}", r"\boxed{1}", "")),
+        *((f"\\boxed{{{given}}}", item("math", "17 m")) for given in ("17", "34/2 m", "1700 cm", "17 cm", "16")),
+        ("\\boxed{12}", item("integer", "12")),
+        ("\\boxed{4/2}", item("choice_or_math", "2")),
+        ("\\boxed{B}", item("choice_or_math", "B", options=("1", "2"))),
+    ]
+    one_by_one = [score(response, question) for response, question in asked]
+    monkeypatch.setattr(scoring, "compare_all", compare)
+    assert score_all(asked) == one_by_one
+    assert len(calls) == 1
+    assert [verdict.correct for verdict in one_by_one] == [False] * 3 + [True] * 3 + [False] * 2 + [True] * 3

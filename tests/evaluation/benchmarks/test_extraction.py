@@ -90,6 +90,18 @@ def test_options_that_are_letters_or_numbers():
     assert read_option("3", ("3", "3")) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "letter"),
+    [
+        *(("B. x", ("y", "x"), "B"), ("B: n", ("m", "n", "p"), "B"), ("(A) A", ("A", "B", "C"), "A")),
+        *(("A. I, robot", ("I, robot", "dune"), "A"), ("B. y", ("y", "x"), None), ("(A) B", ("A", "B", "C"), None)),
+        *(("A, B", ("B", "C"), None), ("A B", ("B", "C"), None), ("Bx", ("y", "x"), None)),
+    ],
+)
+def test_letter_before_an_option_that_is_a_letter(text, options, letter):
+    assert read_option(text, options) == letter
+
+
 def test_letters_without_known_options():
     assert read_option("N", ()) == "N"
     assert read_option("n.", ()) == "N"
