@@ -1,3 +1,4 @@
+import gc
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +205,7 @@ def test_no_image_is_forgotten_and_what_is_kept_of_it_is_small(checkpoint):
     tracemalloc.start()
     try:
         keys = [encoder._read_image(Path(path)) for path in paths]
+        gc.collect()
         kept = tracemalloc.get_traced_memory()[0] / len(paths)
     finally:
         tracemalloc.stop()
