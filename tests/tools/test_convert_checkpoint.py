@@ -58,6 +58,7 @@ INTERRUPTED = """
 import os, runpy, signal, sys
 from perl_megatron.checkpoint import convert
 from perl_megatron.checkpoint.conversion import Conversion
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell in the background has it ignored
 run, tool, finished = Conversion.run, sys.argv[1], int(sys.argv[2])
 def interrupted(self, *, progress, **options):
     journal = self.target_path.with_name(f".{self.target_path.name}.partial.jsonl")
