@@ -70,7 +70,7 @@ class GroupCollector:
         Raises:
             NothingKeptError: no group was kept after `filter.max_refills` refills, though there are more questions.
         """
-        position, waiting = self.questions.state_dict(), self._waiting
+        position = self.questions.state_dict()
         try:
             drawn = self._collect(step, alpha)
             if not drawn.kept and not drawn.exhausted:
@@ -82,7 +82,6 @@ class GroupCollector:
             self._waiting = tuple(drawn.carried)
         else:
             self.questions.load_state_dict(position)
-            self._waiting = waiting
         return drawn
 
     def _collect(self, step: int, alpha: float) -> Drawn:

@@ -1,27 +1,12 @@
 import json
 
 import pytest
+from derive_case import TINY, config_of
 
-from perl_megatron.config.architecture import ArchitectureNumbers, read_architecture_numbers
+from perl_megatron.config.architecture import read_architecture_numbers
 from perl_megatron.config.derive import derive, require_training_data
 from perl_megatron.config.layout import launched_processes
-from perl_megatron.config.load import load_config
 from perl_megatron.errors import UserError
-
-TINY = ArchitectureNumbers(
-    num_layers=4,
-    hidden_size=128,
-    ffn_size=336,
-    num_heads=4,
-    num_kv_heads=2,
-    vocabulary_size=1000,
-    vision_ffn_size=172,
-    vision_num_heads=4,
-)
-
-
-def config_of(*overrides):
-    return load_config(None, ["model.path=m", "rollout.engine=embedded", *overrides]).config
 
 
 def test_paper_arithmetic():

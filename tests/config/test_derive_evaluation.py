@@ -1,27 +1,11 @@
 """What an evaluation's settings imply, and those that are refused."""
 
 import pytest
+from derive_case import TINY, config_of
 
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import derive
-from perl_megatron.config.load import load_config
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.preflight import check_evaluation
-
-TINY = ArchitectureNumbers(
-    num_layers=4,
-    hidden_size=128,
-    ffn_size=336,
-    num_heads=4,
-    num_kv_heads=2,
-    vocabulary_size=1000,
-    vision_ffn_size=172,
-    vision_num_heads=4,
-)
-
-
-def config_of(*overrides):
-    return load_config(None, ["model.path=m", "rollout.engine=embedded", *overrides]).config
 
 
 def test_the_longest_sequence_may_be_an_evaluation_s():
