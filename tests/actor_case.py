@@ -76,12 +76,14 @@ def _widen(file: Path) -> None:
 
 
 def make_config(folder: Path, *, parallel: Mapping[str, Any] = {}, **sections: Mapping[str, Any]) -> Config:
-    optimizer = {"learning_rate": 1e-4, "epsilon": 1e-4, "micro_batch_sequences": 5, **sections.get("optimizer", {})}
+    optimizer = {"learning_rate": 1e-4, "epsilon": 1e-4, **sections.get("optimizer", {})}
+    sharing = "vision" if parallel.get("context", 1) > 1 else "full"
     return Config.model_validate(
         {
             "model": {"path": folder / "policy", "dtype": "float32", **sections.get("model", {})},
             "rollout": {"temperature": TEMPERATURE},
             "algorithm": {"kl_coefficient": 0.05, **sections.get("algorithm", {})},
+            "actor": {"micro_batch_tokens": 160, "sharing": sharing, **sections.get("actor", {})},
             "optimizer": optimizer,
             "parallel": dict(parallel),
             "run": dict(sections.get("run", {})),

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from perl_megatron.train.batch import MicroBatch, collate
+from perl_megatron.train.batch import MicroBatch
+from perl_megatron.train.grid import lay_out_rows
 from perl_megatron.verification.layout import IMAGE_TOKEN, TEXT
 from perl_megatron.verification.tiny import TinyImages, tiny_sequences
 from perl_megatron.verification.tiny import tiny_config as hf_config
@@ -31,7 +32,7 @@ WITHOUT_IMAGES = 4
 
 def micro_batch(members: Sequence[int], *, length_multiple: int = 1) -> MicroBatch:
     """These sequences of the batch in one micro-batch; each image that occurs is given once."""
-    return collate(
+    return lay_out_rows(
         tiny_sequences(),
         members,
         length_multiple=length_multiple,

@@ -125,9 +125,7 @@ def derive(
         updates_per_step=updates,
         questions_per_update=questions_per_update,
         sequences_per_update=sequences,
-        micro_batches_per_update=num_micro_batches(
-            math.ceil(sequences / data_size), config.optimizer.micro_batch_sequences, parallel
-        ),
+        micro_batches_per_update=1,
         total_steps=steps,
         total_updates=steps * updates,
         total_questions=steps * questions_per_step,

@@ -102,8 +102,6 @@ class OptimizerSection(Section):
     """Global gradient-norm bound (0: none)."""
     distributed: bool = True
     """Shard the optimizer over data-parallel ranks."""
-    micro_batch_sequences: int = Field(default=8, ge=1)
-    """Sequences in one micro-batch on each data-parallel rank."""
 
 
 class SupervisedConfig(Section):

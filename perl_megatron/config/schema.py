@@ -6,6 +6,7 @@ The help text, docs and error messages are made from the descriptions here. Batc
 
 from __future__ import annotations
 
+from perl_megatron.config.actor_section import ActorSection
 from perl_megatron.config.algorithm_sections import AlgorithmConfig, FilterConfig
 from perl_megatron.config.endpoint_section import EndpointConfig
 from perl_megatron.config.evaluation_section import EvaluationConfig
@@ -35,6 +36,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     judge: EndpointConfig = EndpointConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    actor: ActorSection = ActorSection()
     optimizer: OptimizerSection = OptimizerSection()
     supervised: SupervisedConfig = SupervisedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from perl_megatron.model.context_parallel import context_part
 from perl_megatron.model.segments import Segments
+from perl_megatron.model.shared_prompts import SharedPrompts
 
 
 class TorchCoreAttention(MegatronModule):
@@ -54,14 +55,18 @@ class TorchCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Segments | None = None,
+        packed_seq_params: Segments | SharedPrompts | None = None,
     ) -> torch.Tensor:
         """[S, B, heads, D] queries, [S, B, groups, D] keys and values → [S, B, heads · D]."""
         assert attention_mask is None
         assert attention_bias is None
         if packed_seq_params is not None:
             assert query.shape[1] == 1, "segments are packed into one row"
-            output = self._within_segments(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
+            packed = (query[:, 0], key[:, 0], value[:, 0])
+            if isinstance(packed_seq_params, SharedPrompts):
+                output = self._with_shared_prompts(*packed, packed_seq_params)
+            else:
+                output = self._within_segments(*packed, packed_seq_params)
             return output.flatten(1).unsqueeze(1)
         causal = (attn_mask_type or self.attn_mask_type) is AttnMaskType.causal
         mask = None
@@ -111,6 +116,22 @@ class TorchCoreAttention(MegatronModule):
             batch = (tensor[group].transpose(1, 2) for tensor in packed)
             outputs.append(self._attend(*batch, causal=False).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[segments.inverse]
+
+    def _with_shared_prompts(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SharedPrompts
+    ) -> torch.Tensor:
+        """[N, heads, D]; padding of the row gets zeros. One call for prompts, or responses, of about one length."""
+        outputs = []
+        for block in segments.blocks:
+            # index_select, whose gradient is added up by a plain loop: that of indexing sorts the indices first.
+            q, k, v = (
+                tensor.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+                for tensor, places in ((query, block.queries), (key, block.keys), (value, block.keys))
+            )
+            output = self._attend(q, k, v, mask=block.mask, causal=block.mask is None)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        results = torch.cat(outputs).index_select(0, segments.place_of_result)
+        return torch.nn.functional.pad(results, (0, 0, 0, 0, 0, segments.num_padding))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

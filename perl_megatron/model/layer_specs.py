@@ -7,6 +7,9 @@ modules of TransformerEngine hold the norms' weights under other names, which ``
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from perl_megatron.model.attention import TorchCoreAttention
 from perl_megatron.model.segments import Segments
+from perl_megatron.model.shared_prompts import SharedPrompts
 from perl_megatron.runtime import platform
 
 
@@ -75,29 +79,95 @@ def _transformer_engine_provider() -> BackendSpecProvider:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     class SegmentedCoreAttention(TEDotProductAttention):
-        """Takes the vision tower's ``Segments`` as TransformerEngine's packed 'thd' sequences."""
+        """Takes this package's segments as TransformerEngine's packed 'thd' sequences."""
 
         def forward(
-            self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            attn_mask_type: AttnMaskType,
+            attention_bias: torch.Tensor | None = None,
+            packed_seq_params: Any = None,
+            num_splits: int | None = None,
         ) -> torch.Tensor:
-            segments = kwargs.get("packed_seq_params")
-            if not isinstance(segments, Segments):
-                return super().forward(query, key, value, *args, **kwargs)
-            kwargs["packed_seq_params"] = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=segments.cumulative_lengths,
-                cu_seqlens_kv=segments.cumulative_lengths,
-                max_seqlen_q=segments.longest,
-                max_seqlen_kv=segments.longest,
-            )
+            rest = {"attention_bias": attention_bias, "num_splits": num_splits}
+            if not isinstance(packed_seq_params, (Segments, SharedPrompts)):
+                rest["packed_seq_params"] = packed_seq_params
+                return super().forward(query, key, value, attention_mask, attn_mask_type, **rest)
+            attend = partial(super().forward, attention_mask=attention_mask, **rest)
             packed = (tensor.squeeze(1) for tensor in (query, key, value))
-            return super().forward(*packed, *args, **kwargs).reshape(query.shape[0], 1, -1)
+            if isinstance(packed_seq_params, Segments):
+                lengths = packed_seq_params.cumulative_lengths, packed_seq_params.longest
+                params = _thd(*lengths, *lengths)
+                output = attend(*packed, attn_mask_type=attn_mask_type, packed_seq_params=params).flatten(1)
+            else:
+                output = attend_with_shared_prompts(attend, *packed, packed_seq_params)
+            return output.unsqueeze(1)
 
     class SegmentedProvider(TESpecProvider):
         def core_attention(self) -> type:
             return SegmentedCoreAttention
 
     return SegmentedProvider()
+
+
+class _PackedMask(Enum):
+    """megatron-core hands the name of a mask on to TransformerEngine, but has no member of this one."""
+
+    padding_causal_bottom_right = 1
+
+
+def _thd(query_ends: torch.Tensor, most_queries: int, key_ends: torch.Tensor, most_keys: int) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=query_ends,
+        cu_seqlens_kv=key_ends,
+        max_seqlen_q=most_queries,
+        max_seqlen_kv=most_keys,
+    )
+
+
+def attend_with_shared_prompts(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: SharedPrompts,
+) -> torch.Tensor:
+    """[N, heads · D] from [N, heads or groups, D] by two calls of an attention over segments of varying length.
+
+    The prompts are causal; the keys of a response are its prompt's and its own, so its causal mask is aligned at the
+    bottom right. ``attend`` is TransformerEngine's as megatron-core wraps it. Padding of the row gets zeros.
+    """
+    prompts, end = segments.num_prompt_tokens, segments.num_prompt_tokens + segments.num_response_tokens
+    ends, longest = segments.cumulative(segments.prompt_lengths), int(segments.prompt_lengths.max())
+    outputs = [
+        attend(
+            query[:prompts],
+            key[:prompts],
+            value[:prompts],
+            attn_mask_type=AttnMaskType.causal,
+            packed_seq_params=_thd(ends, longest, ends, longest),
+        ).flatten(1)
+    ]
+    if end > prompts:
+        outputs.append(
+            attend(
+                query[prompts:end],
+                key.index_select(0, segments.response_keys),
+                value.index_select(0, segments.response_keys),
+                attn_mask_type=_PackedMask.padding_causal_bottom_right,
+                packed_seq_params=_thd(
+                    segments.cumulative(segments.response_lengths),
+                    int(segments.response_lengths.max()),
+                    segments.cumulative(segments.key_lengths),
+                    int(segments.key_lengths.max()),
+                ),
+            ).flatten(1)
+        )
+    return torch.nn.functional.pad(torch.cat(outputs), (0, 0, 0, segments.num_padding))
 
 
 def block_spec(

@@ -15,6 +15,7 @@ from perl_megatron.config.schema import ModelConfig, ParallelConfig
 from perl_megatron.model import transformer_configs
 from perl_megatron.model.architecture import Architecture
 from perl_megatron.model.layer_specs import block_spec, choose_provider
+from perl_megatron.model.shared_prompts import SharedPrompts
 from perl_megatron.model.vision import VisionModel
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.topology import Topology
@@ -29,9 +30,9 @@ class VisionInput:
     grids: torch.Tensor
     """int64 [U, 3]: (time, height, width) of each in patches."""
     feature_index: torch.Tensor
-    """int64 [M]: for each image-pad position, in row-major [B, S] order, the row of the merged features [N / 4]."""
-    image_mask: torch.Tensor
-    """bool [B, S]: the image-pad positions. A sampled image-pad token is text and is not marked."""
+    """int64 [M]: for each image-pad position, the row of the merged features [N / 4] that goes there."""
+    image_places: torch.Tensor
+    """int64 [M]: the image-pad positions, counted row by row of [B, S]. A sampled image-pad token is text: not here."""
 
 
 class Policy(MegatronModule):
@@ -109,43 +110,49 @@ class Policy(MegatronModule):
         token_ids: torch.Tensor,
         position_ids: torch.Tensor,
         vision: VisionInput | None = None,
-        output_mask: torch.Tensor | None = None,
+        output_places: torch.Tensor | None = None,
+        shared_prompts: SharedPrompts | None = None,
     ) -> torch.Tensor:
         """Final hidden states of the wanted positions, or the hidden states for the next stage.
 
         ``token_ids`` int64 [B, S], padded on the right; ``position_ids`` int64 [3, B, S]; ``vision`` for the first
-        stage, None without images; ``output_mask`` bool [B, S], None for all. Attention is causal; with sequence
-        parallelism S must be a multiple of the tensor-parallel size. With context parallelism all of them are this
-        rank's part of the sequences, as ``context_parallel.context_part`` cuts it, and S is the part's length.
-        Returns on the last stage hidden states [selected, H] in row-major [B, S] order, normed, the same on all
-        tensor-parallel ranks, whose gradients must be too; else [S, B, H] ([S / tp, B, H] if sequence-parallel).
+        stage, None without images; ``output_places`` int64 [T], positions counted row by row of [B, S], any number of
+        times each, None for all. Attention is causal within each row, or, where B = 1, as ``shared_prompts`` says; with
+        sequence parallelism S must be a multiple of the tensor-parallel size. With context parallelism all of them are
+        this rank's part of the sequences, as ``context_parallel.context_part`` cuts it, and S is the part's length.
+        Returns on the last stage hidden states [T, H], normed, the same on all tensor-parallel ranks, whose gradients
+        must be too; else [S, B, H] ([S / tp, B, H] if sequence-parallel).
         """
         embedded = self._embed(token_ids, vision) if self.pre_process else None
         language = self.language_model
         angles = language.rotary_pos_emb(position_ids, language.mrope_section)
         assert len(angles) == position_ids.shape[2], "megatron-core has cut the rotary angles a second time"
-        hidden = language.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles)
-        return self._select(hidden, output_mask) if self.post_process else hidden
+        hidden = language.decoder(
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=shared_prompts
+        )
+        return self._select(hidden, output_places) if self.post_process else hidden
 
     def _embed(self, token_ids: torch.Tensor, vision: VisionInput | None) -> torch.Tensor:
         """[S, B, H], image features in place; this rank's part of S if sequence-parallel."""
         embedded = self.language_model.embedding(input_ids=token_ids, position_ids=None)
         if vision is not None:
             assert self.vision_model is not None
-            features = self.vision_model(vision.patches, vision.grids)[vision.feature_index].to(embedded.dtype)
-            row, column = vision.image_mask.nonzero(as_tuple=True)
-            places = column * embedded.shape[1] + row
+            features = self.vision_model(vision.patches, vision.grids)
+            # An image's features go to several places, and their gradients are added up in its one.
+            features = features.index_select(0, vision.feature_index).to(embedded.dtype)
+            length, rows = embedded.shape[:2]
+            places = vision.image_places % length * rows + vision.image_places // length
             embedded = embedded.flatten(0, 1).index_copy(0, places, features).view_as(embedded)
         if self.config.sequence_parallel:
             embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded)
         return embedded
 
-    def _select(self, hidden: torch.Tensor, output_mask: torch.Tensor | None) -> torch.Tensor:
+    def _select(self, hidden: torch.Tensor, output_places: torch.Tensor | None) -> torch.Tensor:
         if self.config.sequence_parallel:
             # The gradient that comes back is whole on every rank, so each takes only its part of it.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         tokens = hidden.transpose(0, 1).flatten(0, 1)
-        return tokens if output_mask is None else tokens[output_mask.flatten()]
+        return tokens if output_places is None else tokens.index_select(0, output_places)
 
 
 def build_policy(

@@ -69,7 +69,7 @@ class Actor:
             self.optimizer.chunks,
             topology,
             encoder,
-            micro_batch_size=config.optimizer.micro_batch_sequences,
+            actor=config.actor,
             parallel=config.parallel,
             alignment=fp8_alignment(config.model),
         )

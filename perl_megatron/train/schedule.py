@@ -17,12 +17,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from perl_megatron.config.layout import length_multiple
+from perl_megatron.config.actor_section import ActorSection
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.topology import Topology
-from perl_megatron.train.batch import MicroBatch, TrainingSequence, collate, split_sequences
+from perl_megatron.train.batch import MicroBatch, TrainingSequence
+from perl_megatron.train.grid import lay_out_rows
 from perl_megatron.train.losses import Sums
+from perl_megatron.train.packed import lay_out_packed
 
 MicroBatchLoss = Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]
 """(micro-batch, final hidden states [T, H]) to (scalar loss, what to keep of it)."""
@@ -33,6 +36,7 @@ class Schedule:
 
     Args:
         chunks: this rank's model chunks, as megatron-core's schedules take them.
+        actor: what is shared, and how large a micro-batch is.
         parallel: the layout.
         alignment: each rank's part of a padded row is a multiple of it.
     """
@@ -43,14 +47,14 @@ class Schedule:
         topology: Topology,
         encoder: PromptEncoder,
         *,
-        micro_batch_size: int,
+        actor: ActorSection,
         parallel: ParallelConfig,
         alignment: int = 1,
     ):
         self._chunks = list(chunks)
         self._topology = topology
         self._encoder = encoder
-        self._micro_batch_size = micro_batch_size
+        self._actor = actor
         self._parallel = parallel
         self._length_multiple = length_multiple(parallel) * alignment
 
@@ -61,9 +65,7 @@ class Schedule:
 
         Returns what ``loss`` kept of each micro-batch; empty on all but the last pipeline stage.
         """
-        prompt_lengths = [len(sequence.prompt.token_ids) for sequence in sequences]
-        parts = split_sequences(prompt_lengths, self._micro_batch_size, self._topology.data_size, self._parallel)
-        own = parts[self._topology.data_rank]
+        own = _temporary(sequences, self._topology.data_size, self._actor, self._parallel)[self._topology.data_rank]
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, loss),
@@ -88,15 +90,21 @@ class Schedule:
     ) -> Iterator[MicroBatch]:
         """A model chunk's micro-batches, each laid out when it is needed (pixels of all at once would be large)."""
         for part in parts:
-            yield collate(
+            lay_out = partial(
+                lay_out_rows if self._actor.sharing != "full" else lay_out_packed,
                 sequences,
                 part,
                 length_multiple=self._length_multiple,
                 pad_token_id=self._encoder.pad_token_id,
                 patches=self._encoder.patches if with_images else None,
                 device=platform.device(),
-                context=(self._topology.context_rank, self._topology.context_size),
             )
+            if self._actor.sharing == "full":
+                yield lay_out()
+            else:
+                topology = self._topology
+                context = (topology.context_rank, topology.context_size)
+                yield lay_out(share_images=self._actor.sharing == "vision", context=context)
 
 
 def _forward_step(
@@ -104,7 +112,7 @@ def _forward_step(
 ) -> tuple[Tensor, Callable]:
     """megatron-core's callback: the model's output, and what turns it into a loss on the last stage."""
     batch = next(batches)
-    output = model(batch.token_ids, batch.position_ids, batch.vision, batch.output_mask)
+    output = model(batch.token_ids, batch.position_ids, batch.vision, batch.output_places, batch.shared_prompts)
 
     def finish(hidden: Tensor) -> tuple[Tensor, Tensor, tuple[MicroBatch, Sums]]:
         value, kept = loss(batch, hidden)
@@ -135,3 +143,19 @@ def add_up(names: Sequence[str], parts: Sequence[Sums], topology: Topology) -> d
         name: maximum if name.endswith("_max") else total
         for name, total, maximum in zip(names, sums, maxima, strict=True)
     }
+
+
+def _temporary(sequences, data_size, actor, parallel):
+    import numpy as np
+    shares=[[] for _ in range(data_size)]
+    order=np.array_split(np.arange(len(sequences)),data_size)
+    for r,share in enumerate(order):
+        cur=[];n=0
+        for i in share.tolist():
+            if cur and n+sequences[i].length>actor.micro_batch_tokens:
+                shares[r].append(tuple(cur));cur=[];n=0
+            cur.append(i);n+=sequences[i].length
+        shares[r].append(tuple(cur))
+    k=max(map(len,shares)); m=parallel.pipeline if parallel.virtual_pipeline>1 else 1
+    k=-(-k//m)*m
+    return [s+[()]*(k-len(s)) for s in shares]

@@ -42,7 +42,7 @@ VISION = {
 NUM_LAYERS = 4
 """Two pipeline stages of two virtual stages each divide it; stages of unequal length may need more (`--layers`)."""
 
-MICRO_BATCH_SEQUENCES = 2
+MICRO_BATCH_TOKENS = 100
 """Small, so that a step has several micro-batches, one of them without images."""
 
 TIMEOUT_SECONDS = 300.0
@@ -110,7 +110,11 @@ class Layout:
                     "epsilon": 1e-3 if self.dtype == "float32" else 1e-8,
                     "weight_decay": 0.1,
                     "clip_gradient": 0.5,
-                    "micro_batch_sequences": MICRO_BATCH_SEQUENCES,
+                },
+                # Context ranks, which have no shared prompts, run the other layout.
+                "actor": {
+                    "sharing": "vision" if self.parallel.get("context", 1) > 1 else "full",
+                    "micro_batch_tokens": MICRO_BATCH_TOKENS,
                 },
                 "run": {"collective_timeout": TIMEOUT_SECONDS},
             }

@@ -44,17 +44,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "interleaved_tied": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
     "interleaved_small_micro_batches": {
         "parallel": {"pipeline": 2, "virtual_pipeline": 2},
-        "optimizer": {"micro_batch_sequences": 1},
+        "actor": {"micro_batch_tokens": 1},
     },
     "uneven": {"parallel": {"pipeline": 2, "first_stage_layers": 1}},
     "context": {"parallel": {"context": 2}},
     "context_replicated_optimizer": {"parallel": {"context": 2}, "optimizer": {"distributed": False}},
-    "context_small_micro_batches": {"parallel": {"context": 2}, "optimizer": {"micro_batch_sequences": 1}},
+    "context_small_micro_batches": {"parallel": {"context": 2}, "actor": {"micro_batch_tokens": 1}},
     "selective_recompute": {"parallel": {"pipeline": 2}, "model": {"recompute": "selective"}},
     "full_recompute": {"parallel": {"context": 2}, "model": {"recompute": "full"}},
     "data": {"parallel": {"data": 2}},
     "data_replicated_optimizer": {"parallel": {"data": 2}, "optimizer": {"distributed": False}},
-    "data_small_micro_batches": {"parallel": {"data": 2}, "optimizer": {"micro_batch_sequences": 2}},
+    "data_small_micro_batches": {"parallel": {"data": 2}, "actor": {"micro_batch_tokens": 80}},
 }
 FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor_frozen_images": {
@@ -88,13 +88,14 @@ FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
 """Parts that are frozen or have their own rate; with a frozen language model, the last stage has nothing to train."""
 ODD_LAYOUTS: dict[str, dict[str, Any]] = {
     **{
-        f"{name}_{size}": {**LAYOUTS[name], "optimizer": {"micro_batch_sequences": size}}
+        f"{name}_{size}": {**LAYOUTS[name], "actor": {"micro_batch_tokens": size}}
         for name in ("data", "pipeline", "interleaved", "context", "tensor_sequence")
-        for size in (1, 3)
+        for size in (1, 200)
     },
     "data_replicated_optimizer_1": {
         "parallel": {"data": 2},
-        "optimizer": {"distributed": False, "micro_batch_sequences": 1},
+        "optimizer": {"distributed": False},
+        "actor": {"micro_batch_tokens": 1},
     },
     "data_filler": {"parallel": {"data": 2}},
 }

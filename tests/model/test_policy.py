@@ -1,5 +1,7 @@
 """The policy in one process; tests/distributed/test_layout_matrix.py compares it with transformers in every layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_policy import IMAGE_TOKEN, WITHOUT_IMAGES, hf_model, micro_batch
@@ -34,8 +36,8 @@ def policy(build):
 
 
 def logits(policy, inputs, *, select=True):
-    mask = inputs.output_mask if select else None
-    hidden = policy(inputs.token_ids, inputs.position_ids, inputs.vision, mask)
+    places = inputs.output_places if select else None
+    hidden = policy(inputs.token_ids, inputs.position_ids, inputs.vision, places, inputs.shared_prompts)
     return hidden @ policy.output_weight()[: policy.architecture.vocabulary_size].t()
 
 
@@ -50,7 +52,7 @@ def test_selected_rows_are_those_of_all_positions(policy):
     inputs = micro_batch([0, 2, 4])
     everything = logits(policy, inputs, select=False)
     assert everything.shape[0] == inputs.token_ids.numel()
-    chosen = everything[inputs.output_mask.flatten()]
+    chosen = everything[inputs.output_places]
     torch.testing.assert_close(logits(policy, inputs), chosen, rtol=0, atol=1e-5)
 
 
@@ -60,7 +62,7 @@ def test_right_padding_and_company_do_not_change_a_sequence(policy):
     torch.testing.assert_close(together[: len(alone)], alone, rtol=0, atol=2e-5)
 
 
-def test_an_image_token_outside_the_mask_is_text(policy):
+def test_an_image_token_that_is_not_an_images_place_is_text(policy):
     inputs = micro_batch([WITHOUT_IMAGES])
     inputs.token_ids[0, 2] = IMAGE_TOKEN
     before = logits(policy, inputs)
@@ -89,8 +91,7 @@ def test_gradients_of_an_image_used_twice_are_summed(policy):
 
 
 def test_no_selected_position_gives_no_logits_and_zero_gradients(policy):
-    inputs = micro_batch([6])
-    inputs.output_mask[:] = False
+    inputs = replace(micro_batch([6]), output_places=torch.zeros(0, dtype=torch.int64))
     zero_gradients(policy)
     output = logits(policy, inputs)
     assert output.shape[0] == 0

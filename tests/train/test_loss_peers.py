@@ -6,7 +6,8 @@ import torch
 import trl_peer
 
 from perl_megatron.config.schema import AlgorithmConfig
-from perl_megatron.train.batch import TrainingSequence, collate
+from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.train.grid import lay_out_rows
 from perl_megatron.train.losses import PolicyLoss
 from perl_megatron.types import EncodedPrompt
 
@@ -58,7 +59,7 @@ def test_loss_and_gradient_are_trls(form, seed):
     sequences, values = case(seed)
     ours = values.clone().requires_grad_()
     loss = PolicyLoss(sequences, AlgorithmConfig(**settings), max_response_tokens=LIMIT)
-    batch = collate(sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
+    batch = lay_out_rows(sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
     value, _ = loss(batch, ours, torch.zeros(len(ours)))
     peer = values.clone().requires_grad_()
     expected = trl_peer.loss(
@@ -77,7 +78,7 @@ def test_loss_and_gradient_are_trls(form, seed):
 
 def test_a_kl_in_the_reward_is_not_in_the_loss_too():
     sequences, values = case(0)
-    batch = collate(sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
+    batch = lay_out_rows(sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
     results = []
     for settings in ({"kl_in": "reward", "kl_coefficient": 0.5}, {"kl_coefficient": 0.0}):
         log_prob = values.clone().requires_grad_()

@@ -9,7 +9,8 @@ import torch
 
 from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.train import losses
-from perl_megatron.train.batch import TrainingSequence, collate
+from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.train.grid import lay_out_rows
 from perl_megatron.train.losses import PolicyLoss, SupervisedLoss
 from perl_megatron.types import EncodedPrompt
 
@@ -42,7 +43,7 @@ def evaluate(loss, sequences, log_prob, parts):
     ends = np.cumsum([0, *LENGTHS])
     total, sums = torch.zeros(()), dict.fromkeys(loss.names, 0.0)
     for part in parts:
-        batch = collate(sequences, part, length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
+        batch = lay_out_rows(sequences, part, length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
         tokens = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in part]) if part else np.zeros(0, dtype=int)
         value, found = loss(batch, log_prob[tokens], torch.ones(len(tokens)))
         assert tuple(found) == loss.names
@@ -199,7 +200,7 @@ def test_context_ranks_share_the_ratio_of_a_response(sequences, log_prob, ratio,
         place = SimpleNamespace(context_size=2, context_group=lambda: rank)
         loss = PolicyLoss(sequences, algorithm, place)
         cpu = torch.device("cpu")
-        batch = collate(
+        batch = lay_out_rows(
             sequences, ALL[0], length_multiple=4, pad_token_id=0, patches=None, device=cpu, context=(rank, 2)
         )
         value, found = loss(batch, log_prob[batch.own_tokens], torch.ones(batch.num_tokens))

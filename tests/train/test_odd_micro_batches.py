@@ -56,8 +56,7 @@ def start(case, topology, encoder):
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("kind", ODD_VIEWS)
 def test_log_probabilities_and_gradient(case, encoder, start, kind, recompute):
-    optimizer_section = {**GRADIENT_STEP, "micro_batch_sequences": 2}
-    actor, batch = start(kind, optimizer=optimizer_section, model={"recompute": recompute})
+    actor, batch = start(kind, optimizer=GRADIENT_STEP, model={"recompute": recompute})
     expected = expect_of(case, encoder, batch, actor.config)
     expected.check_log_probs(np.concatenate(actor.log_probs(batch)))
     before = weights_of(actor)

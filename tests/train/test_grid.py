@@ -1,33 +1,12 @@
 import numpy as np
-import pytest
 import torch
+from prompt_case import IMAGE_PAD, PIXELS, TEXT, prompt
 
-from perl_megatron.train.batch import TrainingSequence, collate, split_sequences
-from perl_megatron.types import EncodedPrompt
-
-IMAGE_PAD, TEXT = 90, 7
-SIZES = {"small": (1, 2, 2), "wide": (1, 2, 6)}
-PIXELS = {
-    key: np.full((t * h * w, 1176), index + 1, dtype=np.float32) for index, (key, (t, h, w)) in enumerate(SIZES.items())
-}
-
-
-def prompt(*keys: str) -> EncodedPrompt:
-    tokens, starts = [TEXT], []
-    for key in keys:
-        starts.append(len(tokens))
-        tokens += [IMAGE_PAD] * (int(np.prod(SIZES[key])) // 4) + [TEXT]
-    return EncodedPrompt(
-        token_ids=np.array(tokens),
-        compact_ids=(),
-        image_starts=tuple(starts),
-        grids=np.array([SIZES[key] for key in keys], dtype=np.int64).reshape(-1, 3),
-        image_keys=keys,
-    )
-
+from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.train.grid import lay_out_rows
 
 def layout(sequences, *, multiple=1, images=True, context=(0, 1)):
-    return collate(
+    return lay_out_rows(
         sequences,
         range(len(sequences)),
         length_multiple=multiple,
@@ -38,22 +17,6 @@ def layout(sequences, *, multiple=1, images=True, context=(0, 1)):
     )
 
 
-@pytest.mark.parametrize(
-    ("num", "size", "ranks"), [(12, 4, 1), (12, 4, 2), (13, 4, 2), (1, 4, 2), (7, 1, 3), (0, 4, 2)]
-)
-def test_every_sequence_is_in_one_micro_batch_and_ranks_agree_on_their_number(num, size, ranks):
-    lengths = np.random.default_rng(num).integers(1, 50, num)
-    split = split_sequences(lengths, size, ranks)
-    assert len(split) == ranks
-    assert len({len(parts) for parts in split}) == 1
-    assert sorted(index for parts in split for part in parts for index in part) == list(range(num))
-    assert all(len(part) <= size for parts in split for part in parts)
-
-
-def test_micro_batches_have_prompts_of_like_length_and_keep_equal_ones_in_order():
-    assert split_sequences([9, 9, 3, 3, 9, 9, 3, 3], 2, 2) == [[(2, 3), (0, 1)], [(6, 7), (4, 5)]]
-
-
 def test_rows_are_padded_to_the_longest_and_to_the_multiple():
     sequences = [TrainingSequence(prompt(), np.array([1, 2])), TrainingSequence(prompt("wide"), np.array([1]))]
     assert layout(sequences[:1]).token_ids.shape == (1, 3)
@@ -61,7 +24,7 @@ def test_rows_are_padded_to_the_longest_and_to_the_multiple():
     assert layout(sequences, multiple=4).token_ids.shape == (2, 8)
 
 
-def test_output_mask_selects_the_positions_that_predict_the_response():
+def test_outputs_are_the_positions_that_predict_the_response():
     sequences = [
         TrainingSequence(prompt("small"), np.array([11, 12, 13])),
         TrainingSequence(prompt(), np.array([21])),
@@ -70,7 +33,7 @@ def test_output_mask_selects_the_positions_that_predict_the_response():
     batch = layout(sequences)
     assert batch.targets.tolist() == [11, 12, 13, 21, 31, 32]
     shifted = torch.roll(batch.token_ids, -1, dims=1)
-    assert shifted[batch.output_mask].tolist() == batch.targets.tolist()
+    assert shifted.flatten()[batch.output_places].tolist() == batch.targets.tolist()
     assert batch.lengths.tolist() == [3, 1, 2]
     assert batch.num_tokens == 6
 
@@ -78,7 +41,7 @@ def test_output_mask_selects_the_positions_that_predict_the_response():
 def test_an_image_token_in_a_response_is_text():
     batch = layout([TrainingSequence(prompt("small"), np.array([IMAGE_PAD, 5]))])
     assert batch.vision is not None
-    assert batch.vision.image_mask.sum() == 1
+    assert len(batch.vision.image_places) == 1
     assert batch.targets.tolist() == [IMAGE_PAD, 5]
 
 
@@ -95,8 +58,8 @@ def test_equal_images_are_laid_out_once_and_found_from_every_row():
     assert vision.grids.tolist() == [[1, 2, 2], [1, 2, 6]]
     assert vision.patches.shape == (4 + 12, 1176)
     assert vision.feature_index.tolist() == [0, 1, 2, 3, 1, 2, 3, 0, 1, 2, 3, 1, 2, 3]
-    assert (batch.token_ids[vision.image_mask] == IMAGE_PAD).all()
-    assert int(vision.image_mask.sum()) == len(vision.feature_index)
+    assert (batch.token_ids.flatten()[vision.image_places] == IMAGE_PAD).all()
+    assert len(vision.image_places) == len(vision.feature_index)
 
 
 def test_no_images_and_left_out_images_give_no_vision_input():
@@ -117,7 +80,7 @@ def test_a_prompt_shared_by_responses_of_different_length_keeps_its_positions():
 def test_a_filler_batch_predicts_one_ignored_token():
     batch = layout([], multiple=4)
     assert batch.token_ids.tolist() == [[0, 0, 0, 0]]
-    assert (int(batch.output_mask.sum()), len(batch.targets), batch.num_tokens, batch.indices) == (1, 1, 0, ())
+    assert (len(batch.output_places), len(batch.targets), batch.num_tokens, batch.indices) == (1, 1, 0, ())
 
 
 def test_context_ranks_share_the_tokens_and_need_only_their_own_images():
@@ -134,23 +97,23 @@ def test_context_ranks_share_the_tokens_and_need_only_their_own_images():
     tokens = np.zeros(12, dtype=np.int64)
     for batch in parts:
         assert batch.token_ids.shape == (3, whole.token_ids.shape[1] // 2)
-        assert batch.num_tokens == len(batch.targets) == int(batch.output_mask.sum())
+        assert batch.num_tokens == len(batch.targets) == len(batch.output_places)
         tokens[batch.own_tokens] += batch.targets.numpy()
         assert batch.vision is not None
-        assert (batch.token_ids[batch.vision.image_mask] == IMAGE_PAD).all()
-        assert int(batch.vision.image_mask.sum()) == len(batch.vision.feature_index)
+        assert (batch.token_ids.flatten()[batch.vision.image_places] == IMAGE_PAD).all()
+        assert len(batch.vision.image_places) == len(batch.vision.feature_index)
         assert int((batch.token_ids == IMAGE_PAD).sum()) == len(batch.vision.feature_index)
     assert tokens.tolist() == whole.targets.tolist()
     # 16 positions: rank 0 has 0-3 and 12-15, rank 1 the rest; the wide image takes 1-3, the small one 5 (and 1).
     first, second = (batch.vision for batch in parts)
-    assert first.grids.tolist() == [[1, 2, 6], [1, 2, 2]]
-    assert first.feature_index.tolist() == [0, 1, 2, 3]
+    assert first.grids.tolist() == [[1, 2, 2], [1, 2, 6]]
+    assert first.feature_index.tolist() == [1, 2, 3, 0]
     assert second.grids.tolist() == [[1, 2, 2]]
     assert second.feature_index.tolist() == [0]
 
 
 def test_a_context_rank_without_response_tokens_predicts_an_ignored_one():
     batch = layout([TrainingSequence(prompt("wide"), np.array([1]))], multiple=4, context=(0, 2))
-    assert (batch.num_tokens, len(batch.targets), int(batch.output_mask.sum())) == (0, 1, 1)
+    assert (batch.num_tokens, len(batch.targets), len(batch.output_places)) == (0, 1, 1)
     other = layout([TrainingSequence(prompt("wide"), np.array([1]))], multiple=4, context=(1, 2))
     assert (other.num_tokens, other.targets.tolist()) == (1, [1])
