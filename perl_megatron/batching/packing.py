@@ -71,14 +71,9 @@ def first_fit(items: Sequence[Item], capacity: int) -> Bins:
 
 
 def fewest(items: Sequence[Item], capacity: int) -> Bins:
-    """Items into as few bins as ``balance`` or ``first_fit`` finds, and balanced where ``balance`` does."""
+    """Items into as few bins as ``first_fit`` finds, of like cost where ``balance`` finds room."""
     packed = first_fit(items, capacity)
-    least = -(-sum(item.size for item in items) // capacity) if capacity else 1
-    for number in range(max(1, least), len(packed) + 1):
-        balanced = balance(items, number, capacity)
-        if balanced is not None:
-            return balanced
-    return packed
+    return balance(items, len(packed), capacity) or packed
 
 
 def deal(costs: Sequence[int], hands: int, most: int) -> list[list[int]]:

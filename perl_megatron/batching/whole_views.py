@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from perl_megatron.batching.cost import CostModel, step_flops
-from perl_megatron.batching.packing import Item, balance, bins_per_rank, deal, fewest, first_fit
+from perl_megatron.batching.packing import Bins, Item, balance, bins_per_rank, deal, fewest, first_fit
 from perl_megatron.batching.work import ViewWork, clusters
 
 Numbers = list[list[list[int]]]
@@ -35,37 +35,30 @@ class WholeViews:
     def plan(self, data_size: int, stages: int, multiple: int) -> list[list[list[ViewWork]]]:
         """[data rank][micro-batch] → views, or parts of views.
 
-        Tries the least number of micro-batches that their memory allows, then more, to what first-fit needs.
+        There are as many micro-batches as first-fit needs. Where longest processing time first finds no room in so
+        many, those of first-fit remain: they are then nearly full, and so of like cost.
         """
-        whole = self._whole_clusters()
-        densest = first_fit(self._alone, self._budget)
-        most = bins_per_rank(len(densest), data_size, multiple)
-        least = sum(min(item.size, sum(part.size for part in item.parts) or item.size) for item in whole)
-        per_rank = bins_per_rank(-(-least // self._budget), data_size, multiple)
-        while not (plans := list(self._plans(whole, data_size, per_rank))):
-            if per_rank == most:
-                hands = deal([sum(item.cost for item in items) for items in densest], data_size, most)
-                plans = [[[_members(densest[number]) for number in hand] for hand in hands]]
-                break
-            per_rank += multiple
+        candidates = [self._whole_clusters(), self._alone]
+        if len(candidates[0]) == len(self._alone):
+            candidates.pop()
+        densest = min((first_fit(items, self._budget) for items in candidates), key=len)
+        per_rank = bins_per_rank(len(densest), data_size, multiple)
+        plans = [plan for items in candidates for plan in self._plans(items, data_size, per_rank)]
+        if not plans:
+            plans.append(_dealt(densest, data_size, per_rank))
         best = min(plans, key=lambda plan: step_flops(self._costs(plan), stages))
         return [[list(self._views_of(numbers)) for numbers in rank if numbers] for rank in best]
 
-    def _plans(self, whole: list[Item], data_size: int, per_rank: int) -> Iterator[Numbers]:
-        """Plans with so many micro-batches a rank, clusters whole before single views, ranks first before bins first.
-
-        Ranks first balances the ranks best, where it finds room; bins first finds room more often.
-        """
-        for items in [whole] if len(whole) == len(self._alone) else [whole, self._alone]:
-            ranks = balance(items, data_size, per_rank * self._budget)
-            filled = [balance(rank, per_rank, self._budget) for rank in ranks or []]
-            complete = [bins for bins in filled if bins is not None]
-            if len(complete) == data_size:
-                yield [[_members(items) for items in bins] for bins in complete]
-            bins = balance(items, data_size * per_rank, self._budget)
-            if bins is not None:
-                hands = deal([sum(item.cost for item in items) for items in bins], data_size, per_rank)
-                yield [[_members(bins[number]) for number in hand] for hand in hands]
+    def _plans(self, items: list[Item], data_size: int, per_rank: int) -> Iterator[Numbers]:
+        """Ranks first balances the ranks best, where it finds room; bins first finds room more often."""
+        ranks = balance(items, data_size, per_rank * self._budget)
+        filled = [balance(rank, per_rank, self._budget) for rank in ranks or []]
+        complete = [bins for bins in filled if bins is not None]
+        if len(complete) == data_size:
+            yield [[_members(items) for items in bins] for bins in complete]
+        bins = balance(items, data_size * per_rank, self._budget)
+        if bins is not None:
+            yield _dealt(bins, data_size, per_rank)
 
     def _costs(self, plan: Numbers) -> list[list[int]]:
         return [[self._item(numbers).cost for numbers in rank] for rank in plan]
@@ -128,6 +121,11 @@ class WholeViews:
             members.setdefault(position, []).extend(chosen)
         for position, chosen in members.items():
             yield self._views[position].part(chosen)
+
+
+def _dealt(bins: Bins, data_size: int, per_rank: int) -> Numbers:
+    hands = deal([sum(item.cost for item in items) for items in bins], data_size, per_rank)
+    return [[_members(bins[number]) for number in hand] for hand in hands]
 
 
 def _members(items: Sequence[Item]) -> list[int]:
