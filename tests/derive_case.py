@@ -9,9 +9,17 @@ TINY = ArchitectureNumbers(
     ffn_size=336,
     num_heads=4,
     num_kv_heads=2,
+    head_dim=32,
     vocabulary_size=1000,
+    vision_depth=4,
+    vision_hidden_size=64,
     vision_ffn_size=172,
     vision_num_heads=4,
+    vision_out_hidden_size=128,
+    vision_patch_values=1176,
+    vision_merge_size=2,
+    vision_window_patches=64,
+    vision_full_attention_blocks=(3,),
 )
 
 

@@ -21,7 +21,7 @@ MAX_LINES = 350
 FLOORS: list[set[str]] = [
     {"__init__", "types", "errors"},
     {"config"},
-    {"launch"},
+    {"launch", "batching"},
     {"runtime"},
     {"chat"},
     {"data", "reward", "algorithm", "kernels", "observability", "plan"},
@@ -72,7 +72,7 @@ ROOMS = {
 
 ENVIRONMENT_ROOMS = ["runtime/*.py", "launch/*.py"]
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
-WITHOUT_TORCH = ("types", "errors", "config", "launch", "chat", "plan")
+WITHOUT_TORCH = ("types", "errors", "config", "launch", "batching", "chat", "plan")
 """A login node without torch can load configs, plan and render jobs."""
 
 

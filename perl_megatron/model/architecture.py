@@ -69,16 +69,25 @@ class Architecture:
 
     @property
     def numbers(self) -> ArchitectureNumbers:
-        """What a layout depends on."""
+        """What layout and cost depend on."""
+        vision = self.vision
         return ArchitectureNumbers(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
             ffn_size=self.ffn_size,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
             vocabulary_size=self.vocabulary_size,
-            vision_ffn_size=self.vision.ffn_size,
-            vision_num_heads=self.vision.num_heads,
+            vision_depth=vision.depth,
+            vision_hidden_size=vision.hidden_size,
+            vision_ffn_size=vision.ffn_size,
+            vision_num_heads=vision.num_heads,
+            vision_out_hidden_size=vision.out_hidden_size,
+            vision_patch_values=vision.patch_values,
+            vision_merge_size=vision.merge_size,
+            vision_window_patches=(vision.cells_per_window * vision.merge_size) ** 2,
+            vision_full_attention_blocks=vision.full_attention_blocks,
         )
 
     def padded_vocabulary(self, tensor_size: int) -> int:

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
+from derive_case import TINY
 
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import derive, require_training_data
 from perl_megatron.config.load import load_config, save_resolved
 from perl_megatron.config.schema import Config
@@ -50,10 +50,9 @@ def test_other_weights_are_refused(written):
 
 
 def test_there_is_a_weight_for_each_path():
-    numbers = ArchitectureNumbers(4, 128, 336, 4, 2, 1000, 172, 4)
     for overrides in (("data.train=a,b", "data.weights=[1]"), ("data.train=a", "data.weights=[1,2]")):
         with pytest.raises(UserError, match=r"weights for \d paths") as refusal:
-            derive(config_of(*overrides), world_size=1, architecture=numbers)
+            derive(config_of(*overrides), world_size=1, architecture=TINY)
         assert refusal.value.where == "data.weights, data.train"
 
 

@@ -101,7 +101,14 @@ TEXT = {
     "num_key_value_heads": 2,
     "vocab_size": 1000,
 }
-VISION = {"depth": 4, "hidden_size": 64, "intermediate_size": 172, "num_heads": 4}
+VISION = {
+    "depth": 4,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_heads": 4,
+    "out_hidden_size": 128,
+    "fullatt_block_indexes": [3],
+}
 
 
 @pytest.mark.parametrize("layout", ["flat", "nested"])
@@ -124,6 +131,15 @@ def test_architecture_from_both_layouts(tmp_path, layout):
             "num_hidden_layers",
         ),
         (json.dumps({"model_type": "qwen2_5_vl", **TEXT}), "'intermediate_size' is None"),
+        (json.dumps({"model_type": "qwen2_5_vl", **TEXT, "vision_config": VISION | {"depth": "4"}}), "'depth' is '4'"),
+        (
+            json.dumps({"model_type": "qwen2_5_vl", "text_config": TEXT | {"head_dim": 0}, "vision_config": VISION}),
+            "'head_dim' is 0",
+        ),
+        (
+            json.dumps({"model_type": "qwen2_5_vl", **TEXT, "vision_config": VISION | {"fullatt_block_indexes": 3}}),
+            "'fullatt_block_indexes' is 3",
+        ),
     ],
 )
 def test_bad_architectures(tmp_path, content, says):

@@ -1,8 +1,8 @@
 """Contradictions of the algorithm are refused, each naming both settings and a way out."""
 
 import pytest
+from derive_case import TINY
 
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import derive
 from perl_megatron.config.derive_algorithm import check_algorithm, check_objective
 from perl_megatron.config.load import load_config
@@ -102,9 +102,8 @@ def test_a_penalty_that_begins_before_the_first_token():
 
 def test_training_is_refused_before_it_starts():
     """By `derive`, as all contradictions."""
-    numbers = ArchitectureNumbers(4, 128, 336, 4, 2, 1000, 172, 4)
     overrides = ["model.path=m", "rollout.engine=embedded", "reward.overlong=1", "rollout.max_response_tokens=9"]
     config = load_config(None, overrides)
     with pytest.raises(UserError, match="overlong_buffer"):
-        derive(config.config, world_size=1, architecture=numbers)
-    derive(config.config, world_size=1, architecture=numbers, command="eval")
+        derive(config.config, world_size=1, architecture=TINY)
+    derive(config.config, world_size=1, architecture=TINY, command="eval")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+from derive_case import TINY
 
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive_engine import (
     check_serving,
     check_staleness,
@@ -20,16 +21,7 @@ from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
 
 SERVERS = ["rollout.engine=server", "rollout.servers=http://a:1,http://b:2"]
-NUMBERS = ArchitectureNumbers(
-    num_layers=4,
-    hidden_size=128,
-    ffn_size=336,
-    num_heads=12,
-    num_kv_heads=4,
-    vocabulary_size=1000,
-    vision_ffn_size=172,
-    vision_num_heads=4,
-)
+NUMBERS = replace(TINY, num_heads=12, num_kv_heads=4)
 
 
 def config_of(*overrides: str) -> Config:

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
+from derive_case import TINY
 
 from perl_megatron.config import derive_model
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive_model import (
     PART_FIELDS,
     check_fp8,
@@ -28,7 +30,8 @@ def test_the_fields_are_those_of_the_schema():
     assert set(PART_FIELDS) == {name for name in OptimizerSection.model_fields if name.endswith("_multiplier")}
 
 
-PUBLISHED_72B = ArchitectureNumbers(
+PUBLISHED_72B = replace(
+    TINY,
     num_layers=80,
     hidden_size=8192,
     ffn_size=29568,

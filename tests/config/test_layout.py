@@ -1,25 +1,17 @@
 import itertools
+from dataclasses import replace
 
 import pytest
+from derive_case import TINY
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.layout import check_layout, check_split, length_multiple, num_micro_batches, stage_layers
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.errors import UserError
 
-NUMBERS = ArchitectureNumbers(
-    num_layers=12,
-    hidden_size=128,
-    ffn_size=336,
-    num_heads=4,
-    num_kv_heads=2,
-    vocabulary_size=1000,
-    vision_ffn_size=172,
-    vision_num_heads=4,
-)
+NUMBERS = replace(TINY, num_layers=12)
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,14 @@ from itertools import product
 
 import pytest
 import yaml
+from derive_case import TINY
 
 from perl_megatron.cli import parse
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import derive
 from perl_megatron.config.load import config_fields, load_config, save_resolved
 from perl_megatron.config.preset_source import FOLDER, preset_names
 from perl_megatron.errors import UserError
 
-NUMBERS = ArchitectureNumbers(4, 128, 336, 4, 2, 1000, 172, 4)
 WHOLE = {"paper", "released", "grpo"}
 """Presets that say how many views there are; the others leave that to them."""
 RUN = ["model.path=m", "rollout.engine=embedded"]
@@ -30,7 +29,7 @@ def test_the_published_methods_are_there():
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_and_derives(name):
     loaded = loaded_of(name)
-    derived = derive(loaded.config, world_size=1, architecture=NUMBERS)
+    derived = derive(loaded.config, world_size=1, architecture=TINY)
     assert derived.group_size > 1
     content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     keys = {f"{section}.{key}" for section, values in content.items() for key in values}
@@ -56,7 +55,7 @@ def test_a_variant_goes_on_top_of_a_whole_method(whole, variant):
     config = loaded_of(whole, variant).config
     if whole == "grpo" and config.permutation.num_permuted == 0:
         assert config.rollout.num_rollouts == 12
-    derive(config, world_size=1, architecture=NUMBERS)
+    derive(config, world_size=1, architecture=TINY)
 
 
 def test_the_numbers_of_paper_and_release():
@@ -78,7 +77,7 @@ def test_the_numbers_of_paper_and_release():
         3,
     )
     assert (released.permutation.orders, released.data.max_pixels) == ("released", 262144)
-    derived = derive(released, world_size=1, architecture=NUMBERS)
+    derived = derive(released, world_size=1, architecture=TINY)
     assert derived.sequences_per_update == 64 * 6  # mini-batches of 64 prompts times n
 
 

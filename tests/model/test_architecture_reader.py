@@ -3,6 +3,7 @@ import json
 import pytest
 from tiny_policy import hf_config
 
+from perl_megatron.config.architecture import read_architecture_numbers
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
 
@@ -61,6 +62,25 @@ def test_published_flat_layout(tmp_path):
     assert architecture.vision.full_attention_blocks == (7, 15, 23, 31)
     assert architecture.vision.cells_per_window == 4
     assert architecture.vision.patch_values == 1176
+
+
+SPARSE_VISION = {"intermediate_size": 3420, "num_heads": 16, "hidden_size": 1280, "out_hidden_size": 2048}
+"""Leaves the rest to the defaults."""
+
+
+@pytest.mark.parametrize("change", [{}, {"head_dim": 96}, {"vision_config": SPARSE_VISION}])
+def test_a_login_node_reads_the_same_numbers(tmp_path, change):
+    folder = write(tmp_path, PUBLISHED_3B | change)
+    assert read_architecture_numbers(folder) == read_architecture(folder).numbers
+
+
+@pytest.mark.parametrize("head_dim", [None, 96])
+def test_a_login_node_reads_the_same_numbers_from_the_nested_layout(tmp_path, head_dim):
+    hf_config(tied=True).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["text_config"]["head_dim"] = head_dim
+    write(tmp_path, content)
+    assert read_architecture_numbers(tmp_path) == read_architecture(tmp_path).numbers
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -4,28 +4,17 @@ import subprocess
 import sys
 
 import pytest
+from derive_case import TINY
 from megatron.core import parallel_state
 
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import derive
 from perl_megatron.config.load import load_config
 from perl_megatron.plan.summary import make_plan, render_plan
 
-NUMBERS = ArchitectureNumbers(
-    num_layers=4,
-    hidden_size=128,
-    ffn_size=336,
-    num_heads=4,
-    num_kv_heads=2,
-    vocabulary_size=1000,
-    vision_ffn_size=172,
-    vision_num_heads=4,
-)
-
 
 def derived_of(*overrides, world_size):
     config = load_config(None, ["model.path=m", "rollout.engine=embedded", *overrides]).config
-    return config, derive(config, world_size=world_size, architecture=NUMBERS)
+    return config, derive(config, world_size=world_size, architecture=TINY)
 
 
 @pytest.fixture
@@ -99,7 +88,7 @@ def test_a_login_node_needs_no_torch():
 
 def test_settings_are_shown_with_their_origins():
     loaded = load_config(None, ["preset=gspo", "model.path=m", "data.train=a.jsonl", "rollout.engine=embedded"])
-    derived = derive(loaded.config, world_size=1, architecture=NUMBERS)
+    derived = derive(loaded.config, world_size=1, architecture=TINY)
     plan = json.loads(json.dumps(make_plan(loaded.config, derived, origins=loaded.origins)))
     assert plan["settings"]["algorithm.clip_low"] == {"value": 0.0003, "origin": "preset gspo"}
     assert plan["settings"]["data.train"] == {"value": ["a.jsonl"], "origin": "command line"}
