@@ -216,10 +216,9 @@ def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
 
     loaded = load_config(options.config, options.overrides)
     processes = options.processes or launched_processes(loaded.config)
-    derived = derive(
-        loaded.config, world_size=processes, architecture=read_architecture_numbers(loaded.config.model.path)
-    )
-    plan = make_plan(loaded.config, derived, origins=loaded.origins)
+    architecture = read_architecture_numbers(loaded.config.model.path)
+    derived = derive(loaded.config, world_size=processes, architecture=architecture)
+    plan = make_plan(loaded.config, derived, architecture, origins=loaded.origins)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,9 +16,9 @@ from perl_megatron.config.derive_engine import (
     resolve_engine,
 )
 from perl_megatron.config.derive_filter import check_filter
-from perl_megatron.config.derive_model import check_fp8, check_parts, check_psutil
+from perl_megatron.config.derive_model import check_fp8, check_parts, check_psutil, check_sharing
 from perl_megatron.config.derive_reward import check_reward
-from perl_megatron.config.layout import check_layout, check_split, join_numbers, num_micro_batches, stage_layers
+from perl_megatron.config.layout import check_layout, check_split, join_numbers, stage_layers
 from perl_megatron.config.schema import Config, EvaluationConfig, RolloutConfig
 from perl_megatron.errors import UserError
 
@@ -59,8 +58,6 @@ class Derived:
     """Optimizer steps in one training step."""
     questions_per_update: int
     sequences_per_update: int
-    micro_batches_per_update: int
-    """Micro-batches of each data-parallel rank in one optimizer step; some may be empty."""
     total_steps: int
     total_updates: int
     """Optimizer steps of the whole run; the learning-rate schedule counts these."""
@@ -87,6 +84,7 @@ def derive(
         check_parts(config.optimizer)
         check_objective(config.algorithm)
         check_fp8(config.model, config.parallel, architecture)
+        check_sharing(config.actor, config.parallel)
     engine = resolve_engine(config)
     if command == "train":
         _check_training(config, data_size)
@@ -125,7 +123,6 @@ def derive(
         updates_per_step=updates,
         questions_per_update=questions_per_update,
         sequences_per_update=sequences,
-        micro_batches_per_update=1,
         total_steps=steps,
         total_updates=steps * updates,
         total_questions=steps * questions_per_step,

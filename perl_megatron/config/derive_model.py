@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from perl_megatron.config.architecture import ArchitectureNumbers
-from perl_megatron.config.schema import ModelConfig, OptimizerSection, ParallelConfig
+from perl_megatron.config.schema import ActorSection, ModelConfig, OptimizerSection, ParallelConfig
 from perl_megatron.errors import UserError
 
 PART_FIELDS = ("vision_multiplier", "merger_multiplier", "language_multiplier")
@@ -26,6 +26,16 @@ def check_psutil() -> None:
     """UserError where psutil is missing: megatron-core saves a checkpoint with it, and without hangs in silence."""
     if importlib.util.find_spec("psutil") is None:
         raise UserError("psutil is not installed, and saving a checkpoint hangs without it", fix="pip install psutil")
+
+
+def check_sharing(actor: ActorSection, parallel: ParallelConfig) -> None:
+    """UserError where prompts are to be shared and their rows are cut over context ranks."""
+    if actor.sharing == "full" and parallel.context > 1:
+        raise UserError(
+            "responses that share a prompt lie in one row with it, and such rows are not cut over context ranks",
+            where=f"actor.sharing = full, parallel.context = {parallel.context}",
+            fix="set actor.sharing=vision, or parallel.context=1 (a shared prompt takes up a group's memory once)",
+        )
 
 
 def check_fp8(model: ModelConfig, parallel: ParallelConfig, architecture: ArchitectureNumbers) -> None:

@@ -119,14 +119,9 @@ def length_multiple(parallel: ParallelConfig) -> int:
     return context * (parallel.tensor if parallel.sequence else 1)
 
 
-def num_micro_batches(num_sequences: int, micro_batch_sequences: int, parallel: ParallelConfig) -> int:
-    """Micro-batches for so many sequences of one rank: at least one.
-
-    The interleaved schedule needs a multiple of the pipeline stages; the last ones are then smaller, or empty.
-    """
-    number = max(1, -(-num_sequences // micro_batch_sequences))
-    multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-    return -(-number // multiple) * multiple
+def micro_batch_multiple(parallel: ParallelConfig) -> int:
+    """The number of micro-batches is a multiple of it: of the pipeline stages in the interleaved schedule."""
+    return parallel.pipeline if parallel.virtual_pipeline > 1 else 1
 
 
 def join_numbers(numbers: Sequence[int]) -> str:

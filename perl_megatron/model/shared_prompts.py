@@ -97,7 +97,9 @@ class SharedPrompts:
         ]
         responses = list(self._response_places())
         for group in _alike([(len(queries), len(keys)) for queries, keys in responses]):
-            blocks.append(self._block([responses[index][0] for index in group], [responses[index][1] for index in group]))
+            blocks.append(
+                self._block([responses[index][0] for index in group], [responses[index][1] for index in group])
+            )
         return tuple(blocks)
 
     @cached_property

@@ -12,19 +12,36 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from perl_megatron.batching.cost import CostModel
+from perl_megatron.batching.micro_batches import most_micro_batches
+from perl_megatron.batching.work import ViewWork
+from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
+from perl_megatron.config.layout import micro_batch_multiple
 from perl_megatron.config.load import DEFAULT
 from perl_megatron.config.schema import Config
 from perl_megatron.config.yaml_source import dump_scalar
 
 WIDTH = 110
+_SHARED = {
+    "full": "each image of a micro-batch, each prompt for all responses to it",
+    "vision": "each image of a micro-batch",
+    "none": "nothing",
+}
 
 
-def make_plan(config: Config, derived: Derived, *, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
+def make_plan(
+    config: Config,
+    derived: Derived,
+    architecture: ArchitectureNumbers,
+    *,
+    origins: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The derived arithmetic and each rank's place, ready for JSON. ``origins`` are those of a ``LoadedConfig``.
 
     Keys: `run` (name, folder), `settings` (by dotted key the value and the origin of all that is not left to the
-    default; none without ``origins``), `batch` and `layout` (numbers of `Derived`), `ranks`: one dict each with rank,
+    default; none without ``origins``), `batch` and `layout` (numbers of `Derived`, and the most micro-batches that an
+    update may take), `ranks`: one dict each with rank,
     tensor, context, data and pipeline coordinates, its language-model layers (0-based), whether it runs the vision
     tower and whether it computes the logits, and its engine replica (null with servers, all of which it may ask).
     """
@@ -46,9 +63,29 @@ def make_plan(config: Config, derived: Derived, *, origins: Mapping[str, str] | 
             "sequence_parallel": config.parallel.sequence,
             "distributed_optimizer": config.optimizer.distributed,
         },
-        "batch": {name: value for name, value in numbers.items() if name not in layout_names},
+        "batch": {
+            **{name: value for name, value in numbers.items() if name not in layout_names},
+            "sharing": config.actor.sharing,
+            "most_micro_batches": longest_update(config, derived, architecture),
+        },
         "ranks": [rank_place(derived, rank) for rank in range(derived.world_size)],
     }
+
+
+def longest_update(config: Config, derived: Derived, architecture: ArchitectureNumbers) -> int:
+    """Micro-batches of a data-parallel rank in an update where every prompt and response is as long as it may be."""
+    data, num_rollouts = config.data, derived.rollouts_per_view
+    responses = (derived.max_sequence_tokens - data.max_prompt_tokens,) * num_rollouts
+    # An image-pad token is a merged cell of patches, so the prompt's length bounds all images together.
+    images = (("all", architecture.vision_merge_size**2 * data.max_prompt_tokens),)
+    return most_micro_batches(
+        ViewWork(tuple(range(num_rollouts)), data.max_prompt_tokens, responses, images),
+        derived.sequences_per_update // num_rollouts,
+        CostModel(architecture, config.actor.sharing),
+        token_budget=config.actor.micro_batch_tokens,
+        data_size=derived.data_size,
+        multiple=micro_batch_multiple(config.parallel),
+    )
 
 
 def rank_place(derived: Derived, rank: int) -> dict[str, Any]:
@@ -120,13 +157,14 @@ def _batch_table(batch: dict[str, Any]) -> Table:
         (
             "update",
             f"{batch['updates_per_step']} a step, each of {batch['questions_per_update']} questions "
-            f"= {batch['sequences_per_update']} sequences = {batch['micro_batches_per_update']} micro-batches a rank",
+            f"= {batch['sequences_per_update']} sequences, in at most {batch['most_micro_batches']} micro-batches a rank",
         ),
         (
             "run",
             f"{batch['total_steps']} steps = {batch['total_updates']} updates = {batch['total_questions']} questions "
             f"= {batch['total_rollouts']} responses trained on",
         ),
+        ("computed once", _SHARED[batch["sharing"]]),
         ("sequence", f"at most {batch['max_sequence_tokens']} tokens, prompt and response"),
     ]
     table = Table(title="Batch", show_header=False, title_justify="left")

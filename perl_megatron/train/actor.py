@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from perl_megatron.batching.cost import CostModel
 from perl_megatron.checkpoint import stream
 from perl_megatron.checkpoint.hf_files import open_checkpoint
 from perl_megatron.checkpoint.state import load_training_state, save_training_state
@@ -25,8 +26,10 @@ from perl_megatron.model.policy import build_policy
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.train.batch import MicroBatch, TrainingSequence
+from perl_megatron.train.batch_layout import BatchLayout
 from perl_megatron.train.losses import Loss, PolicyLoss, Sums, SupervisedLoss
 from perl_megatron.train.optimizer import Optimizer
+from perl_megatron.train.parts import trains_images
 from perl_megatron.train.reference import ReferenceWeights
 from perl_megatron.train.schedule import Schedule, add_up, contributes
 from perl_megatron.train.scorer import Scorer
@@ -65,14 +68,15 @@ class Actor:
             kernel=config.model.loss_kernel,
         )
         self._reference = ReferenceWeights(self.modules) if config.algorithm.kl_coefficient > 0 else None
-        self._schedule = Schedule(
-            self.optimizer.chunks,
+        layout = BatchLayout(
             topology,
             encoder,
+            CostModel(self.architecture.numbers, config.actor.sharing, vision_backward=trains_images(config.optimizer)),
             actor=config.actor,
             parallel=config.parallel,
             alignment=fp8_alignment(config.model),
         )
+        self._schedule = Schedule(self.optimizer.chunks, topology, layout)
 
     def log_probs(self, sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:
         """float32 [R] for each sequence: the policy's log-probability of each response token.

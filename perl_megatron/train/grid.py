@@ -13,7 +13,7 @@ import torch
 from perl_megatron.model.context_parallel import context_part
 from perl_megatron.model.mrope import position_ids
 from perl_megatron.train.batch import MicroBatch, TrainingSequence
-from perl_megatron.train.images import prompt_images, vision_input
+from perl_megatron.train.vision_input import prompt_images, vision_input
 from perl_megatron.types import EncodedPrompt
 
 
@@ -59,7 +59,9 @@ def lay_out_rows(
     own_places = np.full((num_rows, length), -1)
     own_places[:, part] = np.arange(num_rows * len(part)).reshape(num_rows, -1)
     images = (
-        image for places, sequence in zip(own_places, rows, strict=False) for image in prompt_images(sequence.prompt, places)
+        image
+        for places, sequence in zip(own_places, rows, strict=False)
+        for image in prompt_images(sequence.prompt, places)
     )
     return MicroBatch(
         indices=tuple(indices),

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from perl_megatron.batching.work import views_of
 from perl_megatron.model.mrope import position_ids
 from perl_megatron.model.shared_prompts import share_prompts
 from perl_megatron.train.batch import MicroBatch, TrainingSequence
-from perl_megatron.train.images import ImageOccurrence, prompt_images, vision_input
+from perl_megatron.train.vision_input import ImageOccurrence, prompt_images, vision_input
 
 
 def lay_out_packed(
@@ -29,13 +30,10 @@ def lay_out_packed(
 ) -> MicroBatch:
     """Lay out ``sequences[i] for i in indices`` in one row, padded to a multiple of ``length_multiple``.
 
-    Sequences with the same prompt object share it; each image is encoded once. ``patches`` as in ``lay_out_rows``.
+    Sequences with equal prompts over equal images share them; each image is encoded once. ``patches`` as in ``lay_out_rows``.
     """
     chosen = [sequences[index] for index in indices]
-    members: dict[int, list[int]] = {}
-    for number, sequence in enumerate(chosen):
-        members.setdefault(id(sequence.prompt), []).append(number)
-    row = _Row(chosen, list(members.values()), length_multiple, pad_token_id)
+    row = _Row(chosen, _members(chosen), length_multiple, pad_token_id)
     lengths = np.array([len(sequence.response) for sequence in chosen], dtype=np.int64)
     # Without any response token, one is predicted all the same, and ignored.
     outputs = np.concatenate(row.outputs) if lengths.sum() else np.zeros(1, dtype=np.int64)
@@ -55,6 +53,12 @@ def lay_out_packed(
     )
 
 
+def _members(chosen: Sequence[TrainingSequence]) -> list[tuple[int, ...]]:
+    """The positions of the sequences of each prompt."""
+    views = views_of([sequence.prompt for sequence in chosen], [len(sequence.response) for sequence in chosen])
+    return [view.sequence_indices for view in views]
+
+
 class _Row:
     """The packed row of ``chosen`` sequences; ``members`` are those of each prompt, and none have no prompt."""
 
@@ -63,7 +67,9 @@ class _Row:
     ):
         prompts = [chosen[own[0]].prompt for own in members]
         self.prompt_lengths = [len(prompt.token_ids) for prompt in prompts] or [1]  # a filler batch: one blank token
-        self.response_lengths = [[max(0, len(chosen[number].response) - 1) for number in own] for own in members] or [[]]
+        self.response_lengths = [[max(0, len(chosen[number].response) - 1) for number in own] for own in members] or [
+            []
+        ]
         num_tokens = sum(self.prompt_lengths) + sum(map(sum, self.response_lengths))
         length = -(-num_tokens // multiple) * multiple
         self.token_ids = np.full(length, pad_token_id, dtype=np.int64)

@@ -42,6 +42,11 @@ def multipliers(section: OptimizerSection) -> dict[Part, float]:
     }
 
 
+def trains_images(section: OptimizerSection) -> bool:
+    """Whether the vision tower has a backward pass: not where it and the merger are frozen."""
+    return section.vision_multiplier > 0 or section.merger_multiplier > 0
+
+
 def freeze(modules: Sequence[torch.nn.Module], section: OptimizerSection) -> None:
     """Mark the parameters of frozen parts; before the modules are wrapped, which allocates the gradient buffers."""
     factors = multipliers(section)

@@ -16,47 +16,28 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from perl_megatron.config.layout import length_multiple
-from perl_megatron.config.actor_section import ActorSection
-from perl_megatron.config.schema import ParallelConfig
-from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.train.batch import MicroBatch, TrainingSequence
-from perl_megatron.train.grid import lay_out_rows
+from perl_megatron.train.batch_layout import BatchLayout
 from perl_megatron.train.losses import Sums
-from perl_megatron.train.packed import lay_out_packed
 
 MicroBatchLoss = Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]
 """(micro-batch, final hidden states [T, H]) to (scalar loss, what to keep of it)."""
 
 
 class Schedule:
-    """Lays sequences out for this rank and drives forward and backward passes over them.
+    """Drives forward and backward passes over a rank's micro-batches.
 
     Args:
         chunks: this rank's model chunks, as megatron-core's schedules take them.
-        actor: what is shared, and how large a micro-batch is.
-        parallel: the layout.
-        alignment: each rank's part of a padded row is a multiple of it.
+        layout: plans and lays out the micro-batches.
     """
 
-    def __init__(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        topology: Topology,
-        encoder: PromptEncoder,
-        *,
-        actor: ActorSection,
-        parallel: ParallelConfig,
-        alignment: int = 1,
-    ):
+    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, layout: BatchLayout):
         self._chunks = list(chunks)
         self._topology = topology
-        self._encoder = encoder
-        self._actor = actor
-        self._parallel = parallel
-        self._length_multiple = length_multiple(parallel) * alignment
+        self._layout = layout
 
     def run(
         self, sequences: Sequence[TrainingSequence], loss: MicroBatchLoss, *, forward_only: bool
@@ -65,46 +46,28 @@ class Schedule:
 
         Returns what ``loss`` kept of each micro-batch; empty on all but the last pipeline stage.
         """
-        own = _temporary(sequences, self._topology.data_size, self._actor, self._parallel)[self._topology.data_rank]
+        plan = self._layout.plan(sequences)
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, loss),
                 data_iterator=[
-                    self._batches(sequences, own, with_images=self._topology.is_first_stage and chunk == 0)
+                    self._laid_out(sequences, plan, with_images=self._topology.is_first_stage and chunk == 0)
                     for chunk in range(len(self._chunks))
                 ],
                 model=self._chunks,
-                num_microbatches=len(own),
+                num_microbatches=len(plan),
                 # Both unused: pipeline stages send the shape of each micro-batch (``variable_seq_lengths``).
                 seq_length=1,
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
 
-    def _batches(
-        self,
-        sequences: Sequence[TrainingSequence],
-        parts: Sequence[Sequence[int]],
-        *,
-        with_images: bool,
+    def _laid_out(
+        self, sequences: Sequence[TrainingSequence], plan: Sequence[Sequence[int]], *, with_images: bool
     ) -> Iterator[MicroBatch]:
         """A model chunk's micro-batches, each laid out when it is needed (pixels of all at once would be large)."""
-        for part in parts:
-            lay_out = partial(
-                lay_out_rows if self._actor.sharing != "full" else lay_out_packed,
-                sequences,
-                part,
-                length_multiple=self._length_multiple,
-                pad_token_id=self._encoder.pad_token_id,
-                patches=self._encoder.patches if with_images else None,
-                device=platform.device(),
-            )
-            if self._actor.sharing == "full":
-                yield lay_out()
-            else:
-                topology = self._topology
-                context = (topology.context_rank, topology.context_size)
-                yield lay_out(share_images=self._actor.sharing == "vision", context=context)
+        for indices in plan:
+            yield self._layout.lay_out(sequences, indices, with_images=with_images)
 
 
 def _forward_step(
@@ -143,19 +106,3 @@ def add_up(names: Sequence[str], parts: Sequence[Sums], topology: Topology) -> d
         name: maximum if name.endswith("_max") else total
         for name, total, maximum in zip(names, sums, maxima, strict=True)
     }
-
-
-def _temporary(sequences, data_size, actor, parallel):
-    import numpy as np
-    shares=[[] for _ in range(data_size)]
-    order=np.array_split(np.arange(len(sequences)),data_size)
-    for r,share in enumerate(order):
-        cur=[];n=0
-        for i in share.tolist():
-            if cur and n+sequences[i].length>actor.micro_batch_tokens:
-                shares[r].append(tuple(cur));cur=[];n=0
-            cur.append(i);n+=sequences[i].length
-        shares[r].append(tuple(cur))
-    k=max(map(len,shares)); m=parallel.pipeline if parallel.virtual_pipeline>1 else 1
-    k=-(-k//m)*m
-    return [s+[()]*(k-len(s)) for s in shares]

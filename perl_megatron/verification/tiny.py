@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from perl_megatron.train.batch import TrainingSequence
-from perl_megatron.train.images import MERGED_CELLS
+from perl_megatron.train.vision_input import MERGED_CELLS
 from perl_megatron.types import EncodedPrompt
 from perl_megatron.verification.layout import IMAGE_TOKEN, NUM_LAYERS, VISION_END, VISION_START, policy_config
 

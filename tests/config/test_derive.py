@@ -14,7 +14,6 @@ def test_paper_arithmetic():
     derived = derive(config, world_size=4, architecture=TINY)
     assert (derived.group_size, derived.rollouts_per_step, derived.data_size) == (12, 1536, 4)
     assert (derived.questions_per_update, derived.sequences_per_update) == (64, 768)
-    assert derived.micro_batches_per_update == 24  # 768 / 4 ranks / 8 a micro-batch
     assert (derived.total_updates, derived.total_rollouts) == (200, 153600)
     assert (derived.engine, derived.engine_tensor_size, derived.engine_replicas) == ("embedded", 1, 4)
 
@@ -28,15 +27,16 @@ def test_layout():
 
 
 def test_supervised_counts_demonstrations():
-    config = config_of("supervised.batch_size=20", "optimizer.micro_batch_sequences=4", "rollout.num_rollouts=1")
+    config = config_of("supervised.batch_size=20", "rollout.num_rollouts=1")
     derived = derive(config, world_size=2, architecture=TINY, command="sft")
-    assert (derived.sequences_per_update, derived.micro_batches_per_update, derived.total_updates) == (20, 3, 100)
+    assert (derived.sequences_per_update, derived.total_updates) == (20, 100)
     assert derived.total_rollouts == 0
 
 
 @pytest.mark.parametrize(
     ("overrides", "world_size", "what", "where", "fix"),
     [
+        (["parallel.context=2"], 2, "share a prompt", "actor.sharing = full, parallel.context = 2", "sharing=vision"),
         (["parallel.tensor=2"], 3, "3 processes", "parallel.tensor", "multiple of 2"),
         (["parallel.pipeline=3"], 3, "4 layers", "parallel.pipeline = 3", "1, 2, 4"),
         (

@@ -17,6 +17,7 @@ from small_job import ENVIRONMENT, REPOSITORY, SMALL, SmallJob, call
 
 from perl_megatron.rollout.engine import vllm_obstacle
 
+CONTEXT = ("parallel.context=2", "actor.sharing=vision")
 ONE_PROCESS = (*SMALL, "parallel.tensor=1", "rollout.engine=embedded")
 TIMES = ("time", "seconds/", "memory/", "throughput/", "sync/seconds")
 
@@ -95,7 +96,7 @@ def test_layouts_give_the_same_first_loss(job: SmallJob, reference: Path) -> Non
     for name, layout in (
         ("pipeline", ("parallel.tensor=1", "parallel.pipeline=2")),
         ("interleaved", ("parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
-        ("context", ("parallel.tensor=1", "parallel.context=2")),
+        ("context", ("parallel.tensor=1", *CONTEXT)),
         ("tensor", ("parallel.tensor=2",)),
     ):
         arguments = (f"run.name={name}", *SMALL, "run.steps=1", "optimizer.schedule=constant", *layout)
@@ -121,7 +122,7 @@ def test_the_gap_between_engine_and_trainer_is_measured_and_corrected(job: Small
         "data.evaluation=null",
     )
     for name, settings in (
-        ("masked", ("algorithm.importance_correction=masked", "parallel.tensor=1", "parallel.context=2")),
+        ("masked", (*("algorithm.importance_correction=masked", "parallel.tensor=1"), *CONTEXT)),
         ("engine", ("algorithm.old_policy=engine", "parallel.tensor=1")),
     ):
         result = job.run("train", "train.yaml", f"run.name={name}", *arguments, *settings)

@@ -14,7 +14,7 @@ from perl_megatron.plan.summary import make_plan, render_plan
 
 def derived_of(*overrides, world_size):
     config = load_config(None, ["model.path=m", "rollout.engine=embedded", *overrides]).config
-    return config, derive(config, world_size=world_size, architecture=TINY)
+    return config, derive(config, world_size=world_size, architecture=TINY), TINY
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_servers_are_asked_by_every_rank():
 def test_places_are_those_of_megatron_core():
     order = inspect.signature(parallel_state.initialize_model_parallel).parameters["order"].default
     theirs = parallel_state.RankGenerator(tp=2, ep=1, dp=2, pp=2, cp=2, order=order)
-    overrides = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"]
+    overrides = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "actor.sharing=vision"]
     ours = make_plan(*derived_of(*overrides, world_size=16))["ranks"]
     for axis, name in (("tp", "tensor"), ("cp", "context"), ("dp", "data"), ("pp", "pipeline")):
         groups = theirs.get_ranks(axis)
@@ -89,7 +89,7 @@ def test_a_login_node_needs_no_torch():
 def test_settings_are_shown_with_their_origins():
     loaded = load_config(None, ["preset=gspo", "model.path=m", "data.train=a.jsonl", "rollout.engine=embedded"])
     derived = derive(loaded.config, world_size=1, architecture=TINY)
-    plan = json.loads(json.dumps(make_plan(loaded.config, derived, origins=loaded.origins)))
+    plan = json.loads(json.dumps(make_plan(loaded.config, derived, TINY, origins=loaded.origins)))
     assert plan["settings"]["algorithm.clip_low"] == {"value": 0.0003, "origin": "preset gspo"}
     assert plan["settings"]["data.train"] == {"value": ["a.jsonl"], "origin": "command line"}
     assert "run.seed" not in plan["settings"]

@@ -5,6 +5,7 @@ from prompt_case import IMAGE_PAD, PIXELS, TEXT, prompt
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.train.grid import lay_out_rows
 
+
 def layout(sequences, *, multiple=1, images=True, context=(0, 1)):
     return lay_out_rows(
         sequences,

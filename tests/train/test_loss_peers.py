@@ -59,7 +59,9 @@ def test_loss_and_gradient_are_trls(form, seed):
     sequences, values = case(seed)
     ours = values.clone().requires_grad_()
     loss = PolicyLoss(sequences, AlgorithmConfig(**settings), max_response_tokens=LIMIT)
-    batch = lay_out_rows(sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
+    batch = lay_out_rows(
+        sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu")
+    )
     value, _ = loss(batch, ours, torch.zeros(len(ours)))
     peer = values.clone().requires_grad_()
     expected = trl_peer.loss(
@@ -78,7 +80,9 @@ def test_loss_and_gradient_are_trls(form, seed):
 
 def test_a_kl_in_the_reward_is_not_in_the_loss_too():
     sequences, values = case(0)
-    batch = lay_out_rows(sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
+    batch = lay_out_rows(
+        sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu")
+    )
     results = []
     for settings in ({"kl_in": "reward", "kl_coefficient": 0.5}, {"kl_coefficient": 0.0}):
         log_prob = values.clone().requires_grad_()

@@ -43,7 +43,9 @@ def evaluate(loss, sequences, log_prob, parts):
     ends = np.cumsum([0, *LENGTHS])
     total, sums = torch.zeros(()), dict.fromkeys(loss.names, 0.0)
     for part in parts:
-        batch = lay_out_rows(sequences, part, length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu"))
+        batch = lay_out_rows(
+            sequences, part, length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu")
+        )
         tokens = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in part]) if part else np.zeros(0, dtype=int)
         value, found = loss(batch, log_prob[tokens], torch.ones(len(tokens)))
         assert tuple(found) == loss.names

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from perl_megatron.train.images import ImageOccurrence, vision_input
+from perl_megatron.train.vision_input import ImageOccurrence, vision_input
 
 GRIDS = {"large": (1, 4, 4), "small": (1, 2, 2), "also small": (1, 2, 2)}
 PATCHES = {key: np.full((np.prod(grid), 1176), number, np.float32) for number, (key, grid) in enumerate(GRIDS.items())}
