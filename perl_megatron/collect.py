@@ -40,8 +40,8 @@ class NothingKeptError(UserError):
         super().__init__(
             f"step {drawn.step}: all {sum(drawn.reasons.values())} groups were dropped: {dict(drawn.reasons)}",
             where="filter.* and filter.max_refills",
-            fix="widen the accuracy band, allow more refills, or check that the policy ever answers right "
-            "(groups.jsonl has every group)",
+            fix="widen the accuracy band, allow more refills, check that the policy ever answers right (groups.jsonl "
+            "has every group), or set filter.skip_empty_steps=true to go on without an update",
         )
         self.drawn = drawn
 
@@ -64,8 +64,8 @@ class GroupCollector:
         """The groups of ``step``; ``alpha`` is the probability that a question gets permuted copies.
 
         Groups carried over from earlier steps come first. Where all `data.epochs` are used up, fewer groups than
-        asked for may be kept, or none. A step that keeps none, or fails, leaves the position where it was: a resumed
-        run draws its questions again.
+        asked for may be kept, or none; and with `filter.skip_empty_steps` a step may keep none at any time. A step that
+        ends the run, or fails, leaves the position where it was: a resumed run draws its questions again.
 
         Raises:
             NothingKeptError: no group was kept after `filter.max_refills` refills, though there are more questions.
@@ -73,15 +73,15 @@ class GroupCollector:
         position = self.questions.state_dict()
         try:
             drawn = self._collect(step, alpha)
-            if not drawn.kept and not drawn.exhausted:
+            if not drawn.kept and not drawn.exhausted and not self.config.filter.skip_empty_steps:
                 raise NothingKeptError(drawn)
         except UserError:
             self.questions.load_state_dict(position)
             raise
-        if drawn.kept:
-            self._waiting = tuple(drawn.carried)
-        else:
+        if drawn.ends_run:
             self.questions.load_state_dict(position)
+        else:
+            self._waiting = tuple(drawn.carried)
         return drawn
 
     def _collect(self, step: int, alpha: float) -> Drawn:

@@ -79,6 +79,11 @@ class Drawn:
         return [question for question in self.questions if question.decision == "carried"]
 
     @property
+    def ends_run(self) -> bool:
+        """Whether there is nothing to train on, now or later."""
+        return self.exhausted and not self.kept
+
+    @property
     def groups(self) -> list[Group]:
         """All groups that were sampled in this step, whatever became of them."""
         fresh = (question.group for question in self.questions if question.drawn_step == self.step)

@@ -32,7 +32,7 @@ def train(session: TrainingSession) -> None:
             session.sync_weights(step)
         with session.saved_on_user_error(step), phases("generate"):
             drawn = session.collector.collect(step, alpha)
-        if not drawn.kept:
+        if drawn.ends_run:
             session.end_of_questions(drawn)
             break
         with phases("log_probs"):

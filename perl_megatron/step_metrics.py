@@ -51,7 +51,9 @@ def _sampled(pairs: list[tuple[Group, Rollout]]) -> dict[str, float]:
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """How many updates of the policy ago the tokens of ``step`` (1-based) were sampled: 0 is on-policy."""
+    """How many steps of the policy ago the tokens of ``step`` (1-based) were sampled: 0 is on-policy."""
+    if not groups:
+        return {}
     versions = np.concatenate([rollout.weight_versions for group in groups for rollout in group.rollouts])
     age = step - 1 - versions
     return {"rollout/staleness_mean": float(age.mean()), "rollout/staleness_max": float(age.max())}

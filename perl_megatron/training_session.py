@@ -143,8 +143,8 @@ COUNTS = ("num_tokens", "num_sequences", "skipped_updates")
 
 def merge_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """One row for the updates of a step: counts added up, maxima kept, the last learning rate, else the mean."""
-    merged = {}
-    for name in updates[0]:
+    merged: dict[str, float] = {}
+    for name in updates[0] if updates else ():  # none in a step without groups
         values = [update[name] for update in updates]
         if name in COUNTS:
             merged[name] = sum(values)

@@ -60,6 +60,15 @@ def test_exhausted_refills_train_on_what_is_left_or_end_with_the_reasons() -> No
     assert [row["reason"] for row in ledger_rows(caught.value.drawn)] == ["no_signal"] * 12
 
 
+def test_an_empty_step_may_pass_and_the_next_one_goes_on_behind_its_questions() -> None:
+    groups, _ = collector(lambda view, number: WRONG, filter={"max_refills": 0, "skip_empty_steps": True})
+    empty = groups.collect(step=0, alpha=1.0)
+    assert (empty.kept, empty.ends_run, empty.reasons) == ([], False, {"no_signal": 4})
+    assert groups.questions.num_drawn == 4
+    later = groups.collect(step=1, alpha=1.0)
+    assert len({question.record.id for drawn in (empty, later) for question in drawn.questions}) == 8
+
+
 def test_a_view_that_grew_too_long_drops_the_record_by_name() -> None:
     limit = len(make_records(1)[0].text) - 1
     groups, engine = collector(half_right, data={"max_prompt_tokens": limit}, filter={"max_refills": 0})

@@ -28,6 +28,9 @@ class FilterConfig(Section):
     """Drop groups in which some image order was answered wrong less often than this."""
     max_refills: int = Field(default=4, ge=0)
     """How often a step may draw again to replace dropped groups (0: train on what is left)."""
+    skip_empty_steps: bool = False
+    """A step whose groups were all dropped counts, and makes no update, instead of ending the run with the reasons: for
+    runs that go on after the policy has nothing left to learn from most questions."""
     oversample: float = Field(default=1.0, ge=1)
     """Questions drawn at once, as a multiple of those that are missing: more leave more surplus and need fewer
     refills."""

@@ -79,3 +79,17 @@ def test_the_run_ends_where_its_questions_do(job: SmallJob) -> None:
     assert longer.returncode == 0, longer.stdout + longer.stderr
     assert [row["groups/kept"] for row in steps(run)] == [4, 4, 2, 4, 4, 2]
     assert [row["draw"] for row in ledger(run)] == list(range(20))
+
+
+def test_steps_that_keep_nothing_may_pass(job: SmallJob) -> None:
+    """A group that is always right would be kept here, but has no signal: nothing is trained."""
+    arguments = (*ONE_PROCESS, "run.steps=2", "filter.min_accuracy=1", "filter.max_refills=0", "data.evaluation=null")
+    refused = job.run("train", "train.yaml", "run.name=all-refused", *arguments)
+    assert "filter.skip_empty_steps=true" in refused.stdout + refused.stderr
+    assert refused.returncode == 2
+    result = job.run("train", "train.yaml", "run.name=all-skipped", *arguments, "filter.skip_empty_steps=true")
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = job.work / "runs" / "all-skipped"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["groups/kept"], "loss" in row) for row in rows] == [(1, 0, False), (2, 0, False)]
+    assert {row["reason"] for row in ledger(run)} == {"accuracy_low", "no_signal"}
