@@ -97,13 +97,13 @@ def _transformer_engine_provider() -> BackendSpecProvider:
                 rest["packed_seq_params"] = packed_seq_params
                 return super().forward(query, key, value, attention_mask, attn_mask_type, **rest)
             attend = partial(super().forward, attention_mask=attention_mask, **rest)
-            packed = (tensor.squeeze(1) for tensor in (query, key, value))
-            if isinstance(packed_seq_params, Segments):
+            query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+            if isinstance(packed_seq_params, SharedPrompts):
+                output = attend_with_shared_prompts(attend, query, key, value, packed_seq_params)
+            else:
                 lengths = packed_seq_params.cumulative_lengths, packed_seq_params.longest
                 params = _thd(*lengths, *lengths)
-                output = attend(*packed, attn_mask_type=attn_mask_type, packed_seq_params=params).flatten(1)
-            else:
-                output = attend_with_shared_prompts(attend, *packed, packed_seq_params)
+                output = attend(query, key, value, attn_mask_type=attn_mask_type, packed_seq_params=params).flatten(1)
             return output.unsqueeze(1)
 
     class SegmentedProvider(TESpecProvider):

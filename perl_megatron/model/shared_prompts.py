@@ -91,20 +91,15 @@ class SharedPrompts:
         """All attention as calls on padded batches, for an attention that knows no segments."""
         starts = np.cumsum(self.prompt_lengths) - self.prompt_lengths
         prompts = [np.arange(length) + start for start, length in zip(starts, self.prompt_lengths, strict=True)]
-        blocks = [
-            self._block([prompts[index] for index in group], [prompts[index] for index in group])
-            for group in _alike([(len(places), 0) for places in prompts])
-        ]
-        responses = list(self._response_places())
-        for group in _alike([(len(queries), len(keys)) for queries, keys in responses]):
-            blocks.append(
-                self._block([responses[index][0] for index in group], [responses[index][1] for index in group])
-            )
-        return tuple(blocks)
+        return tuple(
+            self._block([segments[index] for index in group])
+            for segments in ([(places, places) for places in prompts], list(self._response_places()))
+            for group in _alike([(len(queries), len(keys)) for queries, keys in segments])
+        )
 
     @cached_property
     def place_of_result(self) -> torch.Tensor:
-        """int64 [P + R]: for each token of the row, its place among the queries of all ``blocks``, one after another."""
+        """int64 [P + R]: each token's place among the queries of all ``blocks``, one block after the other."""
         queries = np.concatenate([block.queries.cpu().numpy().ravel() for block in self.blocks])
         # Padding repeats a token's place after the token itself: the first one counts.
         tokens, first = np.unique(queries, return_index=True)
@@ -120,7 +115,8 @@ class SharedPrompts:
             yield own, np.concatenate([prompt_starts[prompt] + np.arange(self.prompt_lengths[prompt]), own])
             start += length
 
-    def _block(self, queries: Sequence[np.ndarray], keys: Sequence[np.ndarray]) -> AttentionBlock:
+    def _block(self, segments: Sequence[tuple[np.ndarray, np.ndarray]]) -> AttentionBlock:
+        queries, keys = zip(*segments, strict=True)
         num_keys = np.array([len(places) for places in keys])
         before = num_keys - [len(places) for places in queries]  # keys that come before a segment's first query
         padded_queries, padded_keys = _padded(queries), _padded(keys)

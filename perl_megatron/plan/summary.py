@@ -157,7 +157,7 @@ def _batch_table(batch: dict[str, Any]) -> Table:
         (
             "update",
             f"{batch['updates_per_step']} a step, each of {batch['questions_per_update']} questions "
-            f"= {batch['sequences_per_update']} sequences, in at most {batch['most_micro_batches']} micro-batches a rank",
+            f"= {batch['sequences_per_update']} sequences, at most {batch['most_micro_batches']} micro-batches a rank",
         ),
         (
             "run",

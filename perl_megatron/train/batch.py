@@ -1,8 +1,8 @@
 """The training sequences, and the micro-batches that they are laid out in.
 
-Legend: B rows of a micro-batch, S padded tokens of a row, T response tokens that this rank predicts, M image-pad tokens.
-Flat per-token values run sequence by sequence, in the order of ``indices``; they line up with the hidden states that the
-model gives for ``output_places``.
+Legend: B rows of a micro-batch, S padded tokens of a row, T response tokens that this rank predicts. Flat per-token
+values run sequence by sequence, in the order of ``indices``; they line up with the hidden states that the model gives
+for ``output_places``.
 
 Two layouts: a row for each sequence (``train/grid.py``), or one row for all, where the responses to a prompt share it
 (``train/packed.py``). With context parallelism, which only the first one has, a rank holds its part of each row, and S

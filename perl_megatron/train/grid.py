@@ -58,11 +58,7 @@ def lay_out_rows(
         targets = np.array([pad_token_id])
     own_places = np.full((num_rows, length), -1)
     own_places[:, part] = np.arange(num_rows * len(part)).reshape(num_rows, -1)
-    images = (
-        image
-        for places, sequence in zip(own_places, rows, strict=False)
-        for image in prompt_images(sequence.prompt, places)
-    )
+    images = [image for row, one in enumerate(rows) for image in prompt_images(one.prompt, own_places[row])]
     return MicroBatch(
         indices=tuple(indices),
         token_ids=torch.from_numpy(token_ids[:, part]).to(device),

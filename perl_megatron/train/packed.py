@@ -30,7 +30,8 @@ def lay_out_packed(
 ) -> MicroBatch:
     """Lay out ``sequences[i] for i in indices`` in one row, padded to a multiple of ``length_multiple``.
 
-    Sequences with equal prompts over equal images share them; each image is encoded once. ``patches`` as in ``lay_out_rows``.
+    Sequences with equal prompts over equal images share them, and each image is encoded once. ``patches``: as in
+    ``lay_out_rows``.
     """
     chosen = [sequences[index] for index in indices]
     row = _Row(chosen, _members(chosen), length_multiple, pad_token_id)
@@ -67,9 +68,8 @@ class _Row:
     ):
         prompts = [chosen[own[0]].prompt for own in members]
         self.prompt_lengths = [len(prompt.token_ids) for prompt in prompts] or [1]  # a filler batch: one blank token
-        self.response_lengths = [[max(0, len(chosen[number].response) - 1) for number in own] for own in members] or [
-            []
-        ]
+        lengths = [max(0, len(sequence.response) - 1) for sequence in chosen]
+        self.response_lengths = [[lengths[number] for number in own] for own in members] or [[]]
         num_tokens = sum(self.prompt_lengths) + sum(map(sum, self.response_lengths))
         length = -(-num_tokens // multiple) * multiple
         self.token_ids = np.full(length, pad_token_id, dtype=np.int64)
@@ -78,13 +78,14 @@ class _Row:
         self.outputs: list[np.ndarray] = [np.zeros(0, dtype=np.int64)] * len(chosen)
         """For each sequence, the positions that predict its response."""
         start, response_start = 0, sum(self.prompt_lengths)
-        for prompt, own, lengths in zip(prompts, members, self.response_lengths, strict=False):
+        for prompt, own in zip(prompts, members, strict=True):
             end = start + len(prompt.token_ids)
             self.token_ids[start:end] = prompt.token_ids
-            positions = position_ids(prompt, max(lengths))
+            positions = position_ids(prompt, max(lengths[number] for number in own))
             self.positions[:, start:end] = positions[:, : end - start]
             self.images += prompt_images(prompt, np.arange(start, end))
-            for number, num_response in zip(own, lengths, strict=True):
+            for number in own:
+                num_response = lengths[number]
                 places = response_start + np.arange(num_response)
                 response = chosen[number].response
                 self.token_ids[places] = response[:num_response]

@@ -21,6 +21,8 @@ GRIDS = ((1, 4, 6), (1, 10, 8), (1, 2, 2), (1, 2, 2), (1, 6, 4))
 ORDERS = ((0, 1), (1, 0), (2, 3, 4), (4, 2, 2, 3), (), (), (3,), (0, 3))
 """The images of each sequence: shared in several orders, one twice in a sequence, and two neighbours without any, which
 make a micro-batch (and over four replicas a rank) without images."""
+ANSWERED_AGAIN = (0, 2, 2, 4, 0)
+"""The sequences whose prompts have more responses, in groups of different sizes; the last response is one token."""
 
 
 class TinyImages:
@@ -76,14 +78,24 @@ def write_policy(folder: Path, *, tied: bool, num_layers: int, dtype: torch.dtyp
 
 
 def tiny_sequences(seed: int = 0) -> list[TrainingSequence]:
-    """One sequence for each of ``ORDERS``, with an advantage and without log-probabilities."""
+    """A response to each of ``ORDERS`` and more to some, with an advantage and without log-probabilities."""
     random = np.random.default_rng([seed, 2])
-    return [_make_sequence(images, random) for images in ORDERS]
+    prompts = [_make_prompt(images, random) for images in ORDERS]
+    prompts += [prompts[index] for index in ANSWERED_AGAIN]
+    lengths = [*random.integers(3, 9, len(prompts) - 1).tolist(), 1]
+    return [
+        TrainingSequence(prompt, np.array(_words(length, random)), advantage=float(random.standard_normal()))
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
 
 
-def _make_sequence(images: tuple[int, ...], random: np.random.Generator) -> TrainingSequence:
+def _words(count: int, random: np.random.Generator) -> list[int]:
+    return random.integers(FIRST_WORD, LAST_WORD, count).tolist()
+
+
+def _make_prompt(images: tuple[int, ...], random: np.random.Generator) -> EncodedPrompt:
     def words(count: int) -> list[int]:
-        return random.integers(FIRST_WORD, LAST_WORD, count).tolist()
+        return _words(count, random)
 
     tokens, starts = words(4), []
     for image in images:
@@ -92,12 +104,10 @@ def _make_sequence(images: tuple[int, ...], random: np.random.Generator) -> Trai
         tokens += [IMAGE_TOKEN] * (int(np.prod(GRIDS[image])) // MERGED_CELLS) + [VISION_END]
         tokens += words(int(random.integers(0, 4)))
     tokens += words(3)
-    prompt = EncodedPrompt(
+    return EncodedPrompt(
         token_ids=np.array(tokens, dtype=np.int64),
         compact_ids=(),
         image_starts=tuple(starts),
         grids=np.array([GRIDS[image] for image in images], dtype=np.int64).reshape(-1, 3),
         image_keys=tuple(map(str, images)),
     )
-    response = np.array(words(int(random.integers(3, 9))), dtype=np.int64)
-    return TrainingSequence(prompt, response, advantage=float(random.standard_normal()))

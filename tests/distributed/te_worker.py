@@ -96,6 +96,10 @@ def carry(case: Case) -> dict[str, Any]:
     actor.save(case.folder / "engine-updated", 2, {})
     keep(case, "engine-2", actor)
     again = case.start("torch")
+    if case.topology.pipeline_size == 1 and not case.config.parallel.sequence:
+        with cuda_machine():
+            first = case.start()
+        found["language"] = read(case, first)
     if engine.modules[0].vision_model is not None:
         found["vision"] = see(case, engine, again)
     return found
@@ -154,6 +158,27 @@ def describe(actor: Actor) -> dict[str, Any]:
             for tensor in tensors
         },
         "objects": sorted(value.key for value in values if not isinstance(value, ShardedTensor)),
+    }
+
+
+def read(case: Case, engine: Actor) -> dict[str, Any]:
+    """Log-probabilities, and how the language model called its attention."""
+    (policy,) = engine.modules
+    language = [module for module in policy.language_model.modules() if isinstance(module, Attention)]
+    everything = [module for module in policy.modules() if isinstance(module, Attention)]
+    for module in everything:
+        module.core_attention.calls.clear()
+    log_probs = np.concatenate(engine.log_probs(case.sequences))
+    calls = [
+        [{name: describe_argument(value) for name, value in call.items()} for call in module.core_attention.calls]
+        for module in language
+    ]
+    for module in everything:
+        module.core_attention.calls.clear()
+    return {
+        "log_probs": log_probs.tolist(),
+        "calls": calls,
+        "prompts": sorted({len(sequence.prompt.token_ids) for sequence in case.sequences}),
     }
 
 

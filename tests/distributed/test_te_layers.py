@@ -6,10 +6,11 @@ torch alone writes a checkpoint, one with the stand-in carries it on, one with t
 shows: with the stand-in, megatron-core's own wrapper classes, spec provider and optimizer, and this package's, build a
 policy with the parameters, shapes and checkpoint keys of torch's layers; a training state survives the way there and
 back; FusedAdam's form of state takes the update that torch's takes; and this package calls TransformerEngine's
-attention with the vision tower's segments, in the way that megatron-core's wrapper asks for.
+attention with the vision tower's segments, and with shared prompts and their responses, in the way that megatron-core's
+wrapper asks for.
 What it does not: that TransformerEngine is as its sources say, and what it computes. The stand-in is not
-TransformerEngine: its layers are plain torch and run forward only, its optimizer is AdamW in plain torch, and the
-language model was not run with its layers. No kernel ran.
+TransformerEngine: its layers are plain torch and run forward only, and its optimizer is AdamW in plain torch. No kernel
+ran.
 (Its attention tolerates a checkpoint without its state, as megatron-core's checkpoints are; so does the stand-in's.)
 """
 
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from actor_case import make_case
+from actor_case import make_case, make_sequences
+from actor_yardstick import expect
 from launch_ranks import launch_ranks
 from te_worker import LAYOUTS, PHASES
 
@@ -31,9 +33,15 @@ FULL_BLOCKS = (1, 3)
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    case, out = tmp_path_factory.mktemp("case"), tmp_path_factory.mktemp("out")
+def case(tmp_path_factory):
+    case = tmp_path_factory.mktemp("case")
     make_case(case, vision_depth=4)
+    return case
+
+
+@pytest.fixture(scope="module")
+def out(case, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
     for phase in PHASES:
         path = [STAND_IN] if phase == "carry" else []
         launch_ranks(WORKER, case, out, phase, log=out / f"{phase}.log", path=path)
@@ -47,6 +55,11 @@ def found(out, request):
     return {
         phase: [json.loads((out / f"{name}-{phase}-{rank}.json").read_text()) for rank in (0, 1)] for phase in PHASES
     }
+
+
+@pytest.fixture(scope="module")
+def expected(case):
+    return expect(case, make_sequences)
 
 
 def weights(out, name, kept):
@@ -127,3 +140,23 @@ def test_the_vision_towers_features_are_those_of_torchs_layers(found, name):
     for ranks in found["carry"]:
         if "vision" in ranks:
             assert ranks["vision"]["error"] <= MULTIPLE * ranks["vision"]["torch_error"] + FLOOR * EPS
+
+
+@pytest.mark.parametrize("name", ["data", "tensor"])
+def test_the_language_model_calls_the_attention_for_prompts_and_then_for_responses(found, name, expected):
+    """With the stand-in's plain torch in TransformerEngine's place, log-probabilities to float32 rounding."""
+    for ranks in found["carry"]:
+        language = ranks["language"]
+        for calls in language["calls"]:
+            assert len(calls) % 2 == 0
+            for prompts, responses in zip(calls[::2], calls[1::2], strict=True):
+                assert prompts["qkv_format"] == responses["qkv_format"] == "thd"
+                assert prompts["attn_mask_type"] == "padding_causal"
+                assert prompts["cu_seqlens_q"] == prompts["cu_seqlens_kv"]
+                assert set(np.diff(prompts["cu_seqlens_q"]["value"])) <= set(language["prompts"])
+                assert responses["attn_mask_type"] == "padding_causal_bottom_right"
+                queries, keys = (np.diff(responses[f"cu_seqlens_{side}"]["value"]) for side in ("q", "kv"))
+                assert set(keys - queries) <= set(language["prompts"])
+                assert (responses["max_seqlen_q"], responses["max_seqlen_kv"]) == (queries.max(), keys.max())
+                assert responses["cu_seqlens_kv"]["dtype"] == "torch.int32"
+        expected.check_log_probs(np.array(language["log_probs"]))

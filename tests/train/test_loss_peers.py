@@ -14,6 +14,7 @@ from perl_megatron.types import EncodedPrompt
 PROMPT = EncodedPrompt(np.array([1, 2]), (1, 2), (), np.zeros((0, 3), dtype=np.int64), ())
 LENGTHS = (3, 1, 6, 2, 5)
 LIMIT = 8
+WITHOUT_IMAGES = {"length_multiple": 1, "pad_token_id": 0, "patches": None, "device": torch.device("cpu")}
 PLAIN = {"dual_clip": None, "kl_coefficient": 0.0}
 FORMS = {
     "grpo": (PLAIN | {"aggregation": "sequence"}, {}),
@@ -59,9 +60,7 @@ def test_loss_and_gradient_are_trls(form, seed):
     sequences, values = case(seed)
     ours = values.clone().requires_grad_()
     loss = PolicyLoss(sequences, AlgorithmConfig(**settings), max_response_tokens=LIMIT)
-    batch = lay_out_rows(
-        sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu")
-    )
+    batch = lay_out_rows(sequences, range(5), **WITHOUT_IMAGES)
     value, _ = loss(batch, ours, torch.zeros(len(ours)))
     peer = values.clone().requires_grad_()
     expected = trl_peer.loss(
@@ -80,9 +79,7 @@ def test_loss_and_gradient_are_trls(form, seed):
 
 def test_a_kl_in_the_reward_is_not_in_the_loss_too():
     sequences, values = case(0)
-    batch = lay_out_rows(
-        sequences, range(5), length_multiple=1, pad_token_id=0, patches=None, device=torch.device("cpu")
-    )
+    batch = lay_out_rows(sequences, range(5), **WITHOUT_IMAGES)
     results = []
     for settings in ({"kl_in": "reward", "kl_coefficient": 0.5}, {"kl_coefficient": 0.0}):
         log_prob = values.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""`transformer_engine.pytorch`: its modules in plain torch, forward only, as far as the vision tower needs them."""
+"""`transformer_engine.pytorch`: its modules in plain torch, forward only, as far as a packed row needs them."""
 
 from __future__ import annotations
 
@@ -97,11 +97,21 @@ class DotProductAttention(_Module):
     ) -> torch.Tensor:
         """[N, heads, D] each → [N, heads · D]."""
         self.calls.append({"query": query, "key": key, "value": value, "attention_mask": attention_mask, **options})
-        assert options["qkv_format"] == "thd", "the language model's attention is not here"
-        lengths = options["cu_seqlens_q"].diff().tolist()
-        segments = zip(*(tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value)), strict=True)
-        outputs = [scaled_dot_product_attention(*segment, scale=self.scale) for segment in segments]
+        assert options["qkv_format"] == "thd", "attention over a batch of rows is not here"
+        queries, keys = options["cu_seqlens_q"].diff().tolist(), options["cu_seqlens_kv"].diff().tolist()
+        lengths = ((query, queries), (key, keys), (value, keys))
+        segments = zip(*(tensor.transpose(0, 1).split(parts, 1) for tensor, parts in lengths), strict=True)
+        outputs = [self._attend(*segment, options["attn_mask_type"]) for segment in segments]
         return torch.cat(outputs, 1).transpose(0, 1).flatten(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_type: str) -> torch.Tensor:
+        before = {"padding": None, "padding_causal": 0, "padding_causal_bottom_right": key.shape[1] - query.shape[1]}
+        mask = None
+        if (offset := before[mask_type]) is not None:
+            mask = torch.arange(key.shape[1]) <= offset + torch.arange(query.shape[1])[:, None]
+        return scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=mask, scale=self.scale, enable_gqa=True
+        )[0]
 
 
 def _may_lack_own_state(module: torch.nn.Module, incompatible_keys: Any) -> None:
