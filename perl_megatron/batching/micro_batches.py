@@ -67,7 +67,7 @@ def most_micro_batches(
         bins = -(-num_views // (token_budget // whole))
     else:
         room, longest = token_budget - images - largest.prompt_tokens, max(largest.response_tokens) - 1
-        together = max(1, room // longest) if longest > 0 and room >= 0 else 1
+        together = max(1, room // longest) if longest > 0 else 1
         bins = num_views * -(-sequences // together)
     return bins_per_rank(bins, data_size, multiple)
 
