@@ -39,6 +39,8 @@ def plan_micro_batches(
         multiple: the interleaved schedule needs a multiple of the pipeline stages, others of 1.
     """
     assert min(token_budget, data_size, stages, multiple) > 0
+    if not views:
+        return [[()] * multiple for _ in range(data_size)]
     if cost.sharing == "full":
         plan = WholeViews(views, cost, token_budget).plan(data_size, stages, multiple)
     else:

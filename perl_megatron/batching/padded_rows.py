@@ -66,7 +66,7 @@ class PaddedRows:
 
     def _even(self, runs: list[_Run], most: int) -> list[_Run]:
         """At most ``most`` runs with the largest cost as low as it gets."""
-        high = max((run.cost for run in runs), default=0)
+        high = max(run.cost for run in runs)
         low = sum(self._row_flops[row.length] for row in self._rows) // most
         for _ in range(BISECTIONS):
             limit = (low + high) // 2
@@ -104,7 +104,7 @@ class PaddedRows:
             if share and (view != previous or start == index):
                 seen.update(key for key, _ in self._views[view].images)
             longest, memory, flops, cost, previous = wide, memory + more_memory, flops + loss + more_flops, total, view
-        return [*runs, _Run(start, cost)] if self._rows else []
+        return [*runs, _Run(start, cost)]
 
     def _images(self, view: ViewWork, seen: set[str]) -> tuple[int, int]:
         """Memory and operations of the images that a sequence of the view adds to those ``seen``."""
