@@ -39,6 +39,8 @@ def plan_micro_batches(
         multiple: the interleaved schedule needs a multiple of the pipeline stages, others of 1.
     """
     assert min(token_budget, data_size, stages, multiple) > 0
+    if not views:
+        return [[()] * multiple for _ in range(data_size)]
     if cost.sharing == "full":
         plan = WholeViews(views, cost, token_budget).plan(data_size, stages, multiple)
     else:
@@ -67,7 +69,7 @@ def most_micro_batches(
         bins = -(-num_views // (token_budget // whole))
     else:
         room, longest = token_budget - images - largest.prompt_tokens, max(largest.response_tokens) - 1
-        together = max(1, room // longest) if longest > 0 and room >= 0 else 1
+        together = max(1, room // longest) if longest > 0 else 1
         bins = num_views * -(-sequences // together)
     return bins_per_rank(bins, data_size, multiple)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from perl_megatron.batching.cost import CostModel
 from perl_megatron.batching.packing import bins_per_rank, deal
@@ -19,9 +19,19 @@ BISECTIONS = 8
 """Leaves the largest cost within 1/256 of its range."""
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Row(NamedTuple):
+    view: int
+    """Position in the caller's list."""
+    member: int
+    """Which of the view's sequences."""
+    length: int
+    loss: int
+    """Its cost."""
+
+
+class _Run(NamedTuple):
     start: int
+    """Position of its first row."""
     cost: int
 
 
@@ -33,17 +43,13 @@ class PaddedRows:
         together = clusters(views) if cost.sharing == "vision" else [[position] for position in range(len(views))]
         longest = [max(view.row_lengths) for view in views]
         together.sort(key=lambda positions: -max(longest[position] for position in positions))
-        order = [position for positions in together for position in positions]
-        responses = [enumerate(views[position].response_tokens) for position in order]
-        rows = [
-            (view, *response)
-            for view, view_responses in zip(order, responses, strict=True)
-            for response in view_responses
+        self._rows = [
+            _Row(view, member, views[view].prompt_tokens + tokens, cost.loss_flops(tokens))
+            for positions in together
+            for view in positions
+            for member, tokens in enumerate(views[view].response_tokens)
         ]
-        self._rows = [(view, member) for view, member, _ in rows]
-        self._lengths = [views[view].prompt_tokens + tokens for view, _, tokens in rows]
-        self._losses = [cost.loss_flops(tokens) for _, _, tokens in rows]
-        self._row_flops = {length: cost.tokens_flops(length) for length in set(self._lengths)}
+        self._row_flops = {length: cost.tokens_flops(length) for length in {row.length for row in self._rows}}
         patches = {patches for view in views for _, patches in view.images}
         self._image_costs = {number: (cost.image_memory(number), cost.image_flops(number)) for number in patches}
         self._all_images = [self._images(view, set()) for view in views]
@@ -60,8 +66,8 @@ class PaddedRows:
 
     def _even(self, runs: list[_Run], most: int) -> list[_Run]:
         """At most ``most`` runs with the largest cost as low as it gets."""
-        high = max((run.cost for run in runs), default=0)
-        low = sum(self._row_flops[length] for length in self._lengths) // most
+        high = max(run.cost for run in runs)
+        low = sum(self._row_flops[row.length] for row in self._rows) // most
         for _ in range(BISECTIONS):
             limit = (low + high) // 2
             found = self._cut(limit, most)
@@ -78,8 +84,7 @@ class PaddedRows:
         seen: set[str] = set()
         previous = -1
         start = longest = memory = flops = cost = 0
-        for index, (view, _) in enumerate(self._rows):
-            length, loss = self._lengths[index], self._losses[index]
+        for index, (view, _, length, loss) in enumerate(self._rows):
             if not share:
                 more_memory, more_flops = self._all_images[view]
             elif view == previous:
@@ -99,7 +104,7 @@ class PaddedRows:
             if share and (view != previous or start == index):
                 seen.update(key for key, _ in self._views[view].images)
             longest, memory, flops, cost, previous = wide, memory + more_memory, flops + loss + more_flops, total, view
-        return [*runs, _Run(start, cost)] if self._rows else []
+        return [*runs, _Run(start, cost)]
 
     def _images(self, view: ViewWork, seen: set[str]) -> tuple[int, int]:
         """Memory and operations of the images that a sequence of the view adds to those ``seen``."""
@@ -110,8 +115,8 @@ class PaddedRows:
         costs = [self._image_costs[patches] for patches in images]
         return sum(memory for memory, _ in costs), sum(flops for _, flops in costs)
 
-    def _views_of(self, rows: Sequence[tuple[int, int]]) -> list[ViewWork]:
+    def _views_of(self, rows: Sequence[_Row]) -> list[ViewWork]:
         members: dict[int, list[int]] = {}
-        for view, member in rows:
-            members.setdefault(view, []).append(member)
+        for row in rows:
+            members.setdefault(row.view, []).append(row.member)
         return [self._views[view].part(chosen) for view, chosen in members.items()]

@@ -100,18 +100,16 @@ class WholeViews:
     def _divide(self, view: ViewWork) -> list[tuple[int, ...]]:
         """The sequences of a view that go together: all, or fewest parts of like cost that fit the budget."""
         everyone = tuple(range(len(view.sequence_indices)))
-        if len(everyone) == 1 or self._cost.memory([view]) <= self._budget:
+        memory = self._cost.memory([view])
+        if memory <= self._budget or len(everyone) == 1:
             return [everyone]
-        room = self._budget - self._cost.memory([view]) + self._cost.view_tokens(view) - view.prompt_tokens
         sizes = [max(tokens - 1, 0) for tokens in view.response_tokens]
-        too_long = [member for member in everyone if sizes[member] > room]
-        items = [
-            Item(self._cost.response_flops(view.prompt_tokens, view.response_tokens[member]), sizes[member], (member,))
-            for member in everyone
-            if sizes[member] <= room
-        ]
-        parts = [_members(bin_) for bin_ in fewest(items, room)] if items else []
-        return sorted([*(tuple(part) for part in parts), *((member,) for member in too_long)])
+        room = self._budget - memory + sum(sizes)
+        costs = [self._cost.response_flops(view.prompt_tokens, tokens) for tokens in view.response_tokens]
+        fitting = [Item(costs[member], sizes[member], (member,)) for member in everyone if sizes[member] <= room]
+        parts = [_members(items) for items in fewest(fitting, room)]
+        too_long = [[member] for member in everyone if sizes[member] > room]
+        return sorted(map(tuple, parts + too_long))
 
     def _views_of(self, numbers: Sequence[int]) -> Iterator[ViewWork]:
         """In the caller's order; parts of a view that met again are one."""
