@@ -38,6 +38,11 @@ from perl_megatron.train.batch import TrainingSequence  # noqa: E402
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2}},
     "tensor_sequence": {"parallel": {"tensor": 2, "sequence": True}},
+    "tensor_replicated_tower": {
+        "parallel": {"tensor": 2, "vision": "replicated"},
+        "optimizer": {"distributed": False},
+    },
+    "tensor_sequence_replicated_tower": {"parallel": {"tensor": 2, "sequence": True, "vision": "replicated"}},
     "pipeline": {"parallel": {"pipeline": 2}},
     "pipeline_tied": {"parallel": {"pipeline": 2}},
     "interleaved": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
@@ -69,6 +74,10 @@ FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
         "parallel": {"tensor": 2, "sequence": True},
         "optimizer": {"language_multiplier": 0.0},
     },
+    "tensor_replicated_tower_frozen_vision": {
+        "parallel": {"tensor": 2, "vision": "replicated"},
+        "optimizer": {"vision_multiplier": 0.0, "merger_multiplier": 3.0},
+    },
     "pipeline_frozen_language": {
         "parallel": {"pipeline": 2},
         "optimizer": {"language_multiplier": 0.0, "merger_multiplier": 0.5},
@@ -89,7 +98,7 @@ FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
 ODD_LAYOUTS: dict[str, dict[str, Any]] = {
     **{
         f"{name}_{size}": {**LAYOUTS[name], "optimizer": {"micro_batch_sequences": size}}
-        for name in ("data", "pipeline", "interleaved", "context", "tensor_sequence")
+        for name in ("data", "pipeline", "interleaved", "context", "tensor_sequence", "tensor_sequence_replicated_tower")
         for size in (1, 3)
     },
     "data_replicated_optimizer_1": {
@@ -97,6 +106,11 @@ ODD_LAYOUTS: dict[str, dict[str, Any]] = {
         "optimizer": {"distributed": False, "micro_batch_sequences": 1},
     },
     "data_filler": {"parallel": {"data": 2}},
+    # A rank without images then has nothing of its own to train, and must go the way back with the other all the same.
+    "tensor_replicated_tower_frozen_language_1": {
+        "parallel": {"tensor": 2, "vision": "replicated"},
+        "optimizer": {"language_multiplier": 0.0, "micro_batch_sequences": 1},
+    },
 }
 """Trained on odd micro-batches: without images, with one, with many, with images of very different sizes."""
 FILLER = ("data_filler",)
@@ -109,7 +123,7 @@ TIED = (
     "tensor_sequence_frozen_language_tied",
 )
 """Layouts of the case whose output layer is the embedding, as in the published 3B model."""
-RESUMED = ("tensor", "data", "interleaved", "context")
+RESUMED = ("tensor", "tensor_replicated_tower", "data", "interleaved", "context")
 RESUMED_FROZEN = (
     "tensor_frozen_language",
     "pipeline_frozen_language",
@@ -117,8 +131,8 @@ RESUMED_FROZEN = (
     "interleaved_frozen_language",
     "data_frozen_vision",
 )
-RESHARDED = "pipeline"
-"""The layout that also continues from the first layout's checkpoint."""
+RESHARDED = ("tensor_sequence_replicated_tower", "pipeline")
+"""Layouts that also continue from the first layout's checkpoint."""
 
 
 # The process group stays: its store cannot be joined twice under one torchrun.
@@ -133,7 +147,7 @@ def main(cases: Path, out: Path, table: str) -> None:
         arrays, report = measure(case, encoder, sections, sequences_of(name, case, encoder))
         if name in RESUMED + RESUMED_FROZEN:
             report |= resume(case, encoder, sections, out / "checkpoints" / name)
-        if name == RESHARDED:
+        if name in RESHARDED:
             actor = start_again(case, encoder, sections)
             actor.restore(out / "checkpoints" / RESUMED[0] / "step-00000002")
             report["metrics_of_rest"] = train(actor, case, encoder, [2, 3])
