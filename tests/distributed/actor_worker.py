@@ -7,6 +7,7 @@ TABLE is a key of ``TABLES``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from actor_case import (  # noqa: E402
 )
 
 from perl_megatron.checkpoint.state import latest_checkpoint  # noqa: E402
+from perl_megatron.model.vision_shares import gradient_group  # noqa: E402
 from perl_megatron.runtime import garbage  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
 from perl_megatron.runtime.collective import gather_objects, rank  # noqa: E402
@@ -185,11 +187,18 @@ def measure(
     before = weights_of(actor)
     metrics = actor.update(with_log_probs(sequences, log_probs, reference, noise=0.5))
     after = weights_of(actor)
-    mine = [float(np.concatenate(log_probs).sum()), metrics]
+    mine = [float(np.concatenate(log_probs).sum()), metrics, digest_of_replicas(actor)]
     arrays = {"log_probs": np.concatenate(log_probs), "reference": np.concatenate(reference)}
     arrays |= {f"before/{name}": value for name, value in before.items()}
     arrays |= {f"after/{name}": value for name, value in after.items()}
     return arrays, {"metrics": metrics, "ranks_agree": all(other == mine for other in gather_objects(mine))}
+
+
+def digest_of_replicas(actor: Actor) -> str:
+    """Of the parameters that the tensor-parallel ranks hold alike, each with gradients of its own."""
+    parameters = [parameter for module in actor.modules for parameter in module.parameters()]
+    replicas = [parameter.detach().numpy() for parameter in parameters if gradient_group(parameter) is not None]
+    return hashlib.sha256(b"".join(map(np.ndarray.tobytes, replicas))).hexdigest()
 
 
 def resume(case: Path, encoder: Any, sections: dict[str, Any], folder: Path) -> dict[str, Any]:
