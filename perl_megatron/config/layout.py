@@ -69,7 +69,8 @@ def check_split(parallel: ParallelConfig, architecture: ArchitectureNumbers) -> 
     wrong = {name: size for name, size in split.items() if size % tensor}
     if wrong:
         possible = [size for size in range(1, tensor) if all(number % size == 0 for number in split.values())]
-        whole = "" if wrong.keys() & language.keys() else "parallel.vision=replicated leaves the vision tower whole; or "
+        is_vision_only = not wrong.keys() & language.keys()
+        whole = "parallel.vision=replicated leaves the vision tower whole; or " if is_vision_only else ""
         raise UserError(
             f"tensor-parallel size {tensor} does not divide the policy's "
             f"{', '.join(f'{name} ({size})' for name, size in wrong.items())}",

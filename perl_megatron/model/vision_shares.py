@@ -1,9 +1,9 @@
 """Which tensor-parallel rank encodes which images, where each of them holds the whole vision tower; and the exchange.
 
 An image's features do not depend on the other images, so the ranks need not encode the same ones. Each takes a share,
-and all get all features. Of a feature's gradient every rank has the whole: what follows the embedding is tensor-parallel
-with or without sequence parallelism, and gives its input's gradient whole to each rank. So a rank goes on with the rows
-of its own images, and the gradients of the tower's parameters are sums over a rank's images: they are added up over the
+and all get all features. Of a feature's gradient every rank has the whole: the language model is tensor-parallel, with
+or without sequence parallelism, and gives its input's gradient whole to each rank. So a rank goes on with the rows of
+its own images, and the gradients of the tower's parameters are sums over a rank's images: they are added up over the
 ranks once a step, when all micro-batches are done (``train/optimizer.py``).
 """
 

@@ -170,7 +170,7 @@ def _reduce_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | N
 
 
 def _complete_partial_gradients(model: Sequence[torch.nn.Module]) -> None:
-    """Add up, in place, the gradients of which each tensor-parallel rank has a part: those of a replicated vision tower.
+    """Add up, in place, gradients of which each tensor-parallel rank has a part: those of a replicated vision tower.
 
     megatron-core does so for the parameters that it marks ``sequence_parallel`` itself, and only with that.
     """

@@ -63,6 +63,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data_replicated_optimizer": {"parallel": {"data": 2}, "optimizer": {"distributed": False}},
     "data_small_micro_batches": {"parallel": {"data": 2}, "optimizer": {"micro_batch_sequences": 2}},
 }
+SEQUENCE_PARALLEL = ("tensor_sequence", "tensor_sequence_replicated_tower")
 FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor_frozen_images": {
         "parallel": {"tensor": 2, "sequence": True},
@@ -100,7 +101,7 @@ FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
 ODD_LAYOUTS: dict[str, dict[str, Any]] = {
     **{
         f"{name}_{size}": {**LAYOUTS[name], "optimizer": {"micro_batch_sequences": size}}
-        for name in ("data", "pipeline", "interleaved", "context", "tensor_sequence", "tensor_sequence_replicated_tower")
+        for name in ("data", "pipeline", "interleaved", "context", *SEQUENCE_PARALLEL)
         for size in (1, 3)
     },
     "data_replicated_optimizer_1": {
