@@ -125,6 +125,8 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
         name = field.replace("_", " ")
         if field == "sequence":
             verify.add_argument(option, dest=field, action="store_true", help=f"{name} parallelism")
+        elif field == "vision":
+            verify.add_argument(option, choices=("sharded", "replicated"), default="sharded", help="the vision tower")
         elif field.endswith("_layers"):
             verify.add_argument(option, dest=field, type=positive, metavar="N", help=f"{name} (default: as the others)")
         else:

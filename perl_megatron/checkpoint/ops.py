@@ -141,6 +141,22 @@ class GateUp:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """Another layout of which every tensor-parallel rank holds all: a replicated vision tower's."""
+
+    op: Op
+    sharded = False
+
+    def split(self, parts: Sequence[torch.Tensor], rank: int, size: int) -> torch.Tensor:
+        """As for one rank."""
+        return self.op.split(parts, 0, 1)
+
+    def join(self, shards: Sequence[torch.Tensor]) -> Parts:
+        """Of one rank's."""
+        return self.op.join(shards)
+
+
+@dataclass(frozen=True)
 class GroupedQkv:
     """Query, key and value, published apart; Megatron interleaves them by group: its queries, its key, its value.
 

@@ -6,7 +6,7 @@ embedding is not tied, ``lm_head.weight``. Megatron's are a whole model's: layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perl_megatron.checkpoint.ops import (
     Column,
@@ -18,6 +18,7 @@ from perl_megatron.checkpoint.ops import (
     Row,
     StackedQkv,
     Vocabulary,
+    Whole,
 )
 from perl_megatron.model.architecture import Architecture
 
@@ -35,9 +36,15 @@ class Entry:
     op: Op
 
 
-def table(architecture: Architecture) -> list[Entry]:
-    """Every parameter of the whole model, in the order in which the stream carries them."""
-    entries = [*_vision_entries(architecture), *_language_entries(architecture)]
+def table(architecture: Architecture, *, whole_vision: bool = False) -> list[Entry]:
+    """Every parameter of the whole model, in the order in which the stream carries them.
+
+    ``whole_vision``: for a layout in which every tensor-parallel rank holds all of the vision tower and the merger.
+    """
+    vision = _vision_entries(architecture)
+    if whole_vision:
+        vision = [replace(entry, op=Whole(entry.op)) for entry in vision]
+    entries = [*vision, *_language_entries(architecture)]
     published = [name for entry in entries for name in entry.published]
     assert len(set(published)) == len(published)
     assert len({entry.megatron for entry in entries}) == len(entries)

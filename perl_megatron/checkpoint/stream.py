@@ -63,7 +63,7 @@ def export_tensors(
     copies: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """As ``export_weights``, for another tensor of each parameter, such as its gradient."""
-    entries = table(architecture)
+    entries = table(architecture, whole_vision=topology.vision_group is not None)
     local = {name: select(parameter) for name, parameter in _parameters(chunks).items()}
     shards = _locate(local, topology)
     _refuse_orphans(entries, architecture, shards)
@@ -81,7 +81,8 @@ def import_weights(
     that gives a tensor by name. Values are converted to each parameter's dtype. Raises UserError listing the orphans
     on either side, and for a tensor of another shape.
     """
-    entries = {entry.megatron: entry for entry in table(architecture)}
+    whole_vision = topology.vision_group is not None
+    entries = {entry.megatron: entry for entry in table(architecture, whole_vision=whole_vision)}
     if isinstance(source, Mapping):
         expected = [name for entry in entries.values() for name in entry.published]
         _refuse_difference("the checkpoint", "this architecture", source.keys(), expected)

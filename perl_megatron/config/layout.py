@@ -55,21 +55,27 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> int:
 
 def check_split(parallel: ParallelConfig, architecture: ArchitectureNumbers) -> None:
     """UserError where the policy does not split over the tensor-parallel ranks or the pipeline stages."""
-    split = {
+    language = {
         "attention heads": architecture.num_heads,
         "key-value heads": architecture.num_kv_heads,
         "feed-forward size": architecture.ffn_size,
+    }
+    vision = {
         "vision heads": architecture.vision_num_heads,
         "vision feed-forward size": architecture.vision_ffn_size,
     }
+    split = language | (vision if parallel.vision == "sharded" else {})
     tensor = parallel.tensor
-    wrong = [f"{name} ({size})" for name, size in split.items() if size % tensor]
+    wrong = {name: size for name, size in split.items() if size % tensor}
     if wrong:
         possible = [size for size in range(1, tensor) if all(number % size == 0 for number in split.values())]
+        is_vision_only = not wrong.keys() & language.keys()
+        whole = "parallel.vision=replicated leaves the vision tower whole; or " if is_vision_only else ""
         raise UserError(
-            f"tensor-parallel size {tensor} does not divide the policy's {', '.join(wrong)}",
+            f"tensor-parallel size {tensor} does not divide the policy's "
+            f"{', '.join(f'{name} ({size})' for name, size in wrong.items())}",
             where=f"parallel.tensor = {tensor}",
-            fix=f"smaller sizes that do: {join_numbers(possible)}; use parallel.pipeline, parallel.context or "
+            fix=f"{whole}smaller sizes that do: {join_numbers(possible)}; use parallel.pipeline, parallel.context or "
             "parallel.data for more processes",
         )
     stages = stage_layers(parallel, architecture.num_layers)

@@ -65,6 +65,9 @@ class ParallelConfig(Section):
     """Sequence parallelism (needs tensor > 1)."""
     context: int = Field(default=1, ge=1)
     """Context-parallel size: every sequence is cut over so many processes, which exchange keys and values."""
+    vision: Literal["sharded", "replicated"] = "sharded"
+    """Vision tower and merger over the tensor-parallel ranks: 'sharded', all work on every image together, or
+    'replicated', each holds all of both, encodes its share of a micro-batch's images, and gets the others' features."""
     virtual_pipeline: int = Field(default=1, ge=1)
     """Model chunks of each pipeline stage (interleaved schedule, needs pipeline > 1): less idle time, more messages."""
     first_stage_layers: int | None = Field(default=None, ge=1)

@@ -68,6 +68,7 @@ class Policy(MegatronModule):
                 transformer_configs.merger_config(architecture, model, parallel),
                 architecture.vision,
                 provider,
+                topology,
             )
         layers = stage_layers(parallel, architecture.num_layers)[topology.pipeline_rank] // parallel.virtual_pipeline
         self.language_model = GPTModel(

@@ -63,7 +63,7 @@ def _fp8(model: ModelConfig) -> dict[str, Any]:
     return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
 
 
-def _shared(model: ModelConfig, parallel: ParallelConfig, *, has_megatron_linear: bool = False) -> dict[str, Any]:
+def _shared(model: ModelConfig, tensor_size: int, *, has_megatron_linear: bool = False) -> dict[str, Any]:
     dtype = _DTYPES[model.dtype]
     recompute: dict[str, dict[str, Any]] = {
         "none": {},
@@ -71,7 +71,7 @@ def _shared(model: ModelConfig, parallel: ParallelConfig, *, has_megatron_linear
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return {
-        "tensor_model_parallel_size": parallel.tensor,
+        "tensor_model_parallel_size": tensor_size,
         "normalization": "RMSNorm",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -125,7 +125,7 @@ def language_config(architecture: Architecture, model: ModelConfig, parallel: Pa
         batch_p2p_sync=platform.is_cuda(),
         deallocate_pipeline_outputs=platform.is_cuda(),  # on gloo a buffer may still be in flight
         **_fp8(model),
-        **_shared(model, parallel, has_megatron_linear=True),
+        **_shared(model, parallel.tensor, has_megatron_linear=True),
     )
     refuse_silent_traps(config)
     return config
@@ -149,8 +149,12 @@ def refuse_silent_traps(config: TransformerConfig) -> None:
         )
 
 
+def _vision_tensor_size(parallel: ParallelConfig) -> int:
+    return parallel.tensor if parallel.vision == "sharded" else 1
+
+
 def vision_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """The vision tower: whole on the first pipeline stage, tensor-parallel over heads, never sequence-parallel."""
+    """The vision tower: all its blocks on the first pipeline stage, over heads or not at all, never over sequences."""
     vision = architecture.vision
     return TransformerConfig(
         num_layers=vision.depth,
@@ -163,7 +167,7 @@ def vision_config(architecture: Architecture, model: ModelConfig, parallel: Para
         activation_func=silu,
         add_bias_linear=True,
         add_qkv_bias=True,
-        **_shared(model, parallel),
+        **_shared(model, _vision_tensor_size(parallel)),
     )
 
 
@@ -179,5 +183,5 @@ def merger_config(architecture: Architecture, model: ModelConfig, parallel: Para
         gated_linear_unit=False,
         activation_func=gelu,
         add_bias_linear=True,
-        **_shared(model, parallel),
+        **_shared(model, _vision_tensor_size(parallel)),
     )

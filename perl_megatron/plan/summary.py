@@ -61,6 +61,7 @@ def make_plan(
         "layout": {
             **{name: numbers[name] for name in layout_names},
             "sequence_parallel": config.parallel.sequence,
+            "vision": config.parallel.vision,
             "distributed_optimizer": config.optimizer.distributed,
         },
         "batch": {
@@ -180,6 +181,10 @@ def _layout_table(layout: dict[str, Any]) -> Table:
     table.add_row("processes", f"{layout['world_size']} = {sizes}")
     table.add_row("layers of a stage", f"{layout['stage_layers']}, in {layout['virtual_pipeline_size']} model chunk(s)")
     table.add_row("sequence parallel", "yes" if layout["sequence_parallel"] else "no")
+    if layout["tensor_size"] > 1:
+        whole = "whole on every tensor-parallel rank, which encodes its share of the images"
+        tower = "sharded over tensor-parallel ranks" if layout["vision"] == "sharded" else whole
+        table.add_row("vision tower", tower)
     table.add_row("optimizer", sharing)
     engine = f"{layout['engine']}, replicas: {layout['engine_replicas']}"
     processes = f"processes in each: {layout['engine_tensor_size']}"

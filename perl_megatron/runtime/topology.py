@@ -32,6 +32,8 @@ class Topology:
     data_size: int
     context_rank: int = 0
     context_size: int = 1
+    vision_group: dist.ProcessGroup | None = None
+    """Of this rank alone, where every tensor-parallel rank holds the whole vision tower; None where they share it."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -85,6 +87,10 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=max(1, math.ceil(timeout_seconds / 60)),
     )
+    vision_group = None
+    if parallel.vision == "replicated" and parallel.tensor > 1:
+        # One of megatron-core's, so that it is forgotten with the others.
+        vision_group = parallel_state.create_group([rank], use_local_synchronization=True, group_desc="VISION_GROUP")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -100,6 +106,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -
         data_size=parallel_state.get_data_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
+        vision_group=vision_group,
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -29,6 +30,7 @@ from megatron.core.utils import get_model_config
 
 from perl_megatron.config.schema import OptimizerSection
 from perl_megatron.errors import UserError
+from perl_megatron.model.vision_shares import gradient_group
 from perl_megatron.train import parts
 
 MAX_CONSECUTIVE_SKIPS = 5
@@ -136,7 +138,7 @@ def mark_sharded_weights(module: torch.nn.Module) -> None:
     """
     sharded = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
     for layer in module.modules():
-        if isinstance(layer, sharded) and layer.weight is not None:
+        if isinstance(layer, sharded) and layer.weight is not None and gradient_group(layer.weight) is None:
             layer.weight.tensor_model_parallel = True  # type: ignore[assignment]
 
 
@@ -163,7 +165,22 @@ def _wrap(module: torch.nn.Module, section: OptimizerSection, *, is_first: bool)
 def _reduce_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
     """The schedules' hook at the end of a backward pass: add up over ranks; ``num_tokens`` must not divide."""
     del num_tokens
+    _complete_partial_gradients(model)
     finalize_model_grads(model, None, **options)
+
+
+def _complete_partial_gradients(model: Sequence[torch.nn.Module]) -> None:
+    """Add up, in place, gradients of which each tensor-parallel rank has a part: those of a replicated vision tower.
+
+    megatron-core does so for the parameters that it marks ``sequence_parallel`` itself, and only with that.
+    """
+    works = []
+    for parameter in (parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad):
+        group = gradient_group(parameter)
+        if group is not None:
+            works.append(dist.all_reduce(parameter.main_grad, group=group, async_op=True))
+    for work in works:
+        work.wait()
 
 
 def _megatron_config(section: OptimizerSection, module: torch.nn.Module) -> OptimizerConfig:

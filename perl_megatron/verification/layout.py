@@ -55,6 +55,7 @@ OPTIONS = {
     "context": "--cp",
     "data": "--dp",
     "sequence": "--sp",
+    "vision": "--vision",
     "first_stage_layers": "--first-stage-layers",
     "last_stage_layers": "--last-stage-layers",
 }
@@ -65,8 +66,8 @@ OPTIONS = {
 class Layout:
     """A way to lay the tiny policy out over processes, and how it computes."""
 
-    parallel: Mapping[str, int | bool]
-    """Fields of the configuration's `parallel` that are not 1 or off."""
+    parallel: Mapping[str, int | bool | str]
+    """Fields of the configuration's `parallel` that are not their defaults."""
     tied: bool = False
     """Whether the output layer is the embedding (as in the published 3B model)."""
     recompute: str = "none"
@@ -75,7 +76,7 @@ class Layout:
     """Of the language model."""
 
     @classmethod
-    def of(cls, parallel: Mapping[str, int | bool], **others: Any) -> Layout:
+    def of(cls, parallel: Mapping[str, int | bool | str], **others: Any) -> Layout:
         """A layout of these sizes, without those that are their fields' defaults."""
         plain = ParallelConfig(data=1).model_dump()
         return cls({name: value for name, value in parallel.items() if value != plain[name]}, **others)
@@ -87,7 +88,7 @@ class Layout:
         how += [f"{self.num_layers} layers"] if self.num_layers != NUM_LAYERS else []
         return f"{' × '.join(sizes) or 'one process'}, {', '.join(how)}".replace("_", " ")
 
-    def elsewhere(self, parallel: Mapping[str, int | bool]) -> Layout:
+    def elsewhere(self, parallel: Mapping[str, int | bool | str]) -> Layout:
         """The same policy over other sizes."""
         others = {"tied": self.tied, "recompute": self.recompute, "dtype": self.dtype, "num_layers": self.num_layers}
         return Layout.of(parallel, **others)

@@ -12,6 +12,7 @@ from perl_megatron.checkpoint.ops import (
     Row,
     StackedQkv,
     Vocabulary,
+    Whole,
 )
 from perl_megatron.errors import UserError
 
@@ -42,6 +43,8 @@ def cases(size, factor, width):
         (StackedQkv(heads), [numbered(3 * heads * head_dim, inner)]),
         (StackedQkv(heads), [numbered(3 * heads * head_dim)]),
         (Vocabulary(4 * factor + 3), [numbered(4 * factor + 3, inner)]),
+        (Whole(GateUp()), [numbered(5, inner), numbered(5, inner) + 1000]),
+        (Whole(StackedQkv(heads)), [numbered(3 * heads * head_dim, inner)]),
     ]
 
 

@@ -26,7 +26,8 @@ NUMBERS = replace(TINY, num_layers=12)
         ({"first_stage_layers": 1}, 1, "needs pipeline", "parallel.first_stage_layers = 1", "leave"),
         ({"last_stage_layers": 3}, 1, "needs pipeline", "parallel.last_stage_layers = 3", "leave"),
         ({"tensor": 4}, 4, "key-value heads (2)", "parallel.tensor = 4", "1, 2"),
-        ({"tensor": 3}, 3, "vision heads (4)", "parallel.tensor = 3", "1, 2"),
+        ({"tensor": 3}, 3, "vision heads (4)", "parallel.tensor = 3", "smaller sizes that do: 1, 2;"),
+        ({"tensor": 4, "vision": "replicated"}, 4, "key-value heads (2)", "parallel.tensor = 4", "that do: 1, 2;"),
         ({"pipeline": 5}, 5, "12 layers", "parallel.pipeline = 5", "1, 2, 3, 4, 6, 12"),
         ({"pipeline": 3, "first_stage_layers": 3}, 3, "leave 9 for the other 2", "first_stage_layers = 3", "of 2"),
         ({"pipeline": 3, "last_stage_layers": 12}, 3, "leave 0 for the other 2", "last_stage_layers = 12", "positive"),
@@ -54,6 +55,14 @@ def test_what_cannot_run_is_refused_before_the_start(sizes, world_size, what, wh
     assert what in error.what
     assert where in str(error.where)
     assert fix in str(error.fix)
+
+
+def test_a_replicated_tower_need_not_split():
+    numbers = replace(NUMBERS, vision_num_heads=3, vision_ffn_size=171)
+    with pytest.raises(UserError, match=r"vision heads \(3\), vision feed-forward size \(171\)") as caught:
+        check_split(ParallelConfig(tensor=2), numbers)
+    assert str(caught.value.fix).startswith("parallel.vision=replicated leaves the vision tower whole; or smaller")
+    check_split(ParallelConfig(tensor=2, vision="replicated"), numbers)
 
 
 def check(parallel, world_size):

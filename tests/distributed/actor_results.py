@@ -41,3 +41,9 @@ def run_worker(cases: Path, out: Path, table: str) -> dict[str, Found]:
         name: Found(dict(np.load(out / f"{name}.npz")), json.loads((out / f"{name}.json").read_text()))
         for name in TABLES[table]
     }
+
+
+def pace_of(sections: Mapping[str, Any], tensor: str) -> float:
+    """The multiplier of the learning rate of a published tensor, in a layout of these sections."""
+    part = "merger" if ".merger." in tensor else "vision" if tensor.startswith("visual.") else "language"
+    return sections.get("optimizer", {}).get(f"{part}_multiplier", 1.0)

@@ -7,6 +7,7 @@ TABLE is a key of ``TABLES``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from actor_case import (  # noqa: E402
 )
 
 from perl_megatron.checkpoint.state import latest_checkpoint  # noqa: E402
+from perl_megatron.model.vision_shares import gradient_group  # noqa: E402
 from perl_megatron.runtime import garbage  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
 from perl_megatron.runtime.collective import gather_objects, rank  # noqa: E402
@@ -38,6 +40,11 @@ from perl_megatron.train.batch import TrainingSequence  # noqa: E402
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2}},
     "tensor_sequence": {"parallel": {"tensor": 2, "sequence": True}},
+    "tensor_replicated_tower": {
+        "parallel": {"tensor": 2, "vision": "replicated"},
+        "optimizer": {"distributed": False},
+    },
+    "tensor_sequence_replicated_tower": {"parallel": {"tensor": 2, "sequence": True, "vision": "replicated"}},
     "pipeline": {"parallel": {"pipeline": 2}},
     "pipeline_tied": {"parallel": {"pipeline": 2}},
     "interleaved": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
@@ -56,6 +63,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data_replicated_optimizer": {"parallel": {"data": 2}, "optimizer": {"distributed": False}},
     "data_small_micro_batches": {"parallel": {"data": 2}, "actor": {"micro_batch_tokens": 80}},
 }
+SEQUENCE_PARALLEL = ("tensor_sequence", "tensor_sequence_replicated_tower")
 FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor_frozen_images": {
         "parallel": {"tensor": 2, "sequence": True},
@@ -68,6 +76,10 @@ FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor_sequence_frozen_language_tied": {
         "parallel": {"tensor": 2, "sequence": True},
         "optimizer": {"language_multiplier": 0.0},
+    },
+    "tensor_replicated_tower_frozen_vision": {
+        "parallel": {"tensor": 2, "vision": "replicated"},
+        "optimizer": {"vision_multiplier": 0.0, "merger_multiplier": 3.0},
     },
     "pipeline_frozen_language": {
         "parallel": {"pipeline": 2},
@@ -89,7 +101,7 @@ FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
 ODD_LAYOUTS: dict[str, dict[str, Any]] = {
     **{
         f"{name}_{size}": {**LAYOUTS[name], "actor": {"micro_batch_tokens": size}}
-        for name in ("data", "pipeline", "interleaved", "context", "tensor_sequence")
+        for name in ("data", "pipeline", "interleaved", "context", *SEQUENCE_PARALLEL)
         for size in (1, 200)
     },
     "data_replicated_optimizer_1": {
@@ -98,6 +110,12 @@ ODD_LAYOUTS: dict[str, dict[str, Any]] = {
         "actor": {"micro_batch_tokens": 1},
     },
     "data_filler": {"parallel": {"data": 2}},
+    # A rank without images then has nothing of its own to train, and must go the way back with the other all the same.
+    "tensor_replicated_tower_frozen_language_1": {
+        "parallel": {"tensor": 2, "vision": "replicated"},
+        "optimizer": {"language_multiplier": 0.0},
+        "actor": {"micro_batch_tokens": 1},
+    },
 }
 """Trained on odd micro-batches: without images, with one, with many, with images of very different sizes."""
 FILLER = ("data_filler",)
@@ -110,7 +128,7 @@ TIED = (
     "tensor_sequence_frozen_language_tied",
 )
 """Layouts of the case whose output layer is the embedding, as in the published 3B model."""
-RESUMED = ("tensor", "data", "interleaved", "context")
+RESUMED = ("tensor", "tensor_replicated_tower", "data", "interleaved", "context")
 RESUMED_FROZEN = (
     "tensor_frozen_language",
     "pipeline_frozen_language",
@@ -118,8 +136,8 @@ RESUMED_FROZEN = (
     "interleaved_frozen_language",
     "data_frozen_vision",
 )
-RESHARDED = "pipeline"
-"""The layout that also continues from the first layout's checkpoint."""
+RESHARDED = ("tensor_sequence_replicated_tower", "pipeline")
+"""Layouts that also continue from the first layout's checkpoint."""
 
 
 # The process group stays: its store cannot be joined twice under one torchrun.
@@ -134,7 +152,7 @@ def main(cases: Path, out: Path, table: str) -> None:
         arrays, report = measure(case, encoder, sections, sequences_of(name, case, encoder))
         if name in RESUMED + RESUMED_FROZEN:
             report |= resume(case, encoder, sections, out / "checkpoints" / name)
-        if name == RESHARDED:
+        if name in RESHARDED:
             actor = start_again(case, encoder, sections)
             actor.restore(out / "checkpoints" / RESUMED[0] / "step-00000002")
             report["metrics_of_rest"] = train(actor, case, encoder, [2, 3])
@@ -172,11 +190,18 @@ def measure(
     before = weights_of(actor)
     metrics = actor.update(with_log_probs(sequences, log_probs, reference, noise=0.5))
     after = weights_of(actor)
-    mine = [float(np.concatenate(log_probs).sum()), metrics]
+    mine = [float(np.concatenate(log_probs).sum()), metrics, digest_of_replicas(actor)]
     arrays = {"log_probs": np.concatenate(log_probs), "reference": np.concatenate(reference)}
     arrays |= {f"before/{name}": value for name, value in before.items()}
     arrays |= {f"after/{name}": value for name, value in after.items()}
     return arrays, {"metrics": metrics, "ranks_agree": all(other == mine for other in gather_objects(mine))}
+
+
+def digest_of_replicas(actor: Actor) -> str:
+    """Of the parameters that the tensor-parallel ranks hold alike, each with gradients of its own."""
+    parameters = [parameter for module in actor.modules for parameter in module.parameters()]
+    replicas = [parameter.detach().numpy() for parameter in parameters if gradient_group(parameter) is not None]
+    return hashlib.sha256(b"".join(map(np.ndarray.tobytes, replicas))).hexdigest()
 
 
 def resume(case: Path, encoder: Any, sections: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -46,6 +46,8 @@ EXTRAS = {
         Layout.of({"pipeline": 2, "virtual_pipeline": 2}, recompute="full"),
         Layout.of({"tensor": 2, "sequence": True}, recompute="selective"),
         Layout.of({"context": 2}, recompute="full"),
+        Layout.of({"tensor": 2, "vision": "replicated"}, recompute="full"),
+        Layout.of({"tensor": 2, "sequence": True, "vision": "replicated"}, dtype="bfloat16"),
         Layout.of({"data": 2}, dtype="bfloat16"),
         Layout.of({"pipeline": 2, "virtual_pipeline": 2}, dtype="bfloat16"),
     ],
@@ -53,6 +55,9 @@ EXTRAS = {
         Layout.of({"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, tied=True),
         Layout.of({"pipeline": 2, "context": 2}, tied=True),
         Layout.of({"data": 4}),  # a rank has no images
+        Layout.of({"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "vision": "replicated"}),
+        Layout.of({"tensor": 2, "data": 2, "vision": "replicated"}, tied=True),
+        Layout.of({"tensor": 2, "context": 2, "vision": "replicated"}),
         # Stages of unequal length, in chunks: the shipped 32B layout in miniature.
         Layout.of(
             {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 2},

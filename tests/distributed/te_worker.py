@@ -30,6 +30,7 @@ from megatron.core.transformer.attention import Attention  # noqa: E402
 
 from perl_megatron.checkpoint.qwen25_vl_table import canonical_megatron_name  # noqa: E402
 from perl_megatron.model import layer_specs, transformer_configs  # noqa: E402
+from perl_megatron.model.vision_shares import share_images  # noqa: E402
 from perl_megatron.runtime import garbage  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
 from perl_megatron.runtime.collective import rank  # noqa: E402
@@ -41,6 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data_replicated_optimizer": {"parallel": {"data": 2}, "optimizer": {"distributed": False}},
     "tensor": {"parallel": {"tensor": 2}},
     "tensor_sequence": {"parallel": {"tensor": 2, "sequence": True}},
+    "tensor_replicated_tower": {"parallel": {"tensor": 2, "vision": "replicated"}},
     "pipeline": {"parallel": {"pipeline": 2}},
 }
 PHASES = ("write", "carry", "return")
@@ -198,8 +200,12 @@ def see(case: Case, engine: Actor, torch_actor: Actor) -> dict[str, Any]:
         if isinstance(module, Attention):
             (call,) = module.core_attention.calls
             calls.append({name: describe_argument(value) for name, value in call.items()})
+    own = torch.from_numpy(prompt.grids)
+    if case.topology.vision_group is not None:
+        share = share_images(tuple(map(tuple, grids.tolist())), tower.vision, case.topology.tensor_rank, 2)
+        own = own[list(share.images)]
     return {
-        "patches": len(patches),
+        "patches": int(own.prod(1).sum()),
         "calls": calls,
         "error": ((features - exact).norm() / exact.norm()).item(),
         "torch_error": ((torch_features - exact).norm() / exact.norm()).item(),

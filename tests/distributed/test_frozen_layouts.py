@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 from actor_case import make_config, make_encoder, make_sequences
-from actor_results import run_worker
+from actor_results import pace_of, run_worker
 from actor_worker import FROZEN_LAYOUTS, RESUMED_FROZEN, TIED, folder_of, train
 from actor_yardstick import expect
 
@@ -29,15 +29,9 @@ def expected(cases, results):
     return {case: expect(case, make_sequences) for case in set(folders)}
 
 
-def multiplier(name, tensor):
-    """Of the learning rate of a published tensor, in a layout."""
-    part = "merger" if ".merger." in tensor else "vision" if tensor.startswith("visual.") else "language"
-    return FROZEN_LAYOUTS[name]["optimizer"].get(f"{part}_multiplier", 1.0)
-
-
 @pytest.mark.parametrize("name", FROZEN_LAYOUTS)
 def test_frozen_parts_stay_and_the_others_take_their_multiple_of_the_step(cases, results, expected, name):
-    found, pace = results[name], partial(multiplier, name)
+    found, pace = results[name], partial(pace_of, FROZEN_LAYOUTS[name])
     assert {bool(pace(tensor)) for tensor in found.steps} == {False, True}
     expected[folder_of(cases, name)].check_step(found.steps, found.report["metrics"]["gradient_norm"], pace)
     assert found.report["ranks_agree"]

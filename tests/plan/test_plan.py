@@ -46,6 +46,13 @@ def test_plan_is_json_and_text(plan):
     assert max(map(len, text.splitlines())) <= 110
 
 
+@pytest.mark.parametrize(("vision", "said"), [("sharded", "sharded over tensor-parallel"), ("replicated", "its share")])
+def test_where_the_vision_tower_is(vision, said):
+    plan = make_plan(*derived_of("parallel.tensor=2", f"parallel.vision={vision}", world_size=2))
+    assert plan["layout"]["vision"] == vision
+    assert said in render_plan(plan)
+
+
 def test_servers_are_asked_by_every_rank():
     servers = ("rollout.engine=server", "rollout.servers=http://a:8000,http://b:8000", "rollout.weight_transfer=disk")
     plan = make_plan(*derived_of(*servers, "rollout.shared_folder=w", "parallel.tensor=2", world_size=4))

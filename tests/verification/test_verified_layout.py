@@ -36,6 +36,8 @@ def test_every_size_of_the_matrix_fits_the_tiny_policy(sizes):
 def test_sizes_of_one_are_left_out():
     assert Layout.of({"tensor": 1, "data": 1, "context": 1, "sequence": False}) == Layout({})
     assert Layout.of({"tensor": 2, "sequence": True}).parallel == {"tensor": 2, "sequence": True}
+    assert Layout.of({"tensor": 2, "vision": "sharded"}).parallel == {"tensor": 2}
+    assert str(Layout.of({"tensor": 2, "vision": "replicated"})).startswith("tensor 2 × vision replicated, ")
 
 
 @pytest.mark.parametrize(
