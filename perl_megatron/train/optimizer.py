@@ -178,7 +178,7 @@ def _complete_partial_gradients(model: Sequence[torch.nn.Module]) -> None:
     for parameter in (parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad):
         group = gradient_group(parameter)
         if group is not None:
-            works.append(dist.all_reduce(parameter.main_grad, group=group, async_op=True))
+            works.append(dist.all_reduce(parameter.main_grad, group=group, async_op=True))  # type: ignore[attr-defined]
     for work in works:
         work.wait()
 

@@ -114,7 +114,7 @@ class Layout:
                 },
                 # Context ranks, which have no shared prompts, run the other layout.
                 "actor": {
-                    "sharing": "vision" if self.parallel.get("context", 1) > 1 else "full",
+                    "sharing": "full" if self.parallel.get("context", 1) == 1 else "vision",
                     "micro_batch_tokens": MICRO_BATCH_TOKENS,
                 },
                 "run": {"collective_timeout": TIMEOUT_SECONDS},
