@@ -1,10 +1,11 @@
 """Forward and backward of the actor against transformers: `python benchmarks/actor.py [--quick] [--json FILE]`.
 
-Same weights (float32), same sequences in the same two micro-batches, one process and the same number of threads each.
+Same weights (float32), same sequences in two equal micro-batches, one process and the same number of threads each.
 Both sides compute the logits of the response positions only, and add up the gradient of every parameter: ours with all
 that a training step has before its optimizer (gradient buffers, megatron-core's schedule, laying out of batches). Their
-losses and their gradients' norms, part by part, have to be equal. Every sequence has images of its own, so that nothing
-is saved by encoding a repeated image once. Rows "of which" say where the time goes, from torch's profile of one step.
+losses and their gradients' norms, part by part, have to be equal.
+Every sequence has a prompt and images of its own, so that nothing is saved by sharing them (``group_step.py`` measures
+that). Rows "of which" say where the time goes, from torch's profile of one step.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from actor_cases import CASES, IMAGE_TOKEN, MICRO_BATCHES, Case, make_inputs, write_case  # noqa: E402
 
+from perl_megatron.batching.cost import CostModel  # noqa: E402
+from perl_megatron.batching.work import views_of  # noqa: E402
 from perl_megatron.checkpoint.hf_files import open_checkpoint  # noqa: E402
 from perl_megatron.checkpoint.qwen25_vl_table import published_name  # noqa: E402
 from perl_megatron.checkpoint.stream import export_tensors, import_weights  # noqa: E402
-from perl_megatron.config.schema import ModelConfig, OptimizerSection, ParallelConfig  # noqa: E402
+from perl_megatron.config.schema import ActorSection, ModelConfig, OptimizerSection, ParallelConfig  # noqa: E402
 from perl_megatron.model.architecture import read_architecture  # noqa: E402
 from perl_megatron.model.policy import build_policy  # noqa: E402
 from perl_megatron.runtime import topology  # noqa: E402
 from perl_megatron.train.batch import MicroBatch  # noqa: E402
+from perl_megatron.train.batch_layout import BatchLayout  # noqa: E402
 from perl_megatron.train.losses import Sums, SupervisedLoss  # noqa: E402
 from perl_megatron.train.optimizer import Optimizer  # noqa: E402
 from perl_megatron.train.schedule import Schedule  # noqa: E402
@@ -81,12 +85,13 @@ class OurStep(Step):
         self._scorer = Scorer(self._chunks[-1], self._layout)
         inputs = make_inputs(case)
         self._sequences, self._loss = inputs.sequences, SupervisedLoss(inputs.sequences)
-        size = case.rows // MICRO_BATCHES
         encoder: Any = inputs
-        self._schedule = Schedule(
-            self._optimizer.chunks, self._layout, encoder, micro_batch_size=size, parallel=parallel
-        )
-
+        cost = CostModel(self._architecture.numbers, ActorSection().sharing)
+        views = views_of([one.prompt for one in inputs.sequences], [len(one.response) for one in inputs.sequences])
+        actor = ActorSection(micro_batch_tokens=cost.memory(views[: case.rows // MICRO_BATCHES]))
+        layout = BatchLayout(self._layout, encoder, cost, actor=actor, parallel=parallel)
+        assert len(layout.plan(inputs.sequences)) == MICRO_BATCHES
+        self._schedule = Schedule(self._optimizer.chunks, self._layout, layout)
         gc.collect()
         gc.freeze()  # as ``jobs`` does
 
