@@ -61,11 +61,11 @@ def share_images(grids: tuple[Grid, ...], vision: VisionArchitecture, rank: int,
 
 
 def encoding_cost(grid: Grid, vision: VisionArchitecture) -> int:
-    """Multiplications of an image's way through tower and merger; windows are counted as if all were full."""
+    """Multiplications of an image's way through tower and merger; windows at its edges are counted as whole."""
     time, height, width = grid
     frame, hidden = height * width, vision.hidden_size
     cell = vision.merge_size**2
-    window = (vision.cells_per_window * vision.merge_size) ** 2
+    window = min(frame, (vision.cells_per_window * vision.merge_size) ** 2)
     num_full = len(vision.full_attention_blocks)
     block = 4 * hidden**2 + 3 * hidden * vision.ffn_size
     merger = (cell * hidden) ** 2 + cell * hidden * vision.out_hidden_size

@@ -178,7 +178,8 @@ def _complete_partial_gradients(model: Sequence[torch.nn.Module]) -> None:
     for parameter in (parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad):
         group = gradient_group(parameter)
         if group is not None:
-            works.append(dist.all_reduce(parameter.main_grad, group=group, async_op=True))  # type: ignore[attr-defined]
+            gradient = parameter.main_grad  # type: ignore[attr-defined]
+            works.append(dist.all_reduce(gradient, group=group, async_op=True))
     for work in works:
         work.wait()
 

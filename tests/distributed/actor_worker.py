@@ -131,7 +131,7 @@ TIED = (
     "tensor_sequence_frozen_language_tied",
 )
 """Layouts of the case whose output layer is the embedding, as in the published 3B model."""
-RESUMED = ("tensor", "tensor_replicated_tower", "data", "interleaved", "context")
+RESUMED = ("tensor", "tensor_sequence_replicated_tower", "data", "interleaved", "context")
 RESUMED_FROZEN = (
     "tensor_frozen_language",
     "pipeline_frozen_language",

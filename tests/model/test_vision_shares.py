@@ -78,7 +78,7 @@ def test_one_large_image_weighs_more_than_its_patches():
     assert encoding_cost((2, 24, 24), VISION) == 2 * encoding_cost((1, 24, 24), VISION)
 
 
-@pytest.mark.parametrize("grid", [(1, 8, 8), (1, 16, 12), (2, 8, 4)])
+@pytest.mark.parametrize("grid", [(1, 8, 8), (1, 16, 12), (2, 8, 4), (1, 2, 4)])
 def test_the_cost_is_what_the_tower_multiplies(tower, grid):
     """Of images of whole windows; the counter takes a multiplication and an addition for two, and sees no kernels."""
     num_patches = int(np.prod(grid))
