@@ -98,10 +98,10 @@ class PaddedRows:
                 runs.append(_Run(start, cost))
                 if len(runs) > most:
                     return runs
-                start, memory, flops, wide, seen = index, 0, 0, length, set()
+                start, memory, flops, wide, seen, previous = index, 0, 0, length, set(), -1
                 more_memory, more_flops = self._all_images[view]
                 total = self._row_flops[wide] + loss + more_flops
-            if share and (view != previous or start == index):
+            if share and view != previous:
                 seen.update(key for key, _ in self._views[view].images)
             longest, memory, flops, cost, previous = wide, memory + more_memory, flops + loss + more_flops, total, view
         return [*runs, _Run(start, cost)]

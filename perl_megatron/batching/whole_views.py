@@ -35,8 +35,8 @@ class WholeViews:
     def plan(self, data_size: int, stages: int, multiple: int) -> list[list[list[ViewWork]]]:
         """[data rank][micro-batch] → views, or parts of views.
 
-        There are as many micro-batches as first-fit needs. Where longest processing time first finds no room in so
-        many, those of first-fit remain: they are then nearly full, and so of like cost.
+        There are as many micro-batches as first-fit needs; those of first-fit are one plan, and often the only one
+        where they are nearly full.
         """
         candidates = [self._whole_clusters(), self._alone]
         if len(candidates[0]) == len(self._alone):
@@ -44,8 +44,7 @@ class WholeViews:
         densest = min((first_fit(items, self._budget) for items in candidates), key=len)
         per_rank = bins_per_rank(len(densest), data_size, multiple)
         plans = [plan for items in candidates for plan in self._plans(items, data_size, per_rank)]
-        if not plans:
-            plans.append(_dealt(densest, data_size, per_rank))
+        plans.append(_dealt(densest, data_size, per_rank))
         best = min(plans, key=lambda plan: step_flops(self._costs(plan), stages))
         return [[list(self._views_of(numbers)) for numbers in rank if numbers] for rank in best]
 

@@ -123,7 +123,7 @@ def test_the_bound_on_micro_batches_holds(views, sharing, layout):
     ("sharing", "budget", "most"),
     [
         # 20 + 2 · 9 + 16 = 54 tokens of a view: one, two, or all ten together
-        *[("full", 54, 10), ("full", 108, 5), ("full", 540, 1)],
+        *[("full", 54, 10), ("full", 80, 10), ("full", 108, 5), ("full", 540, 1)],
         # under its 54, one response behind prompt and image at a time
         *[("full", 53, 20), ("full", 30, 20)],
         # rows of 30 + 16 tokens
@@ -212,6 +212,24 @@ def test_few_micro_batches_come_before_like_ones():
     assert sorted(sorted(contents(views, batch)) for batch in rank) == [[0, 2, 4], [1, 3]]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "budget", "of_ranks"),
+    [
+        # Over ranks first: 100 and two of the others, against thirteen. Over four micro-batches first, three of 50
+        # each beside the one of 100, the ranks would have 150 and 100.
+        ([100] + [10] * 15, 100, [120, 130]),
+        # Over ranks first: 80, 50 and 50 against 70 and 60. Over micro-batches first: 80 and 70, 60 and 50 + 50.
+        ([80, 70, 60, 50, 50], 120, [150, 160]),
+    ],
+)
+def test_the_better_of_two_ways_to_balance_is_taken(tokens, budget, of_ranks):
+    views = numbered([(number, [1], []) for number in tokens])
+    cost = CostModel(TINY, "full")
+    plan = plan_micro_batches(views, cost, token_budget=budget, data_size=2)
+    assert [len(rank) for rank in plan] == [2, 2]
+    assert sorted(sum(memory_of(views, batch, cost) for batch in rank) for rank in plan) == of_ranks
+
+
 def test_responses_of_a_view_above_the_budget_are_divided_in_balance():
     """Behind a prompt of 20 there is room for 40: 30, 20, 20, 10 and 5 tokens need three parts; 50 are alone."""
     (view,) = numbered([(20, [31, 21, 51, 21, 11, 6], [])])
@@ -245,6 +263,22 @@ def test_rows_of_like_length_are_together(sharing):
     work = [cost.flops(list(contents(views, batch).values())) for batch in chain(*plan)]
     assert len(plan[0]) == 2
     assert sum(flops.padding for flops in work) <= 0.05 * sum(flops.total for flops in work)
+
+
+@pytest.mark.parametrize("sharing", ["vision", "none"])
+def test_rows_go_evenly_to_ranks_and_micro_batches(sharing):
+    views = numbered([(50, [10] * 4, []) for _ in range(3)])
+    cost = CostModel(TINY, sharing)
+    for budget, data_size, number in ((9999, 4, 1), (9999, 3, 1), (7 * 60, 1, 2), (5 * 60, 2, 2)):
+        plan = plan_micro_batches(views, cost, token_budget=budget, data_size=data_size)
+        assert [[len(batch) for batch in rank] for rank in plan] == [[12 // data_size // number] * number] * data_size
+
+
+def test_an_image_counts_once_in_a_micro_batch_that_begins_within_a_view():
+    """Two micro-batches of five rows of 60 tokens and one image of 100; the second begins with the fifth row."""
+    views = numbered([(50, [10] * rows, [IMAGES[3]]) for rows in (4, 4, 2)])
+    (rank,) = plan_micro_batches(views, CostModel(TINY, "vision"), token_budget=5 * 60 + 100, data_size=1)
+    assert [len(batch) for batch in rank] == [5, 5]
 
 
 def test_rows_of_common_images_are_together():
