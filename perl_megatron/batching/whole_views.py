@@ -114,8 +114,8 @@ class WholeViews:
         """In the caller's order; parts of a view that met again are one."""
         members: dict[int, list[int]] = {}
         for number in sorted(numbers):
-            position, chosen = self._origins[number]
-            members.setdefault(position, []).extend(chosen)
+            position, own = self._origins[number]
+            members.setdefault(position, []).extend(own)
         for position, chosen in members.items():
             yield self._views[position].part(chosen)
 
