@@ -40,10 +40,7 @@ from perl_megatron.train.batch import TrainingSequence  # noqa: E402
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2}},
     "tensor_sequence": {"parallel": {"tensor": 2, "sequence": True}},
-    "tensor_replicated_tower": {
-        "parallel": {"tensor": 2, "vision": "replicated"},
-        "optimizer": {"distributed": False},
-    },
+    "tensor_replicated_tower": {"parallel": {"tensor": 2, "vision": "replicated"}},
     "tensor_sequence_replicated_tower": {"parallel": {"tensor": 2, "sequence": True, "vision": "replicated"}},
     "pipeline": {"parallel": {"pipeline": 2}},
     "pipeline_tied": {"parallel": {"pipeline": 2}},
@@ -82,7 +79,7 @@ FROZEN_LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "tensor_replicated_tower_frozen_vision": {
         "parallel": {"tensor": 2, "vision": "replicated"},
-        "optimizer": {"vision_multiplier": 0.0, "merger_multiplier": 3.0},
+        "optimizer": {"vision_multiplier": 0.0, "merger_multiplier": 3.0, "distributed": False},
     },
     "pipeline_frozen_language": {
         "parallel": {"pipeline": 2},
