@@ -4,8 +4,8 @@ Same weights (float32), same sequences in two equal micro-batches, one process a
 Both sides compute the logits of the response positions only, and add up the gradient of every parameter: ours with all
 that a training step has before its optimizer (gradient buffers, megatron-core's schedule, laying out of batches). Their
 losses and their gradients' norms, part by part, have to be equal.
-Every sequence has a prompt and images of its own, so that nothing is saved by sharing them (``group_step.py`` measures
-that). Rows "of which" say where the time goes, from torch's profile of one step.
+Both lay out a row for each sequence, and every sequence has images of its own: what sharing images and prompts saves is
+measured by ``group_step.py``. Rows "of which" say where the time goes, from torch's profile of one step.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ class OurStep(Step):
         inputs = make_inputs(case)
         self._sequences, self._loss = inputs.sequences, SupervisedLoss(inputs.sequences)
         encoder: Any = inputs
-        cost = CostModel(self._architecture.numbers, ActorSection().sharing)
+        cost = CostModel(self._architecture.numbers, "vision")
         views = views_of([one.prompt for one in inputs.sequences], [len(one.response) for one in inputs.sequences])
-        actor = ActorSection(micro_batch_tokens=cost.memory(views[: case.rows // MICRO_BATCHES]))
+        tokens = cost.memory(views[: case.rows // MICRO_BATCHES])
+        actor = ActorSection(sharing="vision", micro_batch_tokens=tokens)
         layout = BatchLayout(self._layout, encoder, cost, actor=actor, parallel=parallel)
         assert len(layout.plan(inputs.sequences)) == MICRO_BATCHES
         self._schedule = Schedule(self._optimizer.chunks, self._layout, layout)
