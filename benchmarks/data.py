@@ -23,9 +23,11 @@ import numpy as np
 from PIL import Image
 from side_by_side import Row, make_row, report, resident_gib, run_in_turn
 
+from perl_megatron.data.image_reader import ImageReader
 from perl_megatron.data.image_store import ImageStore
 from perl_megatron.data.images import load_image
 from perl_megatron.data.images_ahead import ImagesAhead
+from perl_megatron.data.node_folder import own_pixels
 from perl_megatron.data.question_stream import DrawChecks, QuestionStream
 from perl_megatron.data.record_files import RecordFiles, open_record_files
 from perl_megatron.data.record_index import cache_file
@@ -110,7 +112,8 @@ def work_on_opening(name: str, path: Path) -> dict[str, float]:
 def work_on_drawing(num_processes: int, path: Path) -> dict[str, float]:
     """Draw ``QUESTIONS`` questions and take their pixels; 0 processes: this one decodes."""
     records = open_ours(path)
-    ahead = ImagesAhead(784, MAX_PIXELS, num_processes=max(1, num_processes), max_bytes=2**28)
+    reader = ImageReader(own_pixels(2**29), 784, MAX_PIXELS)
+    ahead = ImagesAhead(reader, num_processes=max(1, num_processes), max_bytes=2**28)
 
     def expect(images: Iterable[Path]) -> None:
         if num_processes:
@@ -118,7 +121,7 @@ def work_on_drawing(num_processes: int, path: Path) -> dict[str, float]:
 
     def problem_of(record: Record) -> str | None:
         for image in record.images:
-            (ahead.load(image) if num_processes else load_image(image, 784, MAX_PIXELS)).tobytes()
+            (ahead.read(image).pixels if num_processes else load_image(image, 784, MAX_PIXELS)).tobytes()
         return None
 
     questions = QuestionStream(records, ShuffledSampler(len(records), 0), DrawChecks(problem_of, expect, 0.0, ""))

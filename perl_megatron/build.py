@@ -13,6 +13,7 @@ from perl_megatron.config.architecture import read_architecture_numbers
 from perl_megatron.config.derive import Command, Derived, derive
 from perl_megatron.config.load import LoadedConfig
 from perl_megatron.config.schema import Config, PermutationConfig
+from perl_megatron.data.node_folder import node_pixels
 from perl_megatron.data.planner import swap_probability
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
@@ -97,12 +98,16 @@ def build_supervised(
 
 
 def build_encoder(config: Config) -> PromptEncoder:
-    """The checkpoint's processor with the config's system prompt and image bounds."""
+    """The checkpoint's processor with the config's system prompt and image bounds; a node's share their pixels.
+
+    Collective.
+    """
     return PromptEncoder(
         config.model.path,
         system_prompt=config.data.system_prompt,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
+        pixels=node_pixels(config.data.pixel_cache_mib * 2**20),
     )
 
 

@@ -11,6 +11,7 @@ from launch_ranks import launch_ranks
 from tiny_checkpoint import make_images, make_policy
 
 from perl_megatron import questions as module
+from perl_megatron.build import build_encoder
 from perl_megatron.config.load import load_config
 from perl_megatron.config.schema import Config, PermutationConfig
 from perl_megatron.data.processor import PromptEncoder
@@ -53,6 +54,14 @@ BAD: dict[str, dict[str, Any]] = {
     "q5": {"answer": "many"},  # no number
     "q6": {"images": ["images/none.png"]},
 }
+
+
+def test_the_encoder_of_a_config_keeps_pixels_for_its_node_up_to_the_bound(policy, tmp_path):
+    paths = make_images(tmp_path, [(420, 420)] * 3)  # 529,200 bytes of pixels each
+    encoder = build_encoder(config_of(policy, "data.pixel_cache_mib=1", "data.max_pixels=200000"))
+    keys = [encoder._read_image(path) for path in paths]
+    kept = [encoder._pixels.get(key) for key in keys]
+    assert [image is not None and image.is_shared for image in kept] == [False, False, True]
 
 
 def test_what_is_dropped_at_load_is_passed_over_when_drawn(policy, encoder, tmp_path, caplog):

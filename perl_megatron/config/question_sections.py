@@ -44,6 +44,9 @@ class DataConfig(Section):
     """With data.check=draw: processes of each rank that decode images ahead of need."""
     decode_ahead_mib: int = Field(default=256, ge=1)
     """With data.check=draw: images decoded ahead of need are kept up to this size, on each rank."""
+    pixel_cache_mib: int = Field(default=2048, ge=1)
+    """Decoded images (3 bytes for a pixel) are kept up to this size on each node, in memory that its processes share;
+    beyond it they are decoded again when they are needed. The images of a step, and those decoded ahead, should fit."""
 
 
 class PermutationConfig(Section):

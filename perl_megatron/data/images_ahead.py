@@ -7,31 +7,26 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image
-
-from perl_megatron.data.images import load_image
+from perl_megatron.data.image_reader import ImageReader
+from perl_megatron.data.pixel_store import StoredImage
 from perl_megatron.data.worker_pool import WorkerPool
-
-Pixels = tuple[tuple[int, int], bytes]
-"""(width, height), and the bytes of the RGB pixels, row by row."""
 
 
 class ImagesAhead:
-    """``load_image`` with a head start: what is expected is decoded by ``num_processes`` processes, in that order.
+    """``ImageReader.read`` with a head start: ``num_processes`` processes decode what is expected, in that order.
 
-    Decoded images wait until they are taken, up to ``max_bytes`` and the few that were under way when it was reached;
-    then nothing more is begun. For any number of threads.
+    They leave the pixels in the reader's store. Decoded images wait until they are taken, up to ``max_bytes`` and the
+    few that were under way when it was reached; then nothing more is begun. For any number of threads.
     """
 
-    def __init__(self, min_pixels: int, max_pixels: int, *, num_processes: int, max_bytes: int):
-        self._min_pixels, self._max_pixels, self._max_bytes = min_pixels, max_pixels, max_bytes
-        self._pool: WorkerPool[Path, Pixels] = WorkerPool(
-            partial(_decode, min_pixels=min_pixels, max_pixels=max_pixels), num_processes
-        )
+    def __init__(self, reader: ImageReader, *, num_processes: int, max_bytes: int):
+        self._reader, self._max_bytes = reader, max_bytes
+        self._pool: WorkerPool[Path, _Decoded] = WorkerPool(partial(_decode, reader=reader), num_processes)
         self._lock = threading.RLock()
         self._wanted: dict[Path, None] = {}
-        self._begun: dict[Path, Future[Pixels]] = {}
+        self._begun: dict[Path, Future[_Decoded]] = {}
         self._waiting_bytes: dict[Path, int] = {}
         self._num_running = 0
 
@@ -55,8 +50,8 @@ class ImagesAhead:
         with self._lock:
             return path in self._begun
 
-    def load(self, path: Path) -> Image.Image:
-        """As ``images.load_image``; decoded here and now where that has not begun elsewhere.
+    def read(self, path: Path) -> StoredImage:
+        """As ``ImageReader.read``; decoded here and now where that has not begun elsewhere.
 
         Raises UserError as it does, and where the process that decoded it died of it.
         """
@@ -64,10 +59,8 @@ class ImagesAhead:
             self._wanted.pop(path, None)
             begun = self._take(path) if path in self._begun else None
             self._begin()
-        if begun is None:
-            return load_image(path, self._min_pixels, self._max_pixels)
-        size, pixels = begun.result()
-        return Image.frombytes("RGB", size, pixels)
+        unshared = None if begun is None else begun.result().unshared
+        return self._reader.read(path) if unshared is None else self._reader.keep(path, unshared)
 
     def close(self) -> None:
         """End the processes."""
@@ -75,7 +68,7 @@ class ImagesAhead:
             self._wanted = {}
         self._pool.close()
 
-    def _take(self, path: Path) -> Future[Pixels]:
+    def _take(self, path: Path) -> Future[_Decoded]:
         self._waiting_bytes.pop(path, None)
         return self._begun.pop(path)
 
@@ -88,14 +81,22 @@ class ImagesAhead:
             future = self._begun[path] = self._pool.submit(path)
             future.add_done_callback(partial(self._finish, path))
 
-    def _finish(self, path: Path, future: Future[Pixels]) -> None:
+    def _finish(self, path: Path, future: Future[_Decoded]) -> None:
         with self._lock:
             self._num_running -= 1
             if self._begun.get(path) is future and not future.cancelled() and future.exception() is None:
-                self._waiting_bytes[path] = len(future.result()[1])
+                self._waiting_bytes[path] = future.result().num_bytes
             self._begin()
 
 
-def _decode(path: Path, *, min_pixels: int, max_pixels: int) -> Pixels:
-    image = load_image(path, min_pixels, max_pixels)
-    return image.size, image.tobytes()
+class _Decoded(NamedTuple):
+    """What a process says of an image."""
+
+    num_bytes: int
+    unshared: StoredImage | None
+    """The image, where it could not be left in the store."""
+
+
+def _decode(path: Path, *, reader: ImageReader) -> _Decoded:
+    image = reader.read(path)
+    return _Decoded(image.pixels.nbytes, None if image.is_shared else image)

@@ -15,8 +15,11 @@ import numpy as np
 from PIL.Image import Image
 
 from perl_megatron.data.cache import ByteBoundedCache
-from perl_megatron.data.images import image_key, load_image
+from perl_megatron.data.image_reader import ImageReader, as_image
 from perl_megatron.data.images_ahead import ImagesAhead
+from perl_megatron.data.node_folder import own_pixels
+from perl_megatron.data.patches import MERGE_SIZE, PATCH_SIZE, Patches
+from perl_megatron.data.pixel_store import PixelStore, StoredImage
 from perl_megatron.data.tokenizer_check import check_tokenizer
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import torchvision_schema
@@ -28,19 +31,20 @@ import transformers  # noqa: E402
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Special tokens that only a prompt may hold: sampled ones would shift the images, so engines never sample them."""
-
-PATCH_SIZE = 14
-PATCH_VALUES = 3 * 2 * PATCH_SIZE * PATCH_SIZE
-MERGE_SIZE = 2
+PROMPT_BYTES = 64 * 2**20
+"""Of prompts that are kept."""
+PIXEL_BYTES = 512 * 2**20
+"""Of pixels that an encoder by itself keeps."""
 
 
 class PromptEncoder:
     """Encodes views for one checkpoint. P prompt tokens, I images, N patches of an image.
 
-    Pixels and patches are each kept up to ``cache_bytes``, prompts up to an eighth of it; what was dropped is made
-    again from the image file when it is needed. For that, the path, key and size of every image ever encoded are kept,
-    about 300 bytes each: how long a prompt waits for its images is not known here. For any number of threads. Other
-    processes can decode images ahead (``decode_ahead``).
+    Pixels are in a store that other processes may share; those that it dropped are decoded again from the image file
+    when they are needed. For that, the path, key and size of every image ever encoded are kept, about 300 bytes each:
+    how long a prompt waits for its images is not known here. Patches have eight times the bytes of their pixels and are
+    made in a millisecond, so they are made for whoever asks and not kept. For any number of threads. Other processes
+    can decode images ahead (``decode_ahead``).
     """
 
     def __init__(
@@ -50,12 +54,13 @@ class PromptEncoder:
         system_prompt: str,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        cache_bytes: int = 512 * 2**20,
+        pixels: PixelStore | None = None,
     ):
         """Read tokenizer, chat template and image processor of a Qwen2.5-VL folder.
 
-        ``min_pixels`` and ``max_pixels`` bound an image's area in pixels; None: the checkpoint's own. Raises UserError
-        if the folder holds no Qwen2.5-VL or the system prompt holds a special token.
+        ``min_pixels`` and ``max_pixels`` bound an image's area in pixels; None: the checkpoint's own. ``pixels`` keeps
+        decoded images; None: a store of this encoder's own. Raises UserError if the folder holds no Qwen2.5-VL or the
+        system prompt holds a special token.
         """
         self.model_path = Path(model_path)
         processor, model_config, self.end_token_ids = _read_checkpoint(self.model_path)
@@ -65,6 +70,7 @@ class PromptEncoder:
         self.min_pixels = int(size["shortest_edge"] if min_pixels is None else min_pixels)
         self.max_pixels = int(size["longest_edge"] if max_pixels is None else max_pixels)
         self._image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        self._make_patches = self._read_processor()
 
         added = self.tokenizer.added_tokens_decoder
         self._special_tokens = {token.content: index for index, token in added.items() if token.special}
@@ -83,26 +89,27 @@ class PromptEncoder:
         self._refuse_special_tokens(system_prompt, where="data.system_prompt")
         self._system_prompt = system_prompt
 
-        self._prompts: ByteBoundedCache[EncodedPrompt] = ByteBoundedCache(cache_bytes // 8)
+        self._prompts: ByteBoundedCache[EncodedPrompt] = ByteBoundedCache(PROMPT_BYTES)
         # Paths as text, and one tuple for all equal grids: less than half the bytes for an image.
         self._key_of_path: dict[str, str] = {}
         self._path_of_key: dict[str, str] = {}
         self._grids: dict[str, tuple[int, int, int]] = {}
         self._equal_grids: dict[tuple[int, int, int], tuple[int, int, int]] = {}
-        self._images: ByteBoundedCache[Image] = ByteBoundedCache(cache_bytes)
-        self._patches: ByteBoundedCache[np.ndarray] = ByteBoundedCache(cache_bytes)
+        self._pixels = own_pixels(PIXEL_BYTES) if pixels is None else pixels
+        self._reader = ImageReader(self._pixels, self.min_pixels, self.max_pixels)
         self._ahead: ImagesAhead | None = None
 
     def decode_ahead(self, *, num_processes: int, max_bytes: int) -> None:
         """From now on let ``num_processes`` processes decode the images that are expected, up to ``max_bytes``."""
         if self._ahead is not None:
             self._ahead.close()
-        self._ahead = ImagesAhead(self.min_pixels, self.max_pixels, num_processes=num_processes, max_bytes=max_bytes)
+        max_bytes = min(max_bytes, self._pixels.max_bytes // 2)  # what waits must not push itself out
+        self._ahead = ImagesAhead(self._reader, num_processes=num_processes, max_bytes=max_bytes)
 
     def expect(self, images: Iterable[Path]) -> None:
         """These images will be encoded next, in this order."""
         if self._ahead is not None:
-            self._ahead.expect(path for path in images if self._images.get(self._key_of_path.get(str(path))) is None)
+            self._ahead.expect(path for path in images if not self._pixels.holds(self._key_of_path.get(str(path), "")))
 
     def encode(self, view: View) -> EncodedPrompt:
         """The view's prompt, up to where the assistant's turn begins; nothing is truncated.
@@ -119,22 +126,11 @@ class PromptEncoder:
 
     def image(self, key: str) -> Image:
         """The resized RGB image whose content hash is ``key`` (of a prompt encoded before)."""
-        image = self._images.get(key)
-        if image is None:
-            path = Path(self._path_of_key[key])
-            image = self._load(path)
-            if image_key(image) != key:
-                raise UserError("the image file changed while it was in use", where=str(path), fix="restart the run")
-            self._images.put(key, image, num_bytes=3 * image.width * image.height)
-        return image
+        return as_image(self._pixels_of(key))
 
     def patches(self, key: str) -> np.ndarray:
         """float32 [N, 1176]: an image's normalised patches, in 2 × 2 merge blocks, as the vision tower reads them."""
-        patches = self._patches.get(key)
-        if patches is None:
-            patches = self._process_image(self.image(key), where=self._path_of_key[key])[0]
-            self._patches.put(key, patches, num_bytes=patches.nbytes)
-        return patches
+        return self._make_patches(self._pixels_of(key))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of a response without its end-of-turn token; every other special token stays visible."""
@@ -187,38 +183,60 @@ class PromptEncoder:
         """Key of the image at ``path``; its grid is checked and remembered."""
         key = self._key_of_path.get(str(path))
         if key is None:
-            image = self._load(path)
-            key = image_key(image)
+            image = self._read(path)
+            key = image.key
             if key not in self._grids:
-                patches, grid = self._process_image(image, where=str(path))
+                grid = self._grid(image.pixels, where=str(path))
                 self._path_of_key[key] = str(path)  # first: who finds the grid in another thread relies on it
                 self._grids[key] = self._equal_grids.setdefault(grid, grid)
-                self._images.put(key, image, num_bytes=3 * image.width * image.height)
-                self._patches.put(key, patches, num_bytes=patches.nbytes)
             self._key_of_path[str(path)] = key
         elif self._ahead is not None and self._ahead.holds(path):
-            self.image(key)  # takes what was decoded for the time when it is needed
+            self._ahead.read(path)  # takes what was decoded for the time when it is needed
         return key
 
-    def _load(self, path: Path) -> Image:
-        if self._ahead is not None:
-            return self._ahead.load(path)
-        return load_image(path, self.min_pixels, self.max_pixels)
+    def _pixels_of(self, key: str) -> np.ndarray:
+        """uint8 [height, width, 3]: the pixels whose content hash is ``key``; decoded again where they were dropped."""
+        image = self._pixels.get(key)
+        if image is None:
+            path = Path(self._path_of_key[key])
+            image = self._read(path)
+            if image.key != key:
+                raise UserError("the image file changed while it was in use", where=str(path), fix="restart the run")
+        return image.pixels
 
-    def _process_image(self, image: Image, *, where: str) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Patches float32 [N, 1176] and (time, height, width) in patches of an image that is resized already."""
-        features = self._image_processor(images=[image], return_tensors="pt")
-        time, height, width = (int(size) for size in features["image_grid_thw"][0])
-        if (time, height * PATCH_SIZE, width * PATCH_SIZE) != (1, image.height, image.width):
+    def _read(self, path: Path) -> StoredImage:
+        return self._reader.read(path) if self._ahead is None else self._ahead.read(path)
+
+    def _grid(self, pixels: np.ndarray, *, where: str) -> tuple[int, int, int]:
+        """(time, height, width) in patches of an image that is resized already."""
+        height, width, _ = pixels.shape
+        grid = (1, height // PATCH_SIZE, width // PATCH_SIZE)
+        # Fewer patches after a reduction, more after an enlargement: as many only where the size stays.
+        num_patches = self._image_processor.get_number_of_image_patches(height, width, {})
+        if num_patches != grid[1] * grid[2]:
             raise UserError(
-                f"the checkpoint's image processor would resize an image of {image.width}x{image.height} pixels again, "
-                f"to {width * PATCH_SIZE}x{height * PATCH_SIZE}",
+                f"the checkpoint's image processor would resize an image of {width}x{height} pixels again, "
+                f"to {num_patches} patches instead of {grid[1] * grid[2]}",
                 where=where,
                 fix="raise data.max_pixels, or crop the image to a less extreme shape",
             )
-        patches = features["pixel_values"].float().contiguous().numpy()
-        assert patches.shape == (height * width, PATCH_VALUES), patches.shape
-        return patches, (time, height, width)
+        return grid
+
+    def _read_processor(self) -> Patches:
+        """What the checkpoint's image processor does to an image of the right size."""
+
+        def process(pixels: np.ndarray) -> np.ndarray:
+            features = self._image_processor(images=[as_image(pixels)], do_resize=False, return_tensors="pt")
+            return features["pixel_values"].float().contiguous().numpy()
+
+        try:
+            return Patches(process)
+        except (ValueError, RuntimeError) as error:  # the latter is torch's, for patches of another size
+            raise UserError(
+                f"the checkpoint's image processor is not Qwen2.5-VL's: {error}",
+                where=str(self.model_path),
+                fix="use the preprocessor_config.json that belongs to the model",
+            ) from error
 
     def _refuse_special_tokens(self, text: str, *, where: str) -> None:
         """A special token in a user's text would forge a turn or an image."""

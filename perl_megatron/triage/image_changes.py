@@ -8,8 +8,9 @@ from itertools import permutations
 
 import numpy as np
 
+from perl_megatron.data.patches import PATCH_VALUES
 from perl_megatron.data.permutation import invert
-from perl_megatron.data.processor import PATCH_VALUES, PromptEncoder
+from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.triage.cases import Case, Change, ImageInput, ModelInput, with_images
 
 ALL_ORDERS_UP_TO = 3

@@ -119,6 +119,17 @@ def quick_rows(name, tmp_path):
     return json.loads((tmp_path / "rows.json").read_text()), run.stdout
 
 
+@pytest.mark.slow
+def test_the_pixels_benchmark_counts_the_memory_of_all_processes(tmp_path):
+    rows, _ = quick_rows("pixels.py", tmp_path)
+    memory = [row for row in rows if row["unit"] == "GiB"]
+    assert [row["case"] for row in memory] == [f"memory, processes: {count}" for count in (1, 2, 4)]
+    for row, count in zip(memory, (1, 2, 4), strict=True):
+        assert row["ours"] == pytest.approx(memory[0]["ours"], rel=0.3)
+        assert row["peer_value"] == pytest.approx(count * memory[0]["peer_value"], rel=0.3)
+    assert all(row["ours"] > 0 for row in rows)
+
+
 @needs_vllm
 @pytest.mark.slow
 def test_the_update_benchmark_takes_updates_apart(tmp_path):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perl_megatron.data import images_ahead
+from perl_megatron.data import image_reader
+from perl_megatron.data.image_reader import ImageReader
 from perl_megatron.data.images import load_image
 from perl_megatron.data.images_ahead import ImagesAhead
+from perl_megatron.data.pixel_store import PixelStore
 from perl_megatron.errors import UserError
 
 BOUNDS = (28 * 28, 56 * 56)
@@ -26,8 +28,16 @@ def paths(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture
-def ahead():
-    made = ImagesAhead(*BOUNDS, num_processes=2, max_bytes=2**30)
+def reader(request, tmp_path) -> ImageReader:
+    """With a store in a folder; with the parameter False, one that cannot be shared."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    return ImageReader(PixelStore(folder if getattr(request, "param", True) else None, 2**20), *BOUNDS)
+
+
+@pytest.fixture
+def ahead(reader):
+    made = ImagesAhead(reader, num_processes=2, max_bytes=2**30)
     yield made
     made.close()
 
@@ -39,24 +49,25 @@ def settled(ahead: ImagesAhead, num_bytes: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("reader", [True, False], indirect=True, ids=["shared", "not shared"])
 def test_expected_and_other_images_are_those_of_load_image(ahead, paths, monkeypatch):
     whole = [load_image(path, *BOUNDS) for path in paths]
     size = sum(len(image.tobytes()) for image in whole[:6])
     ahead.expect(paths[:6])
     settled(ahead, size)
     with monkeypatch.context() as patch:
-        patch.setattr(images_ahead, "load_image", None)  # decoded elsewhere
-        loaded = [ahead.load(path) for path in paths[:6]]
-    loaded += [ahead.load(path) for path in paths[6:]]
-    assert [image.tobytes() for image in loaded] == [image.tobytes() for image in whole]
-    assert [image.size for image in loaded] == [image.size for image in whole]
+        patch.setattr(image_reader, "load_image", None)  # decoded elsewhere
+        loaded = [ahead.read(path).pixels for path in paths[:6]]
+    loaded += [ahead.read(path).pixels for path in paths[6:]]
+    for pixels, image in zip(loaded, whole, strict=True):
+        np.testing.assert_array_equal(pixels, np.asarray(image))
     assert ahead.num_bytes == 0
     assert not any(map(ahead.holds, paths))
 
 
-def test_memory_is_bounded_and_work_goes_on_as_images_are_taken(paths):
+def test_memory_is_bounded_and_work_goes_on_as_images_are_taken(reader, paths):
     one = len(load_image(paths[0], *BOUNDS).tobytes())
-    ahead = ImagesAhead(*BOUNDS, num_processes=1, max_bytes=3 * one)
+    ahead = ImagesAhead(reader, num_processes=1, max_bytes=3 * one)
     try:
         ahead.expect(paths)
         peak = 0
@@ -64,7 +75,7 @@ def test_memory_is_bounded_and_work_goes_on_as_images_are_taken(paths):
             for _ in range(10):
                 peak = max(peak, ahead.num_bytes)
                 time.sleep(0.002)
-            assert ahead.load(path).tobytes() == load_image(path, *BOUNDS).tobytes()
+            assert ahead.read(path).pixels.tobytes() == load_image(path, *BOUNDS).tobytes()
         assert 0 < peak <= 3 * one + 2 * one  # and the two that were under way
     finally:
         ahead.close()
@@ -85,10 +96,10 @@ def test_errors_are_those_of_load_image(ahead, tmp_path, paths):
     settled(ahead, len(load_image(paths[0], *BOUNDS).tobytes()))
     for path, reason in [(missing, "not found"), (broken, "cannot read the image")]:
         with pytest.raises(UserError, match=reason):
-            ahead.load(path)
+            ahead.read(path)
         with pytest.raises(UserError, match=reason):
-            ahead.load(path)  # not expected any more
-    assert ahead.load(paths[0]).size
+            ahead.read(path)  # not expected any more
+    assert ahead.read(paths[0]).pixels.size
 
 
 def test_threads_may_take_at_once(ahead, paths):
@@ -97,7 +108,7 @@ def test_threads_may_take_at_once(ahead, paths):
 
     def take(share: list[Path]) -> None:
         for path in share:
-            taken[path] = ahead.load(path).tobytes()
+            taken[path] = ahead.read(path).pixels.tobytes()
 
     threads = [threading.Thread(target=take, args=(paths[number::3],)) for number in range(3)]
     for thread in threads:

@@ -1,4 +1,5 @@
 import gc
+import json
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from tiny_checkpoint import make_images, make_policy, make_view
 
 from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.images import image_key
+from perl_megatron.data.pixel_store import PixelStore, StoredImage
 from perl_megatron.data.processor import VISION_TOKENS, PromptEncoder
 from perl_megatron.errors import UserError
 
@@ -76,7 +78,7 @@ def test_equal_images_share_a_key_and_an_encoding_is_memoised(encoder, tmp_path)
 def test_dropped_pixels_are_read_again_and_a_changed_file_is_noticed(checkpoint, tmp_path):
     (path,) = make_images(tmp_path, [(28, 28)])
     kept = PromptEncoder(checkpoint, system_prompt="")
-    dropped = PromptEncoder(checkpoint, system_prompt="", cache_bytes=0)
+    dropped = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(None, 0))
     key = kept.encode(make_view([path])).image_keys[0]
     assert dropped.encode(make_view([path])).image_keys == (key,)
     assert image_key(dropped.image(key)) == key
@@ -84,7 +86,20 @@ def test_dropped_pixels_are_read_again_and_a_changed_file_is_noticed(checkpoint,
     Image.new("RGB", (28, 28)).save(path)
     with pytest.raises(UserError, match="changed while it was in use"):
         dropped.patches(key)
-    kept.patches(key)
+    assert image_key(kept.image(key)) == key
+
+
+def test_encoders_of_one_store_read_each_others_pixels(checkpoint, tmp_path):
+    paths = make_images(tmp_path / "images", SIZES)
+    store = PixelStore(tmp_path, 2**20)
+    one, other = (PromptEncoder(checkpoint, system_prompt="", pixels=store) for _ in range(2))
+    prompt = one.encode(make_view(paths))
+    other._reader = None  # nothing is decoded again
+    other._path_of_key, other._grids = one._path_of_key, one._grids
+    for key, path in zip(prompt.image_keys, paths, strict=True):
+        assert image_key(other.image(key)) == key
+        np.testing.assert_array_equal(other.patches(key), one.patches(key))
+        assert one.patches(key) is not one.patches(key), path  # none are kept
 
 
 def test_pixel_bounds_of_the_config_hold(checkpoint, tmp_path):
@@ -101,6 +116,17 @@ def test_image_that_would_be_resized_twice_is_refused(checkpoint, tmp_path):
     Image.new("RGB", (28 * 60, 28)).save(path)
     with pytest.raises(UserError, match="again"):
         encoder.encode(make_view([path]))
+
+
+@pytest.mark.parametrize("changed", [{"patch_size": 16}, {"temporal_patch_size": 1}, {"merge_size": 1}])
+def test_an_image_processor_that_cuts_other_patches_is_refused(checkpoint, tmp_path, changed):
+    folder = tmp_path / "other"
+    shutil.copytree(checkpoint, folder)
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"image_processor": settings["image_processor"] | changed}))
+    with pytest.raises(UserError, match=r"image processor is not Qwen2\.5-VL's"):
+        PromptEncoder(folder, system_prompt="")
 
 
 @pytest.mark.parametrize("token", [*VISION_TOKENS, "<|im_end|>"])
@@ -161,12 +187,13 @@ def test_cache_drops_the_least_recently_used_by_bytes():
 
 
 def test_what_is_decoded_ahead_is_taken_also_where_the_image_is_known(checkpoint, tmp_path):
-    paths = make_images(tmp_path, SIZES)
-    plain = PromptEncoder(checkpoint, system_prompt="", cache_bytes=0)
-    ahead = PromptEncoder(checkpoint, system_prompt="", cache_bytes=2**20)
+    paths = make_images(tmp_path / "images", SIZES)
+    plain = PromptEncoder(checkpoint, system_prompt="")
+    ahead = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(tmp_path, 2**20))
     ahead.decode_ahead(num_processes=2, max_bytes=2**30)
     for _ in range(2):
-        ahead._images = ByteBoundedCache(2**20)  # as if others had pushed them out
+        for file in (tmp_path / "pixels").iterdir():  # as if others had pushed them out
+            file.unlink()
         ahead.expect(paths)
         assert all(map(ahead._ahead.holds, paths))
         for path in paths:
@@ -176,6 +203,7 @@ def test_what_is_decoded_ahead_is_taken_also_where_the_image_is_known(checkpoint
             ahead._prompts = ByteBoundedCache(2**20)
     ahead.expect(paths)
     assert not any(map(ahead._ahead.holds, paths))  # their pixels are there
+    assert ahead._ahead._max_bytes == 2**19  # so that what waits does not push itself out
     ahead._ahead.close()
 
 
@@ -185,8 +213,8 @@ def test_images_of_a_waiting_prompt_are_there_whatever_came_after_it(checkpoint,
     twin = tmp_path / "twin.png"
     shutil.copy(paths[0], twin)
     views = [make_view([path], question=path.name) for path in (*paths, twin, *paths)]
-    encoder, plain = PromptEncoder(checkpoint, system_prompt=""), PromptEncoder(checkpoint, system_prompt="")
-    encoder._images, encoder._patches = ByteBoundedCache(0), ByteBoundedCache(0)  # as if others had pushed them out
+    encoder = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(None, 0))  # as if others pushed them out
+    plain = PromptEncoder(checkpoint, system_prompt="")
     with ThreadPoolExecutor(2) as threads:
         prompts = list(threads.map(encoder.encode, views))
         patches = list(threads.map(encoder.patches, [prompt.image_keys[0] for prompt in prompts]))
@@ -198,9 +226,13 @@ def test_images_of_a_waiting_prompt_are_there_whatever_came_after_it(checkpoint,
 
 def test_no_image_is_forgotten_and_what_is_kept_of_it_is_small(checkpoint):
     """Their pixels come from no file here, and none are kept."""
-    encoder, patches = PromptEncoder(checkpoint, system_prompt="", cache_bytes=0), np.zeros((4, 1176), np.float32)
-    encoder._load = lambda path: Image.new("RGB", (1, 1), tuple(int(path.stem).to_bytes(3, "big")))
-    encoder._process_image = lambda image, where: (patches, (1, 2, image.width + 1))  # a new tuple each time
+    encoder = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(None, 0))
+
+    def read(path: Path) -> StoredImage:
+        image = Image.new("RGB", (28, 28), tuple(int(path.stem).to_bytes(3, "big")))
+        return StoredImage(image_key(image), np.asarray(image), False)
+
+    encoder._read = read
     paths = [f"/data/folder/of/many/images/{number:08d}.png" for number in range(2**14 + 1)]
     tracemalloc.start()
     try:
@@ -211,5 +243,5 @@ def test_no_image_is_forgotten_and_what_is_kept_of_it_is_small(checkpoint):
         tracemalloc.stop()
     assert kept < 450, f"{kept:.0f} bytes"
     for number in (0, 1, 2**13, 2**14):
-        assert encoder.patches(keys[number]) is patches
+        assert encoder.patches(keys[number]).shape == (4, 1176)
         assert encoder.image(keys[number]).getpixel((0, 0)) == tuple(number.to_bytes(3, "big"))
