@@ -2,12 +2,12 @@
 
 Permuted GRPO trains on (n_s + 1) · n responses to n_s + 1 orders of the same images. Ours with `actor.sharing` full,
 vision and none, and TRL's GRPOTrainer, on the same weights (float32), images, token ids, advantages and old
-log-probabilities, each in fresh processes of the same number of threads, in turn. In the first round
-every side also makes a step whose loss and gradient have to agree with the others', vision included, and whose
-floating-point operations are counted; without agreement nothing is reported.
+log-probabilities, each in fresh processes of the same number of threads, in turn. In the first round the loss and the
+gradient of all sides have to agree, vision included, or nothing is reported, and floating-point operations are counted.
 
-Every side takes the group as one micro-batch. For the case of the goals, the sides that share nothing also take it one
-sequence at a time, which needs less memory and may be faster.
+Every side takes the group as one micro-batch. The case of the goals has more sides: those that share nothing also take
+it one sequence at a time, which needs less memory and may be faster; and TRL scores the response tokens only, as it
+does on a GPU, while on a CPU its output layer scores the prompt's tokens too.
 
 Timed is what a training step does before its optimizer. Ours: ``Actor.update``, which lays out the batch, makes the
 forward and backward passes with the fused loss, and adds up the metrics. TRL's: see ``group_step_trl.py``. No side
@@ -119,15 +119,15 @@ SIDES: dict[str, Callable[[Case, Path], Any]] = {
     "vision": lambda case, folder: OurStep(case, folder, sharing="vision"),
     NAIVE: lambda case, folder: OurStep(case, folder, sharing="none"),
     TRL: lambda case, folder: TrlStep(case, folder, responses_only=False),
-    TRL_AS_ON_GPU: lambda case, folder: TrlStep(case, folder, responses_only=True),
 }
-SEQUENCE_BY_SEQUENCE: dict[str, Callable[[Case, Path], Any]] = {
+MORE_SIDES: dict[str, Callable[[Case, Path], Any]] = {
+    TRL_AS_ON_GPU: lambda case, folder: TrlStep(case, folder, responses_only=True),
     f"{NAIVE}, one by one": lambda case, folder: OurStep(case, folder, sharing="none", micro_batch_tokens=1),
     f"{TRL_AS_ON_GPU}, one by one": lambda case, folder: TrlStep(
         case, folder, responses_only=True, micro_batches=case.views * case.rollouts
     ),
 }
-ALL_SIDES = SIDES | SEQUENCE_BY_SEQUENCE
+ALL_SIDES = SIDES | MORE_SIDES
 
 
 def sides_of(name: str) -> list[str]:
@@ -139,15 +139,25 @@ def sides_of(name: str) -> list[str]:
 def work(name: str, case: Case, folder: Path, *, checked: bool) -> dict[str, Any]:
     """Peak memory of the first step, and median seconds of up to three others.
 
-    ``checked``: of one more step also the loss and the operations; its gradient goes to ``folder``.
+    ``checked``: of the first step also the loss and the operations; its gradient goes to ``folder``.
     """
     step = ALL_SIDES[name](case, folder)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     resident = resident_gib("VmRSS")
-    step()
+    losses: list[float] = []
+    if checked:
+        operations = count(lambda: losses.append(step()))
+    else:
+        step()
     memory = resident_gib("VmHWM") - resident - step.new_gradient_bytes / 2**30
+    found: dict[str, Any] = {"memory_gib": memory}
+    if checked:
+        found |= {"loss": losses[0], "operations": operations}
+        gradients = {key: value.detach().clone() for key, value in step.gradients()}
+        save_file(gradients, folder / f"{name}.safetensors")
+        del gradients
     wall: list[float] = []
     processor: list[float] = []
     while len(wall) < 3 and sum(wall) < ENOUGH_SECONDS:
@@ -155,19 +165,7 @@ def work(name: str, case: Case, folder: Path, *, checked: bool) -> dict[str, Any
         step()
         wall.append(time.perf_counter() - before)
         processor.append(time.process_time() - before_processor)
-    found = {
-        "seconds": statistics.median(wall),
-        "processor_seconds": statistics.median(processor),
-        "memory_gib": memory,
-    }
-    return found | _check(step, folder / f"{name}.safetensors") if checked else found
-
-
-def _check(step: Any, gradients: Path) -> dict[str, Any]:
-    losses: list[float] = []
-    flops = count(lambda: losses.append(step()))
-    save_file({key: value.detach().clone() for key, value in step.gradients()}, gradients)
-    return {"loss": losses[0], "flops": flops}
+    return found | {"seconds": statistics.median(wall), "processor_seconds": statistics.median(processor)}
 
 
 def relative_errors(folder: Path, name: str, other: str) -> dict[str, float]:
@@ -189,7 +187,7 @@ def agree(name: str, first: dict[str, dict[str, Any]], folder: Path) -> None:
     for side, found in first.items():
         errors = relative_errors(folder, side, last)
         shown = ", ".join(f"{part} {error:.1e}" for part, error in errors.items())
-        print(f"  {side}: {found['loss']:.7f}; {shown}; {found['flops'] / 1e12:.4g}", flush=True)
+        print(f"  {side}: {found['loss']:.7f}; {shown}; {found['operations'] / 1e12:.4g}", flush=True)
         right = first[last]["loss"]
         if max(errors.values()) > GRADIENT_TOLERANCE or abs(found["loss"] - right) > LOSS_TOLERANCE * abs(right):
             sys.exit(f"{name}: '{side}' and '{last}' do not compute the same")
@@ -211,13 +209,14 @@ def compare(name: str, folder: Path, *, rounds: int, threads: int) -> list[Row]:
     ):
         values = {side: [each[key] for each in results[side] + others[side]] for side in sides}
         for peer in sides[1:]:
+            # One sequence at a time needs a twelfth of the activations; memory is compared for equal micro-batches.
             compared = peer in (NAIVE, TRL, TRL_AS_ON_GPU) or (key == "seconds" and peer != "vision")
             wanted = goal if name == TARGET and compared else None
             rows.append(make_row(f"{name}: {label}", values["full"], peer, values[peer], unit, wanted))
         if key == "seconds":
             seconds = {side: statistics.median(values[side]) for side in ("full", NAIVE)}
     least = minimum(make_group(ALL_CASES[name], folder, make_encoder(folder)), folder / "policy")
-    operations = {side: found["flops"] for side, found in first.items()}
+    operations = {side: found["operations"] for side, found in first.items()}
     return rows + rows_of_operations(name, operations, least, seconds["full"] / seconds[NAIVE])
 
 
@@ -239,7 +238,9 @@ def rows_of_operations(name: str, operations: dict[str, int], least: int, time_l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a tiny case only, one round")
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each side; one each in the sweep")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="processes of each side in the case of the goals; else one"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--only", metavar="TEXT", default="", help="the cases with this in their names")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
@@ -256,7 +257,7 @@ def main() -> None:
         print(f"TRL's trainer is left out; it needs {', '.join(missing)}: `{INSTALL}`")
     rows: list[Row] = []
     for name in QUICK if options.quick else [each for each in CASES | SWEEP if options.only in each]:
-        rounds = 1 if name in QUICK | SWEEP else options.rounds
+        rounds = options.rounds if name == TARGET else 1
         with tempfile.TemporaryDirectory() as folder:
             write_case(ALL_CASES[name], Path(folder))
             rows += compare(name, Path(folder), rounds=rounds, threads=options.threads)
