@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from side_by_side import Row, make_row, report, resident_gib, run_in_turn
+from side_by_side import Row, make_row, report, resident_gib, run_in_turn, write_rows
 
 from perl_megatron.runtime import environment
 
@@ -242,7 +242,9 @@ def main() -> None:
         "--rounds", type=int, default=3, help="processes of each side in the case of the goals; else one"
     )
     parser.add_argument("--threads", type=int, default=2, help="of each process")
-    parser.add_argument("--only", metavar="TEXT", default="", help="the cases with this in their names")
+    parser.add_argument(
+        "--only", metavar="NAME", nargs="+", choices=CASES | SWEEP, help=f"of {', '.join(CASES | SWEEP)}"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--worker", choices=ALL_SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)
@@ -256,12 +258,15 @@ def main() -> None:
     if missing := missing_modules():
         print(f"TRL's trainer is left out; it needs {', '.join(missing)}: `{INSTALL}`")
     rows: list[Row] = []
-    for name in QUICK if options.quick else [each for each in CASES | SWEEP if options.only in each]:
+    for name in QUICK if options.quick else options.only or CASES | SWEEP:
         rounds = options.rounds if name == TARGET else 1
         with tempfile.TemporaryDirectory() as folder:
             write_case(ALL_CASES[name], Path(folder))
-            rows += compare(name, Path(folder), rounds=rounds, threads=options.threads)
-    report(f"step of a group, float32, {options.threads} threads", rows, options.json)
+            found = compare(name, Path(folder), rounds=rounds, threads=options.threads)
+        report(f"step of a group, float32, {options.threads} threads", found, None)
+        rows += found
+        if options.json:  # after each case: all of them take hours
+            write_rows(rows, options.json)
 
 
 if __name__ == "__main__":
