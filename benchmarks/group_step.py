@@ -243,7 +243,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument(
-        "--only", metavar="NAME", nargs="+", choices=CASES | SWEEP, help=f"of {', '.join(CASES | SWEEP)}"
+        "--only", metavar="NAME", nargs="+", choices=CASES | SWEEP, help=f"of: {'; '.join(CASES | SWEEP)}"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--worker", choices=ALL_SIDES, help=argparse.SUPPRESS)
