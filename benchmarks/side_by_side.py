@@ -91,5 +91,10 @@ def report(title: str, rows: Sequence[Row], json_file: Path | None) -> None:
         table.add_row(row.case, *values, holds)
     Console(width=120).print(table)
     if json_file is not None:
-        content = [{**asdict(row), "holds": row.holds} for row in rows]
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_rows(rows, json_file)
+
+
+def write_rows(rows: Sequence[Row], json_file: Path) -> None:
+    """A JSON list of objects with the rows' fields."""
+    content = [{**asdict(row), "holds": row.holds} for row in rows]
+    json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
