@@ -115,6 +115,7 @@ def test_the_fused_optimizers_state_takes_the_same_updates(out, found, name, ste
 def test_the_vision_tower_calls_the_attention_with_its_segments(found, name):
     seen = [ranks["vision"] for ranks in found["carry"] if "vision" in ranks]
     assert len(seen) == (1 if name == "pipeline" else 2)
+    windows = []
     for vision in seen:
         assert len(vision["calls"]) == 4
         for block, call in enumerate(vision["calls"]):
@@ -131,7 +132,9 @@ def test_the_vision_tower_calls_the_attention_with_its_segments(found, name):
             assert lengths.min() > 0
             assert call["max_seqlen_q"] == call["max_seqlen_kv"] == lengths.max()
             images = len(vision["calls"][FULL_BLOCKS[0]]["cu_seqlens_q"]["value"]) - 1
-            assert len(lengths) == images if block in FULL_BLOCKS else len(lengths) > images
+            assert len(lengths) == images if block in FULL_BLOCKS else len(lengths) >= images
+            windows.append(len(lengths) - images)
+    assert max(windows) > 0, "an image of several windows; where ranks share the images, one may have only small ones"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
