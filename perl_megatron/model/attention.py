@@ -113,9 +113,9 @@ class TorchCoreAttention(MegatronModule):
             return self._attend(*batch, causal=False).transpose(1, 2).flatten(0, 1)
         outputs = []
         for group in segments.groups:
-            batch = (tensor[group].transpose(1, 2) for tensor in packed)
+            batch = (_gather(tensor, group) for tensor in packed)
             outputs.append(self._attend(*batch, causal=False).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs)[segments.inverse]
+        return torch.cat(outputs).index_select(0, segments.inverse)
 
     def _with_shared_prompts(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SharedPrompts
@@ -123,9 +123,8 @@ class TorchCoreAttention(MegatronModule):
         """[N, heads, D]; padding of the row gets zeros. One call for prompts, or responses, of about one length."""
         outputs = []
         for block in segments.blocks:
-            # index_select, whose gradient is added up by a plain loop: that of indexing sorts the indices first.
             q, k, v = (
-                tensor.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+                _gather(tensor, places)
                 for tensor, places in ((query, block.queries), (key, block.keys), (value, block.keys))
             )
             output = self._attend(q, k, v, mask=block.mask, causal=block.mask is None)
@@ -138,3 +137,11 @@ class TorchCoreAttention(MegatronModule):
     ) -> dict[str, Any]:
         """No parameters, nothing to save."""
         return {}
+
+
+def _gather(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[N, heads, D] at int64 [b, L] → [b, heads, L, D].
+
+    By index_select, whose gradient is added up by a plain loop: that of indexing sorts the indices first.
+    """
+    return tensor.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
