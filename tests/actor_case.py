@@ -30,7 +30,7 @@ ODD_VIEWS = {
     "sizes": [[0, 32, 34, 33, 1]],
     "mixed": [[34], list(range(32)), [], [5], [0, 32, 34, 33, 1], [32], [], [], [], [], []],
 }
-"""Views by indices into ``ODD_SIZES``. The second half of 'mixed', one of two data ranks' share, has no images."""
+"""Views by indices into ``ODD_SIZES``."""
 TEMPERATURE = 0.8
 GRADIENT_STEP = {"learning_rate": 1e13, "epsilon": 1e9, "weight_decay": 0.0, "clip_gradient": 0.0}
 """With these an Adam step moves every weight by -10,000 times its gradient, so that the weights show the gradient."""

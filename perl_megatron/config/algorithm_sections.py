@@ -30,7 +30,8 @@ class FilterConfig(Section):
     """How often a step may draw again to replace dropped groups (0: train on what is left)."""
     skip_empty_steps: bool = False
     """A step whose groups were all dropped counts, and makes no update, instead of ending the run with the reasons: for
-    runs that go on after the policy has nothing left to learn from most questions."""
+    runs that go on after the policy has nothing left to learn from most questions. The learning-rate schedule counts
+    updates, so it stays behind by these steps."""
     oversample: float = Field(default=1.0, ge=1)
     """Questions drawn at once, as a multiple of those that are missing: more leave more surplus and need fewer
     refills."""

@@ -221,7 +221,13 @@ def _is_list(info: FieldInfo) -> bool:
     return get_origin(info.annotation) is tuple
 
 
+RETIRED = {"optimizer.micro_batch_sequences": "micro-batches are bounded in tokens, by actor.micro_batch_tokens"}
+"""Keys of earlier versions, which run folders of theirs still have, and what came in their place."""
+
+
 def _unknown_key(key: str, schema: type[BaseModel], origin: str) -> UserError:
+    if key in RETIRED:
+        return UserError(f"'{key}' is no setting any more: {RETIRED[key]}", where=origin, fix="remove the line")
     return UserError(f"unknown key '{key}'", where=origin, fix=f"did you mean '{nearest_key(key, schema)}'?")
 
 

@@ -142,7 +142,7 @@ def attend_with_shared_prompts(
     bottom right. ``attend`` is TransformerEngine's as megatron-core wraps it. Padding of the row gets zeros.
     """
     prompts, end = segments.num_prompt_tokens, segments.num_prompt_tokens + segments.num_response_tokens
-    ends, longest = segments.cumulative(segments.prompt_lengths), int(segments.prompt_lengths.max())
+    ends, longest = segments.prompt_ends, int(segments.prompt_lengths.max())
     outputs = [
         attend(
             query[:prompts],
@@ -160,9 +160,9 @@ def attend_with_shared_prompts(
                 value.index_select(0, segments.response_keys),
                 attn_mask_type=_PackedMask.padding_causal_bottom_right,
                 packed_seq_params=_thd(
-                    segments.cumulative(segments.response_lengths),
+                    segments.response_ends,
                     int(segments.response_lengths.max()),
-                    segments.cumulative(segments.key_lengths),
+                    segments.key_ends,
                     int(segments.key_lengths.max()),
                 ),
             ).flatten(1)

@@ -82,9 +82,22 @@ class SharedPrompts:
         segments = [keys for _, keys in self._response_places()]
         return torch.from_numpy(np.concatenate(segments)).to(self.device)
 
-    def cumulative(self, lengths: np.ndarray) -> torch.Tensor:
-        """int32 [segments + 1] on the device, as variable-length attention takes the ``lengths`` of segments."""
-        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
+    # As variable-length attention takes lengths; computed once, because each copy to a GPU makes the host wait for it.
+
+    @cached_property
+    def prompt_ends(self) -> torch.Tensor:
+        """int32 [V + 1]: 0, and where each prompt ends."""
+        return self._cumulative(self.prompt_lengths)
+
+    @cached_property
+    def response_ends(self) -> torch.Tensor:
+        """int32 [K + 1]: 0, and where each response ends, counted from the first response."""
+        return self._cumulative(self.response_lengths)
+
+    @cached_property
+    def key_ends(self) -> torch.Tensor:
+        """int32 [K + 1]: 0, and where the keys of each response end in ``response_keys``."""
+        return self._cumulative(self.key_lengths)
 
     @cached_property
     def blocks(self) -> tuple[AttentionBlock, ...]:
@@ -105,6 +118,9 @@ class SharedPrompts:
         tokens, first = np.unique(queries, return_index=True)
         assert len(tokens) == self.num_prompt_tokens + self.num_response_tokens
         return torch.from_numpy(first).to(self.device)
+
+    def _cumulative(self, lengths: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
 
     def _response_places(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Of each response: the places in the row of its tokens, and of its keys."""

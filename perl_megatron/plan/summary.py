@@ -74,8 +74,13 @@ def make_plan(
 
 
 def longest_update(config: Config, derived: Derived, architecture: ArchitectureNumbers) -> int:
-    """Micro-batches of a data-parallel rank in an update where every prompt and response is as long as it may be."""
-    data, num_rollouts = config.data, derived.rollouts_per_view
+    """Micro-batches of a data-parallel rank in an update where every prompt and response is as long as it may be.
+
+    No two questions of it are equal: their responses would share a prompt.
+    """
+    # Conditioned on view 0's prompt, all responses of a group share it.
+    share_prompt = config.algorithm.loss_view == "original" and derived.rollouts_per_step > 0
+    data, num_rollouts = config.data, derived.group_size if share_prompt else derived.rollouts_per_view
     responses = (derived.max_sequence_tokens - data.max_prompt_tokens,) * num_rollouts
     # An image-pad token is a merged cell of patches, so the prompt's length bounds all images together.
     images = (("all", architecture.vision_merge_size**2 * data.max_prompt_tokens),)

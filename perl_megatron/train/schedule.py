@@ -80,8 +80,9 @@ def _forward_step(
     def finish(hidden: Tensor) -> tuple[Tensor, Tensor, tuple[MicroBatch, Sums]]:
         value, kept = loss(batch, hidden)
         # The count would divide the gradient; the losses are normalised already (see ``train/optimizer.py``).
-        # The pixels are left out of what is kept: megatron-core holds it until the pass over all micro-batches ends.
-        return value, torch.ones((), dtype=torch.int, device=value.device), (replace(batch, vision=None), kept)
+        # megatron-core holds what is kept until the pass over all micro-batches ends: no pixels, no attention masks.
+        slim = replace(batch, vision=None, shared_prompts=None)
+        return value, torch.ones((), dtype=torch.int, device=value.device), (slim, kept)
 
     return output, finish
 

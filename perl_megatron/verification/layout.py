@@ -42,8 +42,8 @@ VISION = {
 NUM_LAYERS = 4
 """Two pipeline stages of two virtual stages each divide it; stages of unequal length may need more (`--layers`)."""
 
-MICRO_BATCH_TOKENS = 100
-"""Small, so that a step has several micro-batches, one of them without images."""
+MICRO_BATCH_TOKENS = 190
+"""So that a step has several micro-batches: one of them with views of the same images, one without images."""
 
 TIMEOUT_SECONDS = 300.0
 """Of each collective; so long at most do the other processes wait for rank 0's reference."""

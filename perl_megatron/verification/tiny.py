@@ -19,8 +19,8 @@ FIRST_WORD, LAST_WORD = 3, 290
 GRIDS = ((1, 4, 6), (1, 10, 8), (1, 2, 2), (1, 2, 2), (1, 6, 4))
 """Five images of four sizes: (time, height, width) in patches."""
 ORDERS = ((0, 1), (1, 0), (2, 3, 4), (4, 2, 2, 3), (), (), (3,), (0, 3))
-"""The images of each sequence: shared in several orders, one twice in a sequence, and two neighbours without any, which
-make a micro-batch (and over four replicas a rank) without images."""
+"""The images of each prompt: shared in several orders, one twice in a prompt, and two prompts without any, long enough
+to leave micro-batches (and over four replicas a rank) without images."""
 ANSWERED_AGAIN = (0, 2, 2, 4, 0)
 """The sequences whose prompts have more responses, in groups of different sizes; the last response is one token."""
 
@@ -97,7 +97,7 @@ def _make_prompt(images: tuple[int, ...], random: np.random.Generator) -> Encode
     def words(count: int) -> list[int]:
         return _words(count, random)
 
-    tokens, starts = words(4), []
+    tokens, starts = words(4 if images else 120), []
     for image in images:
         tokens.append(VISION_START)
         starts.append(len(tokens))

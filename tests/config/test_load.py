@@ -171,3 +171,11 @@ def test_resolved_config_shows_origins(file, tmp_path):
     assert "  seed: 7  # command line\n" in text
     assert f"  steps: 10  # {file}:5\n" in text
     assert "  keep_checkpoints: 2  # default\n" in text
+
+
+def test_a_key_of_an_earlier_version_is_told_from_a_misspelt_one(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("optimizer:\n  micro_batch_sequences: 8\n")
+    with pytest.raises(UserError, match="no setting any more: .* actor.micro_batch_tokens") as caught:
+        load_config(file)
+    assert caught.value.fix == "remove the line"

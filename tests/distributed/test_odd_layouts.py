@@ -21,7 +21,7 @@ def expected(cases, results):
 
 @pytest.mark.parametrize("name", ODD_LAYOUTS)
 def test_log_probabilities_loss_and_gradient(results, expected, name):
-    """Among them a data rank whose whole share has no images, or no sequences at all."""
+    """Among them micro-batches without images, and a data rank without sequences."""
     found, want = results[name], expected[name in FILLER]
     want.check_log_probs(found.arrays["log_probs"])
     want.check_loss(found.report["metrics"]["loss"])

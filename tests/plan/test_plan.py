@@ -7,6 +7,9 @@ import pytest
 from derive_case import TINY
 from megatron.core import parallel_state
 
+from perl_megatron.batching.cost import CostModel
+from perl_megatron.batching.micro_batches import plan_micro_batches
+from perl_megatron.batching.work import ViewWork
 from perl_megatron.config.derive import derive
 from perl_megatron.config.load import load_config
 from perl_megatron.plan.summary import make_plan, render_plan
@@ -110,3 +113,20 @@ def test_settings_are_shown_with_their_origins():
 def test_without_origins_no_settings_are_shown(plan):
     assert plan["settings"] == {}
     assert "Settings" not in render_plan(plan)
+
+
+@pytest.mark.parametrize(("loss_view", "responses"), [("own", 6), ("original", 12)])
+def test_the_most_micro_batches_bound_a_real_plan(loss_view, responses):
+    """Conditioned on the original, a group's views have one prompt, and are one view of twice as many responses."""
+    config, derived, numbers = derived_of(
+        *("data.max_prompt_tokens=10", "rollout.max_response_tokens=50", "rollout.questions_per_step=6"),
+        *("actor.micro_batch_tokens=915", f"algorithm.loss_view={loss_view}"),
+        world_size=1,
+    )
+    most = make_plan(config, derived, numbers)["batch"]["most_micro_batches"]
+    views = [
+        ViewWork(tuple(range(start, start + responses)), 10, (50,) * responses, ((f"image {start}", 40),))
+        for start in range(0, 72, responses)
+    ]
+    plan = plan_micro_batches(views, CostModel(numbers), token_budget=915, data_size=1)
+    assert 1 < len(plan[0]) <= most <= 3 * len(plan[0])

@@ -3,10 +3,15 @@ from pathlib import Path
 
 import pytest
 
+from perl_megatron.batching.cost import CostModel
+from perl_megatron.batching.micro_batches import plan_micro_batches
+from perl_megatron.batching.work import views_of
 from perl_megatron.cli import main
+from perl_megatron.config.architecture import read_architecture_numbers
 from perl_megatron.errors import UserError
 from perl_megatron.launch import torchrun
-from perl_megatron.verification.layout import TEXT, VISION, Layout
+from perl_megatron.verification.layout import MICRO_BATCH_TOKENS, NUM_LAYERS, TEXT, VISION, Layout, policy_config
+from perl_megatron.verification.tiny import tiny_sequences
 
 
 def test_widths_differ_pairwise():
@@ -97,3 +102,18 @@ def test_the_verdict_of_the_processes_is_the_status(monkeypatch, tmp_path, passe
 def test_a_layout_is_checked_against_the_processes_that_there_are():
     with pytest.raises(UserError, match="4"):
         Layout.of({"tensor": 4}).check(2)
+
+
+def test_the_batch_has_every_kind_of_micro_batch(tmp_path):
+    """Responses that share a prompt, views that share images, parts (and of four replicas a rank) without images."""
+    (tmp_path / "config.json").write_text(json.dumps(policy_config(False, NUM_LAYERS)))
+    cost = CostModel(read_architecture_numbers(tmp_path))
+    sequences = tiny_sequences()
+    views = views_of([one.prompt for one in sequences], [len(one.response) for one in sequences])
+    for data_size in (1, 2, 4):
+        plan = plan_micro_batches(views, cost, token_budget=MICRO_BATCH_TOKENS, data_size=data_size)
+        parts = [set(part) for rank in plan for part in rank]
+        assert any({0, 8} <= part for part in parts), "two responses to the first prompt"
+        assert any({0, 1} <= part for part in parts), "the same images in another order"
+        assert not all(any(sequences[index].prompt.image_keys for index in part) for part in parts)
+    assert not all(any(sequences[index].prompt.image_keys for part in rank for index in part) for rank in plan)
