@@ -176,6 +176,6 @@ def test_resolved_config_shows_origins(file, tmp_path):
 def test_a_key_of_an_earlier_version_is_told_from_a_misspelt_one(tmp_path):
     file = tmp_path / "old.yaml"
     file.write_text("optimizer:\n  micro_batch_sequences: 8\n")
-    with pytest.raises(UserError, match="no setting any more: .* actor.micro_batch_tokens") as caught:
+    with pytest.raises(UserError, match=r"no setting any more: .* actor\.micro_batch_tokens") as caught:
         load_config(file)
     assert caught.value.fix == "remove the line"
