@@ -113,7 +113,10 @@ class CostModel:
         return self.tokens_flops(view.prompt_tokens) + responses + self.loss_flops(sum(view.response_tokens))
 
     def image_flops(self, patches: int) -> int:
-        """The vision tower and the merger on one image."""
+        """The vision tower and the merger on one image of one frame.
+
+        Frames do not attend to each other: a grid of several costs as much as so many images of one of them.
+        """
         keys = self._full_blocks * patches + self._window_blocks * min(patches, self._window)
         each = self._patch_embedding + self._patch_blocks + keys * self._patch_pair
         return patches * each + patches // self._cell * self._merger

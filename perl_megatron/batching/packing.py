@@ -77,9 +77,9 @@ def fewest(items: Sequence[Item], capacity: int) -> Bins:
 
 
 def deal(costs: Sequence[int], hands: int, most: int) -> list[list[int]]:
-    """Bins to ``hands`` of like cost, at most ``most`` to each: the positions of their costs."""
+    """Things to ``hands`` of like cost, at most ``most`` to each: the positions of their costs."""
     dealt = balance([Item(cost, 1, (position,)) for position, cost in enumerate(costs)], hands, most)
-    assert dealt is not None, f"{len(costs)} bins for {hands} hands of {most}"
+    assert dealt is not None, f"{len(costs)} things for {hands} hands of {most}"
     return [[item.members[0] for item in hand] for hand in dealt]
 
 

@@ -66,7 +66,7 @@ class Policy(MegatronModule):
             self.vision_model = VisionModel(
                 transformer_configs.vision_config(architecture, model, parallel),
                 transformer_configs.merger_config(architecture, model, parallel),
-                architecture.vision,
+                architecture,
                 provider,
                 topology,
             )

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from perl_megatron.model.architecture import VisionArchitecture
+from perl_megatron.model.architecture import Architecture
 from perl_megatron.model.layer_specs import block_spec
 from perl_megatron.model.segments import Grid, VisionSegments, vision_plan
 from perl_megatron.model.vision_shares import exchange, mark_partial_gradients, share_images
@@ -42,12 +42,13 @@ class VisionModel(MegatronModule):
         self,
         config: TransformerConfig,
         merger_config: TransformerConfig,
-        vision: VisionArchitecture,
+        architecture: Architecture,
         provider: BackendSpecProvider,
         topology: Topology,
     ):
         super().__init__(config=config)
-        self.vision = vision
+        self.vision = vision = architecture.vision
+        self.numbers = architecture.numbers
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self._sharing_group = None
         if topology.vision_group is not None:
@@ -80,7 +81,7 @@ class VisionModel(MegatronModule):
         group = self._sharing_group
         if group is None:
             return self._encode(patches, images)
-        share = share_images(images, self.vision, group.rank(), group.size()).to(patches.device)
+        share = share_images(images, self.numbers, group.rank(), group.size()).to(patches.device)
         if share.images:
             own = patches.unflatten(0, (-1, self.vision.merge_size**2))[share.cells].flatten(0, 1)
             features = self._encode(own, tuple(images[image] for image in share.images))

@@ -10,8 +10,6 @@ ranks once a step, when all micro-batches are done (``train/optimizer.py``).
 from __future__ import annotations
 
 import functools
-import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from perl_megatron.model.architecture import VisionArchitecture
+from perl_megatron.batching.cost import CostModel
+from perl_megatron.batching.packing import deal
+from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.model.segments import Grid
 
 
@@ -42,10 +42,18 @@ class ImageShare:
 
 
 @functools.lru_cache(maxsize=16)
-def share_images(grids: tuple[Grid, ...], vision: VisionArchitecture, rank: int, size: int) -> ImageShare:
-    """The share of ``rank`` of ``size``, balanced by what the images cost. Cached, as ``segments.vision_plan`` is."""
-    owners = balance([encoding_cost(grid, vision) for grid in grids], size)
-    cells = np.array(grids).prod(axis=1) // vision.merge_size**2
+def share_images(grids: tuple[Grid, ...], numbers: ArchitectureNumbers, rank: int, size: int) -> ImageShare:
+    """The share of ``rank`` of ``size``, balanced by what the images cost. Cached, as ``segments.vision_plan`` is.
+
+    Depends on nothing but the arguments: all ranks come to the same owners.
+    """
+    cost = CostModel(numbers)
+    # A patch attends within its frame.
+    costs = [time * cost.image_flops(height * width) for time, height, width in grids]
+    owners = np.empty(len(grids), dtype=np.int64)
+    for owner, images in enumerate(deal(costs, size, len(grids))):
+        owners[images] = owner
+    cells = np.array(grids).prod(axis=1) // numbers.vision_merge_size**2
     owner_of_cell = np.repeat(owners, cells)
     counts = np.bincount(owner_of_cell, minlength=size)
     longest = int(counts.max())
@@ -58,35 +66,6 @@ def share_images(grids: tuple[Grid, ...], vision: VisionArchitecture, rank: int,
         longest=longest,
         places=torch.from_numpy(places),
     )
-
-
-def encoding_cost(grid: Grid, vision: VisionArchitecture) -> int:
-    """Multiplications of an image's way through tower and merger; windows at its edges are counted as whole."""
-    time, height, width = grid
-    frame, hidden = height * width, vision.hidden_size
-    cell = vision.merge_size**2
-    window = min(frame, (vision.cells_per_window * vision.merge_size) ** 2)
-    num_full = len(vision.full_attention_blocks)
-    block = 4 * hidden**2 + 3 * hidden * vision.ffn_size
-    merger = (cell * hidden) ** 2 + cell * hidden * vision.out_hidden_size
-    each = vision.patch_values * hidden + vision.depth * block + merger // cell
-    attention = 2 * hidden * (num_full * frame + (vision.depth - num_full) * window)
-    return time * frame * (each + attention)
-
-
-def balance(costs: Sequence[int], size: int) -> np.ndarray:
-    """int64 [len(costs)]: which of ``size`` ranks takes each; the costliest first, to the rank that has least so far.
-
-    No rank then has more than 4/3 of the least possible maximum (Graham 1969, "Bounds on multiprocessing timing
-    anomalies"). Depends on nothing but the arguments: all ranks come to the same.
-    """
-    owners = np.zeros(len(costs), dtype=np.int64)
-    loads = [(0, rank) for rank in range(size)]
-    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        load, rank = loads[0]
-        owners[item] = rank
-        heapq.heapreplace(loads, (load + costs[item], rank))
-    return owners
 
 
 def exchange(own: torch.Tensor, share: ImageShare, group: dist.ProcessGroup) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from perl_megatron.model.policy import VisionInput
 from perl_megatron.types import EncodedPrompt
 
-MERGED_CELLS = 4
+PATCHES_PER_CELL = 4
 """14-pixel patches that make one image-pad token (the merger's 2×2)."""
 
 
@@ -30,7 +30,7 @@ class ImageOccurrence:
 def prompt_images(prompt: EncodedPrompt, places: np.ndarray) -> Iterable[ImageOccurrence]:
     """The images of a prompt whose tokens are at ``places`` int64 [P or more]."""
     for key, grid, start in zip(prompt.image_keys, prompt.grids, prompt.image_starts, strict=True):
-        yield ImageOccurrence(key, grid, places[start : start + int(grid.prod()) // MERGED_CELLS])
+        yield ImageOccurrence(key, grid, places[start : start + int(grid.prod()) // PATCHES_PER_CELL])
 
 
 def vision_input(

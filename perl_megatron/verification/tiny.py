@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from perl_megatron.train.batch import TrainingSequence
-from perl_megatron.train.vision_input import MERGED_CELLS
+from perl_megatron.train.vision_input import PATCHES_PER_CELL
 from perl_megatron.types import EncodedPrompt
 from perl_megatron.verification.layout import IMAGE_TOKEN, NUM_LAYERS, VISION_END, VISION_START, policy_config
 
@@ -101,7 +101,7 @@ def _make_prompt(images: tuple[int, ...], random: np.random.Generator) -> Encode
     for image in images:
         tokens.append(VISION_START)
         starts.append(len(tokens))
-        tokens += [IMAGE_TOKEN] * (int(np.prod(GRIDS[image])) // MERGED_CELLS) + [VISION_END]
+        tokens += [IMAGE_TOKEN] * (int(np.prod(GRIDS[image])) // PATCHES_PER_CELL) + [VISION_END]
         tokens += words(int(random.integers(0, 4)))
     tokens += words(3)
     return EncodedPrompt(

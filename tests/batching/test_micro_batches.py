@@ -136,7 +136,7 @@ def test_the_bound_where_all_views_are_the_largest(sharing, budget, most):
     assert most_micro_batches(views[0], 10, cost, token_budget=budget, data_size=1) == most
     assert most_micro_batches(views[0], 10, cost, token_budget=budget, data_size=4) == -(-most // 4)
     plan = plan_micro_batches(views, cost, token_budget=budget, data_size=1)
-    assert len(plan[0]) == most or sharing == "vision"
+    assert len(plan[0]) == most
 
 
 @pytest.mark.parametrize("sharing", ["full", "vision", "none"])

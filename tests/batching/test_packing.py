@@ -81,6 +81,12 @@ def test_hands_have_at_most_so_many_bins():
     assert deal([], 3, 1) == [[], [], []]
 
 
+def test_the_costliest_goes_first_to_the_hand_with_least():
+    assert deal([1, 5, 3, 3, 1], 2, 5) == [[1, 0, 4], [2, 3]]
+    assert deal([2, 2, 2], 3, 3) == [[0], [1], [2]]
+    assert deal([7], 3, 1) == [[0], [], []]
+
+
 @pytest.mark.parametrize(
     ("num_bins", "data_size", "multiple", "per_rank"), [(0, 2, 1, 1), (0, 2, 4, 4), (5, 2, 1, 3), (5, 2, 2, 4)]
 )

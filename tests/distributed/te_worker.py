@@ -202,7 +202,7 @@ def see(case: Case, engine: Actor, torch_actor: Actor) -> dict[str, Any]:
             calls.append({name: describe_argument(value) for name, value in call.items()})
     own = torch.from_numpy(prompt.grids)
     if case.topology.vision_group is not None:
-        share = share_images(tuple(map(tuple, grids.tolist())), tower.vision, case.topology.tensor_rank, 2)
+        share = share_images(tuple(map(tuple, grids.tolist())), tower.numbers, case.topology.tensor_rank, 2)
         own = own[list(share.images)]
     return {
         "patches": int(own.prod(1).sum()),

@@ -5,28 +5,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from derive_case import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 
-from perl_megatron.model.architecture import VisionArchitecture
-from perl_megatron.model.vision_shares import balance, encoding_cost, share_images
+from perl_megatron.batching.cost import CostModel
+from perl_megatron.model.vision_shares import share_images
 
-VISION = VisionArchitecture(
-    depth=4,
-    hidden_size=160,
-    ffn_size=120,
-    num_heads=8,
-    in_channels=3,
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    window_size=56,
-    full_attention_blocks=(1, 3),
-    out_hidden_size=192,
-)
 sides = st.integers(1, 6).map(lambda cells: 2 * cells)
 images = st.lists(st.tuples(st.integers(1, 2), sides, sides), min_size=1, max_size=9).map(tuple)
 
@@ -34,7 +22,7 @@ images = st.lists(st.tuples(st.integers(1, 2), sides, sides), min_size=1, max_si
 @settings(deadline=None, max_examples=60)
 @given(grids=images, size=st.integers(1, 5))
 def test_every_cell_is_encoded_once_and_found_again(grids, size):
-    shares = [share_images(grids, VISION, rank, size) for rank in range(size)]
+    shares = [share_images(grids, TINY, rank, size) for rank in range(size)]
     assert sorted(itertools.chain(*(share.images for share in shares))) == list(range(len(grids)))
     counts = [int(np.prod(grid)) // 4 for grid in grids]
     cells_of_image = torch.arange(sum(counts)).split(counts)
@@ -50,41 +38,35 @@ def test_every_cell_is_encoded_once_and_found_again(grids, size):
         assert torch.equal(gathered[share.places], torch.arange(sum(counts)))
 
 
-@settings(deadline=None, max_examples=60)
-@given(costs=st.lists(st.integers(1, 100), max_size=6), size=st.integers(1, 3))
-def test_no_rank_has_a_third_more_than_it_must(costs, size):
-    def most(owners):
-        return max(np.bincount(np.array(owners, dtype=int), weights=costs, minlength=size))
-
-    least = min(map(most, itertools.product(range(size), repeat=len(costs))))
-    assert most(balance(costs, size)) <= (4 / 3 - 1 / (3 * size)) * least + 1e-9
-
-
-def test_the_costliest_goes_first_to_the_rank_with_least():
-    assert balance([1, 5, 3, 3, 1], 2).tolist() == [0, 0, 1, 1, 0]
-    assert balance([2, 2, 2], 3).tolist() == [0, 1, 2]
-    assert balance([7], 3).tolist() == [0]
-
-
 def test_ranks_beyond_the_images_encode_nothing():
-    shares = [share_images(((1, 4, 4),), VISION, rank, 3) for rank in range(3)]
+    shares = [share_images(((1, 4, 4),), TINY, rank, 3) for rank in range(3)]
     assert [share.images for share in shares] == [(0,), (), ()]
     assert [len(share.cells) for share in shares] == [4, 0, 0]
 
 
 def test_one_large_image_weighs_more_than_its_patches():
-    """Full attention costs the square: four images with a quarter of the patches each are cheaper than one."""
-    assert encoding_cost((1, 48, 48), VISION) > 4 * encoding_cost((1, 24, 24), VISION)
-    assert encoding_cost((2, 24, 24), VISION) == 2 * encoding_cost((1, 24, 24), VISION)
+    """Full attention costs the square: four images with a quarter of the patches each are cheaper, and a fifth fits."""
+    assert images_of_ranks(((1, 48, 48), *[(1, 24, 24)] * 5)) == [(0,), (1, 2, 3, 4, 5)]
+
+
+def test_frames_weigh_less_than_one_frame_of_their_patches():
+    """The costliest goes to the first rank: not two frames, which do not attend to each other."""
+    assert images_of_ranks(((2, 24, 24), (1, 24, 48))) == [(1,), (0,)]
+    assert images_of_ranks(((2, 24, 24), (1, 24, 24), (1, 24, 24))) == [(0,), (1, 2)]
+
+
+def images_of_ranks(grids):
+    return [share_images(grids, TINY, rank, 2).images for rank in range(2)]
 
 
 @pytest.mark.parametrize("grid", [(1, 8, 8), (1, 16, 12), (2, 8, 4), (1, 2, 4)])
 def test_the_cost_is_what_the_tower_multiplies(tower, grid):
-    """Of images of whole windows; the counter takes a multiplication and an addition for two, and sees no kernels."""
-    num_patches = int(np.prod(grid))
+    """Of images of whole windows: ``share_images`` takes each frame for an image. The counter sees no kernels."""
+    time, height, width = grid
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        tower(torch.randn(num_patches, 1176), torch.tensor([grid]))
-    assert counter.get_total_flops() == 2 * encoding_cost(grid, tower.vision)
+        tower(torch.randn(time * height * width, 1176), torch.tensor([grid]))
+    cost = CostModel(tower.numbers, backward=False)
+    assert counter.get_total_flops() == time * cost.image_flops(height * width)
 
 
 @pytest.fixture(scope="module")
