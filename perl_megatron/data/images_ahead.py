@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -13,12 +14,15 @@ from perl_megatron.data.image_reader import ImageReader
 from perl_megatron.data.pixel_store import StoredImage
 from perl_megatron.data.worker_pool import WorkerPool
 
+CLOSE_SECONDS = 5.0
+
 
 class ImagesAhead:
     """``ImageReader.read`` with a head start: ``num_processes`` processes decode what is expected, in that order.
 
     They leave the pixels in the reader's store. Decoded images wait until they are taken, up to ``max_bytes`` and the
-    few that were under way when it was reached; then nothing more is begun. For any number of threads.
+    few that were under way when it was reached; then nothing more is begun. For any number of threads. It is closed
+    when this process ends, if not before.
     """
 
     def __init__(self, reader: ImageReader, *, num_processes: int, max_bytes: int):
@@ -29,6 +33,7 @@ class ImagesAhead:
         self._begun: dict[Path, Future[_Decoded]] = {}
         self._waiting_bytes: dict[Path, int] = {}
         self._num_running = 0
+        atexit.register(self.close)  # the last one registered comes first: the store's folder is still there
 
     @property
     def num_bytes(self) -> int:
@@ -63,10 +68,11 @@ class ImagesAhead:
         return self._reader.read(path) if unshared is None else self._reader.keep(path, unshared)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; one that does not end its image soon is not waited for, and ends with this process."""
+        atexit.unregister(self.close)
         with self._lock:
             self._wanted = {}
-        self._pool.close()
+        self._pool.close(CLOSE_SECONDS)
 
     def _take(self, path: Path) -> Future[_Decoded]:
         self._waiting_bytes.pop(path, None)

@@ -4,7 +4,8 @@
     /dev/shm/perl_megatron-1000/3f0c9a12be44.lock     held (flock) by each of its processes
 
 The system releases the lock of a process that ends, however it ends. So a lock that nobody holds belongs to a dead run:
-the last process of a run removes the folder, and where all were killed, whoever makes the next one does.
+the last process of a run removes the folder, and where it was killed, whoever makes the next one does. Where the folder
+is removed under a living run (systemd-logind clears a user's shared memory at logout), its processes make it anew.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import uuid
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from perl_megatron.data.pixel_store import PixelStore
 from perl_megatron.runtime import collective
@@ -28,8 +32,16 @@ SHARED_MEMORY = Path("/dev/shm")
 TAKEN_SHARE = 0.5
 """At most so much of what is free is taken: others need shared memory too (NCCL, data loaders)."""
 
-Offer = tuple[Path, int]
-"""Where runs may have their folders, and how many bytes a run may keep there."""
+
+class Offer(NamedTuple):
+    """Where a run may have its folder, as one process sees it."""
+
+    place: Path | None
+    """The folder of this user's runs; None: there is none that can be written."""
+    max_bytes: int
+    """What the run may keep there."""
+    shortfall: str | None = None
+    """Why that is not what was asked for; for the log."""
 
 
 class NodeFolder:
@@ -39,72 +51,105 @@ class NodeFolder:
         self.path = place / run
         self._lock_path = place / f"{run}.lock"
         self._process = os.getpid()
+        self._changes = threading.Lock()
         self._lock = _hold(self._lock_path)
         self.path.mkdir(mode=0o700, exist_ok=True)
 
+    def restore(self) -> None:
+        """Make the folder anew where someone removed it, unless this process has left it. Raises OSError."""
+        if os.getpid() != self._process:  # a forked one has no lock of its own
+            return
+        with self._changes:
+            if self._lock < 0:
+                return
+            _claim(self.path.parent)
+            if os.fstat(self._lock).st_nlink == 0:  # the file is gone too, and nobody else can see the lock
+                lock, self._lock = self._lock, _hold(self._lock_path)
+                os.close(lock)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+
     def close(self) -> None:
         """Leave; the last process removes the folder."""
-        if self._lock < 0 or os.getpid() != self._process:  # a forked process must not let go of its parent's lock
+        if os.getpid() != self._process:  # a forked process must not let go of its parent's lock
             return
-        fcntl.flock(self._lock, fcntl.LOCK_UN)  # also for processes that were forked and live on
-        os.close(self._lock)
-        self._lock = -1
+        with self._changes:
+            if self._lock < 0:
+                return
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # also for processes that were forked and live on
+            os.close(self._lock)
+            self._lock = -1
         _remove_if_dead(self._lock_path)
 
 
 def node_pixels(max_bytes: int) -> PixelStore:
     """The pixels that this node's processes of the run share, up to ``max_bytes``. Collective."""
-    host = socket.gethostname()
-    offers = collective.gather_objects((host, uuid.uuid4().hex[:12], _best_place(max_bytes)))
-    return _open(next(offer for name, _, offer in offers if name == host), run=offers[0][1], max_bytes=max_bytes)
+    host, own_name = socket.gethostname(), uuid.uuid4().hex[:12]
+    offers = collective.gather_objects((host, own_name, _best_place(max_bytes)))
+    first_name, offer = next((name, offer) for its_host, name, offer in offers if its_host == host)
+    if first_name == own_name:
+        _warn_of_shortfall(offer)
+    return _open(offer, run=offers[0][1])
 
 
 def own_pixels(max_bytes: int) -> PixelStore:
     """As ``node_pixels``, for this process (and those that it starts) alone; not collective."""
-    return _open(_best_place(max_bytes), run=uuid.uuid4().hex[:12], max_bytes=max_bytes)
+    offer = _best_place(max_bytes)
+    _warn_of_shortfall(offer)
+    return _open(offer, run=uuid.uuid4().hex[:12])
 
 
-def _open(offer: Offer | None, *, run: str, max_bytes: int) -> PixelStore:
-    if offer is not None:
-        place, max_bytes = offer
+def _warn_of_shortfall(offer: Offer) -> None:
+    if offer.shortfall is not None:
+        logger.warning("%s", offer.shortfall)
+
+
+def _open(offer: Offer, *, run: str) -> PixelStore:
+    if offer.place is not None:
         try:
-            folder = NodeFolder(place, run)
-            store = PixelStore(folder.path, max_bytes)
+            folder = NodeFolder(offer.place, run)
+            store = PixelStore(folder.path, offer.max_bytes, restore=folder.restore)
             weakref.finalize(store, folder.close)
             return store
         except OSError as error:
-            logger.warning("%s cannot be used (%s): each process keeps its own pixels", place, error.strerror)
-    return PixelStore(None, max_bytes)
+            reason = error.strerror or error
+            logger.warning("%s cannot be used (%s): this process keeps its own pixels", offer.place, reason)
+    return PixelStore(None, offer.max_bytes)
 
 
-def _best_place(max_bytes: int) -> Offer | None:
-    """Shared memory, or the temporary folder where that has too little room; None where neither can be written."""
-    offers: list[Offer] = []
+def _best_place(max_bytes: int) -> Offer:
+    """Shared memory, or the temporary folder where that has too little room."""
+    offers: list[tuple[int, Path]] = []
+    obstacles: list[str] = []
     name = f"perl_megatron-{os.getuid()}"
     # A temporary folder may be on a network, where pixels that another node drops would end their readers here.
-    for place in (SHARED_MEMORY / name, Path(tempfile.gettempdir()) / f"{name}-{socket.gethostname()}"):
+    parents: tuple[tuple[Callable[[], str | Path], str], ...] = (
+        (lambda: SHARED_MEMORY, name),
+        (tempfile.gettempdir, f"{name}-{socket.gethostname()}"),  # OSError where there is none
+    )
+    for find_parent, its_name in parents:
         try:
+            place = Path(find_parent()) / its_name
             _claim(place)
             for lock_path in place.glob("*.lock"):
                 _remove_if_dead(lock_path)
             free = shutil.disk_usage(place).free
         except OSError as error:
-            logger.debug("%s cannot be used: %s", place, error)
+            logger.debug("no folder for pixels: %s", error)
+            obstacles.append(str(error))
             continue
         if TAKEN_SHARE * free >= max_bytes:
-            return place, max_bytes
-        offers.append((place, int(TAKEN_SHARE * free)))
+            return Offer(place, max_bytes)
+        offers.append((int(TAKEN_SHARE * free), place))
     if not offers:
-        logger.warning(
-            "neither %s nor %s can be written: each process keeps its own pixels", SHARED_MEMORY, tempfile.gettempdir()
-        )
-        return None
-    place, num_bytes = max(offers, key=lambda offer: offer[1])
-    logger.warning(
-        "data.pixel_cache_mib = %d is more than half of what is free in %s: up to %d MiB of pixels are kept",
-        max_bytes // 2**20, place.parent, num_bytes // 2**20,
-    )  # fmt: skip
-    return place, num_bytes
+        reasons = "; ".join(obstacles)
+        return Offer(None, max_bytes, f"no folder for pixels ({reasons}): each process keeps its own pixels")
+    num_bytes, place = max(offers, key=lambda offer: offer[0])
+    return Offer(
+        place,
+        num_bytes,
+        f"half of what is free in {place.parent} is less than {max_bytes // 2**20} MiB: up to {num_bytes // 2**20} MiB "
+        "of pixels are kept there",
+    )
 
 
 def _claim(place: Path) -> None:
@@ -130,7 +175,12 @@ def _hold(lock_path: Path) -> int:
 
 
 def _remove_if_dead(lock_path: Path) -> None:
-    """Remove the folder of a run that has no process any more."""
+    """Remove the folder of a run that has no process any more.
+
+    Where that fails (a process that decodes ahead holds no lock, and may write a moment longer than its run lives), the
+    lock file stays too, for the next one to find.
+    """
+    folder = lock_path.with_suffix("")
     try:
         descriptor = os.open(lock_path, os.O_RDWR)
     except OSError:
@@ -138,8 +188,9 @@ def _remove_if_dead(lock_path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(descriptor).st_nlink > 0:  # else another process was faster, and the name may be in use again
-            shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
-            lock_path.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                lock_path.unlink(missing_ok=True)
     except OSError:
         pass  # its run lives
     finally:

@@ -61,23 +61,33 @@ class PixelStore:
     Args:
         folder: exists, and is shared by the processes; None: nothing is shared.
         max_bytes: the same number in all processes.
-        own_bytes: kept at most by this process alone, of what cannot be shared.
+        restore: makes ``folder`` anew, where someone removed it; may raise OSError.
+        is_helper: this process works for one that has the store too. It makes no folders (nobody would remove them),
+            keeps nothing by itself and warns of nothing: what it cannot share, the other process has to keep.
     """
 
-    def __init__(self, folder: Path | None, max_bytes: int, *, own_bytes: int = OWN_BYTES):
+    def __init__(
+        self,
+        folder: Path | None,
+        max_bytes: int,
+        *,
+        restore: Callable[[], None] | None = None,
+        is_helper: bool = False,
+    ):
         self._folder, self.max_bytes = folder, max_bytes
-        self._own_bytes = min(max_bytes, own_bytes)
+        self._restore, self._is_helper = restore, is_helper
+        self._own_bytes = 0 if is_helper else min(max_bytes, OWN_BYTES)
         self._own: ByteBoundedCache[np.ndarray] = ByteBoundedCache(self._own_bytes)
         self._own_keys: ByteBoundedCache[str] = ByteBoundedCache(self._own_bytes // 8)
         self._has_warned = False
         if folder is not None:
             self._pixels, self._sources, self._locks = (folder / name for name in ("pixels", "sources", "locks"))
-            for path in (self._pixels, self._sources, self._locks):
-                path.mkdir(exist_ok=True)
+            if not is_helper:
+                self._make_folders()
 
     def __reduce__(self) -> tuple[Callable[..., PixelStore], tuple[Path | None, int]]:
-        """A process that works for this one opens the same folder, and keeps nothing by itself."""
-        return partial(PixelStore, own_bytes=0), (self._folder, self.max_bytes)
+        """A process that works for this one opens the same folder."""
+        return partial(PixelStore, is_helper=True), (self._folder, self.max_bytes)
 
     def holds(self, key: str) -> bool:
         """Whether the pixels with this content hash are kept; if so, they count as used now."""
@@ -104,9 +114,7 @@ class PixelStore:
         num_bytes = _round_up(pixels.nbytes + 128)  # with the file's header
         if self._folder is not None and num_bytes <= self.max_bytes:
             try:
-                self._write(key, pixels, num_bytes)
-                with contextlib.suppress(FileExistsError):
-                    (self._sources / source).symlink_to(key)
+                self._share(key, pixels, num_bytes, source)
                 shared = self._map(key)
                 if shared is not None:
                     return StoredImage(key, shared, is_shared=True)
@@ -151,8 +159,30 @@ class PixelStore:
             return None
         return path
 
-    def _write(self, key: str, pixels: np.ndarray, num_bytes: int) -> None:
-        """Write the file, if it is not there; raises OSError."""
+    def _make_folders(self) -> None:
+        for path in (self._pixels, self._sources, self._locks):
+            path.mkdir(exist_ok=True)
+
+    def _share(self, key: str, pixels: np.ndarray, num_bytes: int, source: str) -> None:
+        """Write the pixels and whose they are, in new folders if need be; raises OSError."""
+        try:
+            self._write(key, pixels, num_bytes, source)
+        except FileNotFoundError:
+            if self._is_helper:
+                raise
+            if self._restore is not None:
+                self._restore()
+            self._make_folders()
+            self._write(key, pixels, num_bytes, source)
+
+    def _write(self, key: str, pixels: np.ndarray, num_bytes: int, source: str) -> None:
+        """Write both files, if they are not there; raises OSError."""
+        self._write_pixels(key, pixels, num_bytes)
+        with contextlib.suppress(FileExistsError):
+            (self._sources / source).symlink_to(key)
+
+    def _write_pixels(self, key: str, pixels: np.ndarray, num_bytes: int) -> None:
+        """Write their file, if it is not there; raises OSError."""
         path = self._pixels / f"{key}.npy"
         if path.exists():
             return
@@ -167,7 +197,7 @@ class PixelStore:
         """Count ``num_bytes`` more; beyond the bound (or with ``kept_share``) drop the least recently used pixels."""
         with self._locked("bytes") as counter:
             text = os.pread(counter, 32, 0)
-            total = int(text or 0)
+            total = int(text) if text else self.num_bytes  # the file is new: maybe only it was removed
             if total + num_bytes > self.max_bytes or kept_share is not None:
                 kept_share = KEPT_SHARE if kept_share is None else kept_share
                 total = self._drop_to(int(min(self.max_bytes, total) * kept_share) - num_bytes)
@@ -214,11 +244,11 @@ class PixelStore:
             os.close(descriptor)
 
     def _warn(self, error: OSError) -> None:
-        if not self._has_warned:
+        if not self._has_warned and not self._is_helper:
             self._has_warned = True
             logger.warning(
                 "pixels cannot be shared in %s (%s): this process keeps its own, up to %d MiB",
-                self._folder, error.strerror, self._own_bytes // 2**20,
+                self._folder, error.strerror or error, self._own_bytes // 2**20,
             )  # fmt: skip
 
 

@@ -81,8 +81,8 @@ class WorkerPool(Generic[Item, Result]):
             pending[0].exception()
             yield pending.popleft()
 
-    def close(self) -> None:
-        """End the workers; items that wait are cancelled."""
+    def close(self, seconds: float | None = None) -> None:
+        """End the workers; items that wait are cancelled, and those under way waited for, at most ``seconds`` each."""
         waiting: list[Future[Result]] = []
         with self._lock:
             if self._closed:
@@ -96,7 +96,7 @@ class WorkerPool(Generic[Item, Result]):
         for future in waiting:  # without the lock: whoever is told may have one of its own
             future.cancel()
         for thread in self._threads:
-            thread.join()
+            thread.join(seconds)
 
     def __enter__(self) -> WorkerPool[Item, Result]:
         return self

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import perl_megatron
 from perl_megatron.data import image_reader
 from perl_megatron.data.image_reader import ImageReader
 from perl_megatron.data.images import load_image
@@ -116,3 +119,33 @@ def test_threads_may_take_at_once(ahead, paths):
     for thread in threads:
         thread.join(60)
     assert taken == {path: load_image(path, *BOUNDS).tobytes() for path in paths}
+
+
+ENDS_WHILE_IMAGES_ARE_DECODED = """
+import sys
+from pathlib import Path
+from perl_megatron.data import node_folder
+from perl_megatron.data.image_reader import ImageReader
+from perl_megatron.data.images_ahead import ImagesAhead
+
+node_folder.SHARED_MEMORY = Path(sys.argv[1])
+remove = node_folder._remove_if_dead
+def say_who_is_left(lock_path):
+    remove(lock_path)
+    print("workers:", sum(thread.is_alive() for thread in ahead._pool._threads), "folder:", lock_path.exists())
+ahead = ImagesAhead(ImageReader(node_folder.own_pixels(2**20), 784, 784), num_processes=2, max_bytes=2**20)
+node_folder._remove_if_dead = say_who_is_left
+ahead.expect(map(Path, sys.argv[2:]))
+ahead.read(Path(sys.argv[2]))
+"""
+
+
+def test_processes_that_decode_ahead_end_before_the_folder_is_removed(tmp_path, paths):
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_IMAGES_ARE_DECODED, tmp_path, *paths],
+        capture_output=True,
+        text=True,
+        cwd=Path(perl_megatron.__file__).parents[1],
+        check=False,
+    )
+    assert (ended.stdout, ended.stderr) == ("workers: 0 folder: False\n", "")

@@ -1,5 +1,6 @@
 import logging
 import os
+import pickle
 import shutil
 import signal
 from collections import namedtuple
@@ -12,7 +13,7 @@ from launch_ranks import running_ranks
 from tiny_checkpoint import make_images
 
 from perl_megatron.data import node_folder
-from perl_megatron.data.node_folder import NodeFolder, node_pixels, own_pixels
+from perl_megatron.data.node_folder import NodeFolder, Offer, node_pixels, own_pixels
 from perl_megatron.runtime import collective
 
 Usage = namedtuple("Usage", "free")
@@ -105,6 +106,69 @@ def test_a_forked_process_does_not_let_go_of_its_parents_folder(tmp_path):
     assert not folder.path.exists()
 
 
+def test_a_folder_that_is_written_to_while_it_is_removed_is_found_by_the_next_run(tmp_path, monkeypatch):
+    folder, remove = NodeFolder(tmp_path, "run"), os.rmdir
+
+    def too_late(path, **keys):
+        if Path(path) == folder.path:
+            (folder.path / "late").touch()
+        remove(path, **keys)
+
+    with monkeypatch.context() as writer:
+        writer.setattr(os, "rmdir", too_late)
+        folder.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.lock"}
+    node_folder._remove_if_dead(tmp_path / "run.lock")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_removed_under_a_living_run_is_made_anew(places):
+    """As systemd-logind does when a user logs out, with everything of the user's in /dev/shm."""
+    place = places[0]
+    store = own_pixels(2**20)
+    folder = store._folder
+    put(store, 1)
+    helper = pickle.loads(pickle.dumps(store))
+    shutil.rmtree(place)
+
+    for image in (put(helper, 2), put(pickle.loads(pickle.dumps(store)), 2)):
+        assert not image.is_shared  # and a process that holds no lock makes nothing that nobody would remove
+    assert not place.exists()
+
+    assert put(store, 2).is_shared
+    assert helper.get("key2").is_shared
+    other = own_pixels(2**20)
+    assert store.holds("key2")  # nobody takes the folder for that of a dead run
+    del store, other
+    assert not folder.exists()
+    assert not list(place.iterdir())
+
+
+def test_processes_whose_folder_was_removed_go_on_whoever_ends_first(tmp_path):
+    for last in (0, 1):
+        place = tmp_path / str(last)
+        place.mkdir(mode=0o700)
+        folders = [NodeFolder(place, "run"), NodeFolder(place, "run")]
+        shutil.rmtree(place)
+        folders[0].restore()
+        folders[1 - last].close()
+        folders[last].restore()
+        assert folders[last].path.is_dir()
+        folders[last].close()
+        folders[last].restore()  # not by those that have left it
+        assert not list(place.iterdir())
+
+
+def test_a_folder_is_not_made_anew_in_one_of_someone_else(places, tmp_path, caplog):
+    store, theirs = own_pixels(2**20), tmp_path / "theirs"
+    shutil.rmtree(places[0])
+    theirs.mkdir()
+    places[0].symlink_to(theirs)
+    assert not put(store, 1).is_shared
+    assert not list(theirs.iterdir())
+    assert "is not a folder of this user alone" in caplog.text
+
+
 def test_a_lock_file_that_is_removed_in_the_meantime_is_made_again(tmp_path, monkeypatch):
     lock_path, flock = tmp_path / "run.lock", node_folder.fcntl.flock
 
@@ -135,7 +199,24 @@ def test_shared_memory_is_taken_where_it_has_room(places, monkeypatch, caplog):
         assert store._folder.parent == place
         assert store.max_bytes == max_bytes
         assert len(caplog.records) == warned
-    assert "up to 256 MiB of pixels are kept" in caplog.text
+    assert "is less than 1024 MiB: up to 256 MiB of pixels are kept" in caplog.text
+    assert "data.pixel_cache_mib" not in caplog.text  # not of every store
+
+
+def test_without_a_temporary_folder_shared_memory_is_enough(places, monkeypatch, caplog):
+    def find_none():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(node_folder.tempfile, "gettempdir", find_none)
+    assert own_pixels(2**20)._folder.parent == places[0]
+    assert not caplog.records
+    set_free(monkeypatch, places[:1], 2**20)
+    store = own_pixels(2**20)
+    assert (store._folder.parent, store.max_bytes) == (places[0], 2**19)
+    monkeypatch.setattr(node_folder, "SHARED_MEMORY", Path("/nowhere"))
+    assert own_pixels(2**20)._folder is None
+    for words in ("/nowhere", "No usable temporary directory found", "each process keeps its own pixels"):
+        assert words in caplog.records[-1].getMessage()
 
 
 def test_a_folder_of_someone_else_is_not_used(places, tmp_path, caplog):
@@ -158,7 +239,8 @@ def test_processes_of_a_node_agree_on_the_place_of_its_first_one(places, monkeyp
 
     def gather(mine):
         assert mine[0] == host
-        return [("another host", "run0", (Path("/nowhere"), 5)), (host, "run1", (tmp, 7 * 2**20)), mine]
+        theirs = Offer(tmp, 7 * 2**20)
+        return [("another host", "run0", Offer(Path("/nowhere"), 5)), (host, "run1", theirs), mine]
 
     monkeypatch.setattr(collective, "gather_objects", gather)
     one, other = node_pixels(2**20), node_pixels(2**20)
@@ -167,6 +249,21 @@ def test_processes_of_a_node_agree_on_the_place_of_its_first_one(places, monkeyp
     put(one, 1)
     assert other.get("key1").is_shared
     assert not list(shm.glob("*.lock"))
+
+
+def test_the_first_process_of_a_node_says_what_its_processes_get(places, monkeypatch, caplog):
+    set_free(monkeypatch, places, GIB, GIB)
+    told = []
+
+    def gather(mine):
+        told.append(mine)
+        return [("another host", "run", Offer(None, 5, "said there")), *told]
+
+    monkeypatch.setattr(collective, "gather_objects", gather)
+    stores = [node_pixels(GIB), node_pixels(2 * GIB)]
+    assert [store.max_bytes for store in stores] == [GIB // 2, GIB // 2]
+    (record,) = caplog.records
+    assert "is less than 1024 MiB: up to 512 MiB of pixels are kept" in record.getMessage()
 
 
 def test_ranks_of_a_node_share_their_pixels_and_killed_ones_leave_nothing_for_long(tmp_path):

@@ -148,6 +148,47 @@ def test_a_folder_that_is_gone_costs_no_run(store, tmp_path, caplog):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("name", ["pixels", "sources", "locks"])
+def test_a_part_of_the_folder_that_is_gone_is_made_anew(store, tmp_path, caplog, name):
+    for number in range(4):
+        put(store, number)
+    shutil.rmtree(tmp_path / name)
+    for number in (4, 5, 6):
+        assert put(store, number).is_shared
+        assert store.of_source(f"source{number}").is_shared
+        assert store.num_bytes <= 4 * ONE
+    assert not caplog.records
+
+
+def test_a_folder_is_restored_once_for_each_image(tmp_path, caplog):
+    calls = []
+    store = PixelStore(tmp_path, 4 * ONE, restore=lambda: calls.append(tmp_path.mkdir()))
+    shutil.rmtree(tmp_path)
+    assert put(store, 1).is_shared
+    assert len(calls) == 1
+    shutil.rmtree(tmp_path)
+    tmp_path.touch()  # in its way
+    for number in (2, 3):
+        assert not put(store, number).is_shared
+    assert len(caplog.records) == 1
+    tmp_path.unlink()
+    assert put(store, 4).is_shared
+
+
+def test_a_helper_makes_no_folder_and_leaves_what_it_cannot_share_to_whom_it_helps(store, tmp_path, caplog):
+    helper = pickle.loads(pickle.dumps(store))
+    shutil.rmtree(tmp_path)
+    for helping in (helper, pickle.loads(pickle.dumps(store))):
+        assert not put(helping, 1).is_shared
+        assert not helping.holds("key1")
+    tmp_path.mkdir()
+    assert not put(helper, 1).is_shared
+    assert not list(tmp_path.iterdir())
+    assert not caplog.records
+    assert put(store, 1).is_shared
+    assert put(helper, 2).is_shared
+
+
 def test_without_a_folder_everything_is_the_processs_own():
     store = PixelStore(None, 4 * ONE)
     with store.alone("source1"):
