@@ -133,7 +133,9 @@ def test_two_log_probabilities_exchanged(found):
 
 def test_a_gradient_norm_that_counts_a_part_twice(found):
     findings, others = found
-    norm = findings.gradient_norm * (1 + 1e-5)
+    norm = findings.gradient_norm * (
+        1 + 1e-4
+    )  # the biases of a replicated tower, counted twice, add half as much again
     assert failed_rows(replace(findings, gradient_norm=norm), others) == {"gradient norm": "all parameters"}
 
 
