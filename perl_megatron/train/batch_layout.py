@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from perl_megatron.batching.cost import CostModel
 from perl_megatron.batching.micro_batches import plan_micro_batches
@@ -62,23 +63,15 @@ class BatchLayout:
         self, sequences: Sequence[TrainingSequence], indices: Sequence[int], *, with_images: bool
     ) -> MicroBatch:
         """One micro-batch of the plan, on the device; ``with_images`` for the model chunk that encodes them."""
-        patches = self._encoder.patches if with_images else None
-        if self._cost.sharing == "full":
-            return lay_out_packed(
-                sequences,
-                indices,
-                length_multiple=self._length_multiple,
-                pad_token_id=self._encoder.pad_token_id,
-                patches=patches,
-                device=platform.device(),
-            )
-        return lay_out_rows(
+        lay_out: Callable[..., MicroBatch] = lay_out_packed
+        if self._cost.sharing != "full":
+            context = (self._topology.context_rank, self._topology.context_size)
+            lay_out = partial(lay_out_rows, share_images=self._cost.sharing == "vision", context=context)
+        return lay_out(
             sequences,
             indices,
             length_multiple=self._length_multiple,
             pad_token_id=self._encoder.pad_token_id,
-            patches=patches,
+            patches=self._encoder.patches if with_images else None,
             device=platform.device(),
-            share_images=self._cost.sharing == "vision",
-            context=(self._topology.context_rank, self._topology.context_size),
         )

@@ -74,8 +74,9 @@ def expected_gradient(reference, loss):
     return {name: parameter.grad.numpy() for name, parameter in reference.named()}
 
 
-def test_log_probabilities_are_those_of_the_sampling_distribution(start, sequences, reference):
-    found = start().log_probs(sequences)
+@pytest.mark.parametrize("sharing", ["full", "vision", "none"])
+def test_log_probabilities_are_those_of_the_sampling_distribution(start, sequences, reference, sharing):
+    found = start(actor={"sharing": sharing}).log_probs(sequences)
     for sequence, values in zip(sequences, found, strict=True):
         assert values.dtype == np.float32
         np.testing.assert_allclose(values, reference.log_prob(sequence).detach().numpy(), rtol=0, atol=1e-5)
