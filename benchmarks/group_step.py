@@ -79,10 +79,18 @@ class OurStep:
     new_gradient_bytes = 0
     """The gradient buffers are there before."""
 
-    def __init__(self, case: Case, folder: Path, *, sharing: str, micro_batch_tokens: int = WHOLE_GROUP):
+    def __init__(
+        self,
+        case: Case,
+        folder: Path,
+        *,
+        sharing: str,
+        micro_batch_tokens: int = WHOLE_GROUP,
+        dtype: str = "float32",
+    ):
         config = Config.model_validate(
             {
-                "model": {"path": folder / "policy", "dtype": "float32"},
+                "model": {"path": folder / "policy", "dtype": dtype},
                 "rollout": {"temperature": 1.0},
                 "algorithm": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "kl_coefficient": 0.0},
                 "actor": {"sharing": sharing, "micro_batch_tokens": micro_batch_tokens},

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.train.batch import TrainingSequence
@@ -84,16 +85,17 @@ QUICK = {"tiny": Case(TINY, 3, 5, rollouts=2, side=56, ragged=True)}
 ALL_CASES = CASES | SWEEP | QUICK
 
 
-def write_case(case: Case, folder: Path) -> None:
-    """A checkpoint with random float32 weights, norms and biases random too, and the images."""
+def write_case(
+    case: Case, folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> None:
+    """A checkpoint with random weights, norms and biases random too, drawn on ``device`` (a CPU), and the images."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     import make_tiny_policy as tool
-    import torch
     import transformers
     from PIL import Image
 
     shape = case.shape
-    tiny = tool.TinyShape(
+    sizes = tool.TinyShape(
         hidden=shape.hidden,
         layers=shape.layers,
         heads=shape.heads,
@@ -106,12 +108,13 @@ def write_case(case: Case, folder: Path) -> None:
         rope_theta=1e6,
     )
     policy = folder / "policy"
-    tool.make_tiny_policy(policy, tiny)  # for its tokenizer and processors; the weights are replaced
-    config = transformers.Qwen2_5_VLConfig.from_pretrained(policy)
+    tool.make_tiny_policy(policy, tool.TinyShape())  # for its tokenizer and processors
+    config = tool.make_config(sizes, transformers.AutoTokenizer.from_pretrained(policy))
     config.text_config.vocab_size = shape.vocabulary
     config.vision_config.fullatt_block_indexes = list(shape.full_attention_blocks)
     torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config).float()
+    with torch.device(device or "cpu"):
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

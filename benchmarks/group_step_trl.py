@@ -41,9 +41,18 @@ class TrlStep:
         micro_batches: parts that the group is split into, each ``per_device_train_batch_size`` sequences.
         responses_only: let the output layer score the response tokens alone, as TRL does on a GPU. On a CPU it scores
             the prompt's tokens too, and throws their log-probabilities away.
+        dtype: of weights and activations; in bfloat16 without autocast, as ours.
     """
 
-    def __init__(self, case: Case, folder: Path, *, responses_only: bool, micro_batches: int = 1):
+    def __init__(
+        self,
+        case: Case,
+        folder: Path,
+        *,
+        responses_only: bool,
+        micro_batches: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ):
         import trl
         from datasets import Dataset
         from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -53,9 +62,7 @@ class TrlStep:
         encoder = make_encoder(folder)
         sequences = make_group(case, folder, encoder)
         policy = folder / "policy"
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            policy, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(policy, dtype=dtype, attn_implementation="sdpa")
         settings = trl.GRPOConfig(
             output_dir=str(folder / "trl"),
             per_device_train_batch_size=len(sequences) // micro_batches,
@@ -69,7 +76,7 @@ class TrlStep:
             max_completion_length=max(len(sequence.response) for sequence in sequences),
             gradient_checkpointing=False,
             bf16=False,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             report_to="none",
         )
         self._trainer: Any = trl.GRPOTrainer(
@@ -80,7 +87,8 @@ class TrlStep:
             processing_class=AutoProcessor.from_pretrained(policy),
         )
         self._trainer.current_gradient_accumulation_steps = micro_batches
-        self._trainer._buffered_inputs = _batches(sequences, encoder, micro_batches)
+        device = self._trainer.accelerator.device
+        self._trainer._buffered_inputs = _batches(sequences, encoder, micro_batches, device)
         self._trainer._step = micro_batches  # the first step of an iteration would sample
         self._micro_batches = micro_batches
 
@@ -106,11 +114,16 @@ def _no_reward(**unused: Any) -> list[float]:
     raise AssertionError("nothing is sampled here")
 
 
-def _batches(sequences: list[TrainingSequence], encoder: PromptEncoder, number: int) -> list[dict[str, Any]]:
+def _batches(
+    sequences: list[TrainingSequence], encoder: PromptEncoder, number: int, device: torch.device
+) -> list[dict[str, Any]]:
     """As the trainer's own ``_prepare_inputs`` leaves them, but not shuffled: views stay together, which pads least."""
     total = torch.tensor(float(sum(len(sequence.response) for sequence in sequences)))
-    parts = np.array_split(np.arange(len(sequences)), number)
-    return [_batch([sequences[index] for index in part], encoder) | {"num_items_in_batch": total} for part in parts]
+    batches = []
+    for part in np.array_split(np.arange(len(sequences)), number):
+        batch = _batch([sequences[index] for index in part], encoder) | {"num_items_in_batch": total}
+        batches.append({key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()})
+    return batches
 
 
 def _batch(sequences: list[TrainingSequence], encoder: PromptEncoder) -> dict[str, Any]:

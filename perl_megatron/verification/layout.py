@@ -30,14 +30,15 @@ TEXT = {
 }
 VISION = {
     "depth": 3,
-    "hidden_size": 160,
+    "hidden_size": 320,
     "intermediate_size": 120,
     "num_heads": 8,
     "window_size": 56,
     "out_hidden_size": 192,
     "fullatt_block_indexes": [1],
 }
-"""Widths and head counts differ pairwise, so that a mix-up cannot pass; tensor-parallel sizes 2 and 4 divide them."""
+"""Widths and head counts differ pairwise, so that a mix-up cannot pass; tensor-parallel sizes 2 and 4 divide them. A
+head's width is a multiple of 8 (16 and 40), as the fused attention of GPUs needs it."""
 
 NUM_LAYERS = 4
 """Two pipeline stages of two virtual stages each divide it; stages of unequal length may need more (`--layers`)."""

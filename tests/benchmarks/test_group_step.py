@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from gpu_group_step import TINY  # noqa: E402
 from group_step import MISSED_GOAL, agree, rows_of_operations  # noqa: E402
 from group_step_cases import QUICK, make_encoder, make_group, write_case  # noqa: E402
 from group_step_flops import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, attention_product, count, minimum  # noqa: E402
@@ -123,3 +124,19 @@ def test_the_group_step_benchmark_compares_equal_work(tmp_path):
         assert operations["TRL"] > operations["none"]
     (full,) = {row["ours"] for row in rows if row["case"] == "tiny: operations"}
     assert operations["the least"] < full < operations["vision"] < operations["none"]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmarks_own_sides_run_on_a_cpu_too(tmp_path):
+    """One of its processes, on its tiny case; the times on a GPU are what it is for."""
+    folder = tmp_path / "case"
+    folder.mkdir()
+    write_case(TINY["tiny"], folder, dtype=torch.bfloat16)
+    command = [sys.executable, str(BENCHMARKS / "gpu_group_step.py"), "--worker", "full", "--case", "tiny"]
+    run = subprocess.run(
+        [*command, "--folder", str(folder), "--repeats", "1"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["layers"] == "torch" if not torch.cuda.is_available() else found["memory_gib"] > 0
+    assert abs(found["loss"]) < 1
