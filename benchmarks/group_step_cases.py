@@ -86,7 +86,12 @@ ALL_CASES = CASES | SWEEP | QUICK
 
 
 def write_case(
-    case: Case, folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    case: Case,
+    folder: Path,
+    *,
+    questions: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> None:
     """A checkpoint with random weights, norms and biases random too, drawn on ``device`` (a CPU), and the images."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -121,7 +126,7 @@ def write_case(
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(policy)
     random = np.random.default_rng(0)
-    for number in range(case.images):
+    for number in range(case.images * questions):
         pixels = random.integers(0, 256, (case.side, case.side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
 
@@ -133,15 +138,15 @@ def make_encoder(folder: Path) -> PromptEncoder:
     return encoder
 
 
-def make_group(case: Case, folder: Path, encoder: PromptEncoder) -> list[TrainingSequence]:
-    """The case's sequences, view after view, the same in every process."""
-    random = np.random.default_rng(1)
+def make_group(case: Case, folder: Path, encoder: PromptEncoder, question: int = 0) -> list[TrainingSequence]:
+    """The sequences of a question with images of its own, view after view, the same in every process."""
+    random = np.random.default_rng(1 + question)
     text = f"{IMAGE_PLACEHOLDER} " * case.images + QUESTION
     sequences = []
     for index in range(case.views):
         order = tuple(np.roll(np.arange(case.images), -index).tolist())
-        images = tuple(folder / f"{old}.png" for old in order)
-        prompt = encoder.encode(View("question", index, order, images, text, "7", "index"))
+        images = tuple(folder / f"{question * case.images + old}.png" for old in order)
+        prompt = encoder.encode(View(f"question {question}", index, order, images, text, "7", "index"))
         for _ in range(case.rollouts):
             quarter = case.response // 4
             length = int(random.integers(quarter, 7 * quarter + 1)) if case.ragged else case.response
