@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"questions"},
     {
         *("collect", "drawn", "step_metrics", "session", "loop", "build", "jobs", "serving", "ahead"),
-        *("training_session", "evaluation_job"),
+        *("training_session", "evaluation_job", "step_in_progress", "launching"),
     },
     {"cli"},
     {"__main__"},
