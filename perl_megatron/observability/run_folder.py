@@ -22,15 +22,8 @@ MAY_CHANGE = frozenset(
         *("rollout.tensor_parallel", "rollout.max_concurrent_sequences", "rollout.gpu_memory_fraction"),
         *("rollout.servers", "rollout.api_key_file", "rollout.weight_transfer", "rollout.shared_folder"),
         *("rollout.request_deadline", "rollout.health_deadline", "rollout.sync_deadline"),
-        *(
-            "launch",
-            "rollout.questions_per_call",
-            "rollout.cpu_cache_gib",
-            "filter.max_refills",
-            "filter.skip_empty_steps",
-            "supervised.steps",
-            "actor",
-        ),
+        *("rollout.cpu_cache_gib", "rollout.questions_per_call", "launch", "actor"),
+        *("filter.max_refills", "filter.skip_empty_steps", "supervised.steps"),
         *("optimizer.learning_rate", "optimizer.min_learning_rate", "model.recompute"),
     )
 )
