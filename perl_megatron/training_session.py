@@ -153,16 +153,13 @@ class TrainingSession(Session):
         left = self.collector.in_progress
         if left is None or self.topology.rank != 0:
             return
+        step = left.drawn.step + 1
         try:
             write_step(self.folder.step_in_progress, left)
         except OSError as error:
-            self.journal.note(
-                f"the groups of step {left.drawn.step + 1} could not be kept and are drawn again: {error}"
-            )
+            self.journal.note(f"the groups of step {step} could not be kept and will be drawn again: {error}")
         else:
-            self.journal.note(
-                f"step {left.drawn.step + 1} goes on with the {len(left.drawn.groups)} groups that it has"
-            )
+            self.journal.note(f"step {step} will go on with the {len(left.drawn.groups)} groups that it has")
 
     def _learn(self, times: Mapping[str, float]) -> None:
         """What steps take; say once where one could not end within the grace period."""
@@ -172,8 +169,8 @@ class TrainingSession(Session):
         if short is not None and not self._is_warned:
             self._is_warned = True
             self.journal.note(
-                f"launch.grace_seconds is {self.config.launch.grace_seconds:g}, and '{short[0]}' with a checkpoint takes "
-                f"{short[1]:.0f} s: a run that is told to end in the middle of it would lose its steps since the last one"
+                f"'{short[0]}' with a checkpoint may take {short[1]:.0f} s, longer than launch.grace_seconds = "
+                f"{self.config.launch.grace_seconds:g}: a run that is told to end in it loses its steps since the last"
             )
 
     def _conclude(self) -> None:
