@@ -15,6 +15,7 @@ from perl_megatron.drawn import Drawn
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.server_engine import ServerEngine
 from perl_megatron.runtime import collective
+from perl_megatron.step_in_progress import StepInProgress
 
 END_SECONDS = 20.0
 """What rollouts that are given up may take to end: their processes' agreements should not be torn."""
@@ -59,7 +60,7 @@ class AheadCollector:
         else:
             assert pending.step == step, f"the groups of step {pending.step} are not those of step {step}"
             drawn = pending.result()
-        if step + 1 < self._num_steps and not drawn.exhausted:
+        if step + 1 < self._num_steps and not (drawn.exhausted or drawn.is_interrupted):
             self._pending = _Pending(self._collector, step + 1, self._alpha_of(step + 1), self._group)
             self._pending.thread.start()
         return drawn
@@ -88,6 +89,19 @@ class AheadCollector:
     def load_state(self, state: dict[str, Any]) -> None:
         """As ``GroupCollector.load_state``."""
         self._collector.load_state(state)
+
+    @property
+    def in_progress(self) -> StepInProgress | None:
+        """As ``GroupCollector.in_progress``; what is under way beside an update is drawn again."""
+        return self._collector.in_progress if self._pending is None else None
+
+    def go_on_with(self, left: StepInProgress) -> None:
+        """As ``GroupCollector.go_on_with``."""
+        self._collector.go_on_with(left)
+
+    def stop_by(self, must_stop: Callable[[], bool]) -> None:
+        """As ``GroupCollector.stop_by``."""
+        self._collector.stop_by(must_stop)
 
     def _bring(self, bring_weights: Callable[[], None]) -> None:
         bring_weights()  # does nothing where servers were brought the current ones before, and lost them again

@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, results, serve, plan, verify, verify-weights, triage, doctor.
+"""The command `perl-megatron`: train, sft, eval, launch, results, serve, plan, verify, verify-weights, triage, doctor.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -23,6 +23,7 @@ from perl_megatron.config.preset_source import preset_names
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.results_options import add_results_options
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
+from perl_megatron.launching import add_launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "plan":
             command.add_argument("--processes", type=int, help="number of processes (default: the fewest that fit)")
             command.add_argument("--json", action="store_true", help="print JSON")
+    add_launch(commands, check_before_start)
     add_verify(commands)
     description = "compare the weights of two checkpoints of any format, tensor by tensor; status 1 where they differ"
     verify = commands.add_parser("verify-weights", help=description, description=description)

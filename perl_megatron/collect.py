@@ -30,6 +30,7 @@ from perl_megatron.reward.scorer import Response, Scorer
 from perl_megatron.rollout.engine import RolloutEngine, Sampling
 from perl_megatron.runtime.collective import shared_batches, together
 from perl_megatron.runtime.rng import derive_seed
+from perl_megatron.step_in_progress import StepInProgress
 from perl_megatron.types import Group, Record
 
 
@@ -59,47 +60,86 @@ class GroupCollector:
         self.config, self.questions = config, questions
         self.encoder, self.engine, self.scorer = encoder, engine, Scorer(config)
         self._waiting: tuple[DrawnQuestion, ...] = ()
+        self._in_progress: StepInProgress | None = None
+        self._must_stop: Callable[[], bool] = lambda: False
 
     def collect(self, step: int, alpha: float) -> Drawn:
         """The groups of ``step``; ``alpha`` is the probability that a question gets permuted copies.
 
         Groups carried over from earlier steps come first. Where all `data.epochs` are used up, fewer groups than
         asked for may be kept, or none; and with `filter.skip_empty_steps` a step may keep none at any time. A step that
-        ends the run, or fails, leaves the position where it was: a resumed run draws its questions again.
+        ends the run, or fails, leaves the position where it was: a resumed run draws its questions again. So does one
+        that is interrupted (``stop_by``); it is kept as ``in_progress``, and a resumed run goes on with it.
 
         Raises:
             NothingKeptError: no group was kept after `filter.max_refills` refills, though there are more questions.
         """
         position = self.questions.state_dict()
         try:
-            drawn = self._collect(step, alpha)
-            if not drawn.kept and not drawn.exhausted and not self.config.filter.skip_empty_steps:
+            drawn = self._take_up(step)
+            drawn.is_interrupted = not self._collect(drawn, alpha)
+            if drawn.is_complete and not drawn.kept and not drawn.exhausted and not self.config.filter.skip_empty_steps:
                 raise NothingKeptError(drawn)
         except UserError:
             self.questions.load_state_dict(position)
             raise
-        if drawn.ends_run:
+        if drawn.is_interrupted:
+            self._in_progress = StepInProgress(drawn, begins=position, ends=self.questions.state_dict())
+        if drawn.is_interrupted or drawn.ends_run:
             self.questions.load_state_dict(position)
         else:
             self._waiting = tuple(drawn.carried)
         return drawn
 
-    def _collect(self, step: int, alpha: float) -> Drawn:
+    def _collect(self, drawn: Drawn, alpha: float) -> bool:
+        """Draw until there are enough; False where the run has to end before it could train on them."""
         config, wanted = self.config, self.config.rollout.questions_per_step
-        drawn = Drawn(step, self._take_waiting(step), exhausted=self._left() == 0)
-        while len(drawn.kept) < wanted and not drawn.exhausted:
-            count = self._bounded(math.ceil((wanted - len(drawn.kept)) * config.filter.oversample))
-            fresh = self._draw(count, step, drawn.refills)
-            drawn.exhausted = self._left() == 0
-            self._sample(fresh, step, alpha)
-            for question in fresh:
-                self._decide(question, has_room=len(drawn.kept) < wanted)
-                drawn.questions.append(question)
+        while drawn.round_left or not (drawn.is_complete or drawn.exhausted or len(drawn.kept) >= wanted):
+            missing = math.ceil((wanted - len(drawn.kept)) * config.filter.oversample)
+            drawn.round_left = drawn.round_left or self._bounded(missing)
+            while drawn.round_left:
+                if self._must_stop():
+                    return False
+                self._draw_some(drawn, alpha)
             if len(drawn.kept) >= wanted or drawn.refills == config.filter.max_refills:
                 break
             drawn.refills += 1
-        drawn.cache_use = self.engine.take_cache_use()
-        return drawn
+        drawn.is_complete = True
+        return drawn.ends_run or not self._must_stop()
+
+    def _draw_some(self, drawn: Drawn, alpha: float) -> None:
+        """Draw, sample and judge what one call of the engine is for."""
+        wanted, count = self.config.rollout.questions_per_step, drawn.round_left
+        count = min(count, self.config.rollout.questions_per_call or count)
+        fresh = self._draw(count, drawn.step, drawn.refills)
+        self._sample(fresh, drawn.step, alpha)
+        for question in fresh:
+            self._decide(question, has_room=len(drawn.kept) < wanted)
+            drawn.questions.append(question)
+        drawn.exhausted = self._left() == 0
+        drawn.round_left = 0 if drawn.exhausted else drawn.round_left - count
+        drawn.cache_use = drawn.cache_use + self.engine.take_cache_use()
+
+    def _take_up(self, step: int) -> Drawn:
+        """What an interrupted start of this step has left, or a beginning."""
+        left, self._in_progress = self._in_progress, None
+        if left is None or left.drawn.step != step:
+            return Drawn(step, self._take_waiting(step), exhausted=self._left() == 0)
+        self.questions.load_state_dict(left.ends)
+        return left.drawn
+
+    def stop_by(self, must_stop: Callable[[], bool]) -> None:
+        """Ask between two calls of the engine, on all ranks, whether the run has to end before a step could."""
+        self._must_stop = must_stop
+
+    @property
+    def in_progress(self) -> StepInProgress | None:
+        """The step that was interrupted, or that a resumed run is to go on with."""
+        return self._in_progress
+
+    def go_on_with(self, left: StepInProgress) -> None:
+        """Let the step that was interrupted be taken up where it was left."""
+        self._in_progress = left
 
     def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
         """Nothing is ever under way between two calls of ``collect``."""

@@ -62,6 +62,12 @@ class Drawn:
     that wait can come after it."""
     cache_use: CacheUse = field(default_factory=CacheUse)
     """Of the engine, for all groups that were sampled in this step."""
+    round_left: int = 0
+    """Questions that are still to be drawn before it is looked whether there are enough groups."""
+    is_complete: bool = False
+    """Whether nothing more is drawn for this step."""
+    is_interrupted: bool = False
+    """Whether the run has to end before it can train on this; a resumed run goes on with it."""
 
     @property
     def kept(self) -> list[Group]:

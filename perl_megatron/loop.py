@@ -22,7 +22,7 @@ def train(session: TrainingSession) -> None:
     """Run the session from where its last checkpoint left it until `run.steps`, or until it is asked to stop."""
     config, actor = session.config, session.actor
     step, phases = session.restore(), session.phases
-    if step == 0 and not session.stop_requested():
+    if session.owes_evaluation(step) and not session.stop_requested():
         session.evaluate(step)
     while step < config.run.steps and not session.stop_requested():
         alpha = swap_probability(config.permutation, step, config.run.steps)
@@ -32,6 +32,8 @@ def train(session: TrainingSession) -> None:
             session.sync_weights(step)
         with session.saved_on_user_error(step), phases("generate"):
             drawn = session.collector.collect(step, alpha)
+        if drawn.is_interrupted:
+            break  # the groups are kept for when the run is resumed
         if drawn.ends_run:
             session.end_of_questions(drawn)
             break

@@ -92,7 +92,7 @@ class Session:
         return self._journal
 
     def stop_requested(self) -> bool:
-        """Whether Ctrl-C or SIGTERM reached any rank; the same answer on all."""
+        """Whether Ctrl-C, SIGTERM or SIGUSR1 reached any rank; the same answer on all."""
         return self._stop.requested(any_rank)
 
     def save_if_due(self, step: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perl_megatron.ahead import AheadCollector
@@ -11,8 +11,10 @@ from perl_megatron.drawn import Drawn, ledger_rows
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.evaluate import evaluate
 from perl_megatron.rollout.engine import RolloutEngine
-from perl_megatron.runtime.collective import any_rank
+from perl_megatron.runtime.collective import any_rank, gather_objects, together
+from perl_megatron.runtime.grace import Grace
 from perl_megatron.session import Session
+from perl_megatron.step_in_progress import read_step, write_step
 from perl_megatron.step_metrics import mismatch_metrics, staleness_metrics
 from perl_megatron.types import Record
 
@@ -33,6 +35,9 @@ class TrainingSession(Session):
         self._sync_metrics: dict[str, float] = {}
         self._synced_step = -1
         self._is_exhausted = False
+        self._grace = Grace(self._stop, self.config.launch.grace_seconds)
+        self._is_warned = False
+        collector.stop_by(lambda: any_rank(self._grace.is_over_before_step(self.phases.elapsed)))
 
     def await_rollouts(self, step: int) -> None:
         """Wait for the rollouts that were begun during the last update; the policy has made ``step`` steps.
@@ -59,6 +64,7 @@ class TrainingSession(Session):
         self.journal.groups(step, ledger_rows(drawn))
         self.journal.rollouts(step, drawn.kept, drawn.dropped)
         times = self.phases.take()
+        self._learn(times)
         sampled = sum(len(rollout.token_ids) for group in drawn.groups for rollout in group.rollouts)
         self.journal.step(
             step,
@@ -92,10 +98,14 @@ class TrainingSession(Session):
 
     def evaluate_and_save_if_due(self, step: int) -> None:
         """Evaluate and checkpoint as often as the config says."""
-        every = self.config.evaluation.every
-        if every and step % every == 0:
+        if self.owes_evaluation(step) and not any_rank(self._grace.is_over_before("evaluate")):
             self.evaluate(step)
         self.save_if_due(step)
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether the policy is to be evaluated after ``step`` steps: at the start, and as often as the config says."""
+        every = self.config.evaluation.every
+        return step == 0 or (every > 0 and step % every == 0)
 
     def evaluate(self, step: int) -> None:
         """Held-out accuracy and flip rate of π_θ, unless measured at this step already."""
@@ -106,14 +116,15 @@ class TrainingSession(Session):
             self.sync_weights(step)
             evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
             self.engine.take_cache_use()  # belongs to no step
+        self._grace.learn({"seconds/evaluate": self.phases.take()["seconds/evaluate"]})  # belongs to no step
         self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
-        self.phases.take()  # its time belongs to no step
 
     def finish(self, step: int) -> None:
         """As every session; evaluates the final policy first."""
         if self.is_complete(step):
             self.evaluate(step)
         super().finish(step)
+        self._keep_step_in_progress()
 
     def close(self) -> None:
         """As every session; ends the engine too."""
@@ -132,6 +143,35 @@ class TrainingSession(Session):
     def load_progress(self, progress: dict[str, Any]) -> None:
         """As every session."""
         self.collector.load_state(progress)
+        file, begin = self.folder.step_in_progress, {"step": progress["step"], "begins": progress["sampler"]}
+        left = together(lambda: read_step(file, **begin, encode=self.encoder.encode))
+        if all(gather_objects(left is not None)) and left is not None:
+            self.collector.go_on_with(left)
+
+    def _keep_step_in_progress(self) -> None:
+        """Let a resumed run go on with the groups of the step that was interrupted, if one was."""
+        left = self.collector.in_progress
+        if left is None or self.topology.rank != 0:
+            return
+        step = left.drawn.step + 1
+        try:
+            write_step(self.folder.step_in_progress, left)
+        except OSError as error:
+            self.journal.note(f"the groups of step {step} could not be kept and will be drawn again: {error}")
+        else:
+            self.journal.note(f"step {step} will go on with the {len(left.drawn.groups)} groups that it has")
+
+    def _learn(self, times: Mapping[str, float]) -> None:
+        """What steps take; say once where one could not end within the grace period."""
+        self._grace.learn(times)
+        # Sampling by several calls is interrupted between them.
+        short = self._grace.too_short_for(sampling=self.config.rollout.questions_per_call is None)
+        if short is not None and not self._is_warned:
+            self._is_warned = True
+            self.journal.note(
+                f"'{short[0]}' with a checkpoint may take {short[1]:.0f} s, longer than launch.grace_seconds = "
+                f"{self.config.launch.grace_seconds:g}: a run that is told to end in it loses its steps since the last"
+            )
 
     def _conclude(self) -> None:
         self.journal.summarize(engine=self.engine.name, layout=self.layout())

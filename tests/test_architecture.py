@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"questions"},
     {
         *("collect", "drawn", "step_metrics", "session", "loop", "build", "jobs", "serving", "ahead"),
-        *("training_session", "evaluation_job"),
+        *("training_session", "evaluation_job", "step_in_progress", "launching"),
     },
     {"cli"},
     {"__main__"},
@@ -72,7 +72,7 @@ ROOMS = {
 
 ENVIRONMENT_ROOMS = ["runtime/*.py", "launch/*.py"]
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
-WITHOUT_TORCH = ("types", "errors", "config", "launch", "batching", "chat", "plan")
+WITHOUT_TORCH = ("types", "errors", "config", "launch", "launching", "batching", "chat", "plan")
 """A login node without torch can load configs, plan and render jobs."""
 
 

@@ -78,6 +78,7 @@ def make_session(actor: NotingActor, drawn: Drawn, **algorithm: Any) -> SimpleNa
         saved_on_user_error=lambda step: nullcontext(),
         restore=lambda: 0,
         stop_requested=lambda: False,
+        owes_evaluation=lambda step: step == 0,
         await_rollouts=ignore,
         sync_weights=ignore,
         evaluate=ignore,

@@ -40,6 +40,9 @@ class RolloutConfig(Section):
     """For 'disk': a folder that the trainer's first process and all servers see under this path."""
     questions_per_step: int = Field(default=128, ge=1)
     """Informative questions (groups) that make up one training step."""
+    questions_per_call: int | None = Field(default=None, ge=1)
+    """Questions that are given to the engine at once; None: all that a step draws. Between two calls a run that is told
+    to end can keep what it has, so they should be shorter than launch.grace_seconds; small calls leave engines idle."""
     num_rollouts: int = Field(default=6, ge=1)
     """n: responses sampled for each view."""
     temperature: float = Field(default=1.0, gt=0)

@@ -10,6 +10,7 @@ from perl_megatron.config.actor_section import ActorSection
 from perl_megatron.config.algorithm_sections import AlgorithmConfig, FilterConfig
 from perl_megatron.config.endpoint_section import EndpointConfig
 from perl_megatron.config.evaluation_section import EvaluationConfig
+from perl_megatron.config.launch_section import LaunchConfig
 from perl_megatron.config.question_sections import DataConfig, PermutationConfig
 from perl_megatron.config.reward_section import RewardConfig
 from perl_megatron.config.rollout_section import RolloutConfig
@@ -41,3 +42,4 @@ class Config(Section):
     supervised: SupervisedConfig = SupervisedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     endpoint: EndpointConfig = EndpointConfig()
+    launch: LaunchConfig = LaunchConfig()

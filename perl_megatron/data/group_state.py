@@ -23,7 +23,7 @@ def group_to_json(group: Group) -> dict[str, Any]:
     Only what is there when a group has been scored: log-probabilities of the trainer and advantages come later.
     """
     return {
-        "record": _RECORD.dump_python(group.record, mode="json"),
+        "record": record_to_json(group.record),
         "orders": [list(view.order) for view in group.views],
         "rollouts": [_rollout_to_json(rollout) for rollout in group.rollouts],
     }
@@ -31,12 +31,22 @@ def group_to_json(group: Group) -> dict[str, Any]:
 
 def group_from_json(state: dict[str, Any], encode: Callable[[View], EncodedPrompt]) -> Group:
     """The inverse; views and prompts are made anew. Raises UserError as ``encode`` does (an image that is gone)."""
-    record = _RECORD.validate_python(state["record"])
+    record = record_from_json(state["record"])
     views = tuple(apply_order(record, order, index) for index, order in enumerate(state["orders"]))
     rollouts = [
         Rollout(**{**saved, **{name: _array_from_json(saved[name]) for name in ARRAYS}}) for saved in state["rollouts"]
     ]
     return Group(record, views, tuple(encode(view) for view in views), rollouts)
+
+
+def record_to_json(record: Record) -> dict[str, Any]:
+    """A record alone."""
+    return _RECORD.dump_python(record, mode="json")
+
+
+def record_from_json(state: dict[str, Any]) -> Record:
+    """The inverse."""
+    return _RECORD.validate_python(state)
 
 
 def _rollout_to_json(rollout: Rollout) -> dict[str, Any]:

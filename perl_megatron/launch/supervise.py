@@ -1,4 +1,4 @@
-"""Watch torchrun and its ranks: show rank 0, pass signals on once, and end whatever is left."""
+"""Watch torchrun and its ranks: show the first one, pass signals on once, and end whatever is left."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import TextIO
 
 import psutil
 
+from perl_megatron.launch.agent import DEAF_TO, PARENT_DIED
+
 POLL_SECONDS = 0.2
 SCAN_SECONDS = 1.0
 """How often the tree of processes is read, so that none is forgotten when its parent dies."""
@@ -22,9 +24,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """In a new child on Linux: get SIGTERM when the parent dies, even if by SIGKILL."""
+    """In a new child on Linux: get a signal that ends it when the parent dies, even if by SIGKILL."""
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(PARENT_DIED))
 
 
 class Supervisor:
@@ -32,25 +34,30 @@ class Supervisor:
 
     Args:
         agent: torchrun; the ranks are its children.
-        rank_zero_logs: torchrun's `--log-dir`, where rank 0's output appears.
+        first_rank_logs: torchrun's `--log-dir`, where the output of this machine's first rank appears.
         on_tick: called at every poll.
     """
 
-    def __init__(self, agent: subprocess.Popen[bytes], *, rank_zero_logs: Path, on_tick: Callable[[], None]):
+    def __init__(self, agent: subprocess.Popen[bytes], *, first_rank_logs: Path, on_tick: Callable[[], None]):
         self.ended_at_once = False
-        self.asked_to_stop = False
+        self.asked_by: signal.Signals | None = None
+        """The first signal that asked the ranks to stop."""
         self._agent, self._on_tick = agent, on_tick
         self._tails = [
-            _Tail(rank_zero_logs, "*/attempt_0/0/stdout.log", sys.stdout),
-            _Tail(rank_zero_logs, "*/attempt_0/0/stderr.log", sys.stderr),
+            _Tail(first_rank_logs, "*/attempt_0/0/stdout.log", sys.stdout),
+            _Tail(first_rank_logs, "*/attempt_0/0/stderr.log", sys.stderr),
         ]
-        self._signals = 0
+        self._stop_file: Path | None = None
         self._known: set[psutil.Process] = set()
         self._next_scan = 0.0
 
+    def watch_for(self, stop_file: Path) -> None:
+        """Take the appearance of a file for SIGUSR1."""
+        self._stop_file = stop_file
+
     def wait(self) -> int:
         """Until the agent has ended and nothing that it started is left; returns its exit code."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._on_signal) for number in DEAF_TO}
         try:
             while self._agent.poll() is None:
                 self._tick()
@@ -64,24 +71,32 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._on_tick()
+        if self._stop_file is not None and self.asked_by is None and self._stop_file.exists():
+            self.ask_to_stop(signal.SIGUSR1)
         for tail in self._tails:
             tail.forward()
         if time.monotonic() >= self._next_scan:
             self._next_scan = time.monotonic() + SCAN_SECONDS
             self._known.update(_descendants(self._agent.pid))
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
-        self.asked_to_stop = True
-        ranks = _descendants(self._agent.pid, recursive=False)
-        if self._signals == 1 and ranks:
-            print("stopping after this step; once more to end at once", file=sys.stderr, flush=True)
+    def ask_to_stop(self, number: signal.Signals) -> None:
+        """Pass a signal on to the ranks, once. A second Ctrl-C ends all at once, as does any signal before there are
+        ranks; a second one of another kind says nothing new.
+        """
+        ranks, is_first = _descendants(self._agent.pid, recursive=False), self.asked_by is None
+        self.asked_by = self.asked_by or number
+        if is_first and ranks:
+            more = "; once more to end at once" if number == signal.SIGINT else f" ({number.name})"
+            print(f"stopping after this step{more}", file=sys.stderr, flush=True)
             for rank in ranks:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     rank.send_signal(number)
-        else:
+        elif is_first or number == signal.SIGINT:
             self.ended_at_once = True
             self._kill_all()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.ask_to_stop(signal.Signals(number))
 
     def _kill_all(self) -> None:
         """SIGKILL for the agent and all that was ever seen below it."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from perl_megatron.config.layout import launched_processes
@@ -49,32 +52,67 @@ def launcher_pid() -> int | None:
     return int(value) if value is not None else None
 
 
+def slurm_node_rank() -> int | None:
+    """Which machine of a Slurm job step this is; None outside of one."""
+    value = os.environ.get("SLURM_NODEID")
+    return int(value) if value is not None else None
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """How the torchruns of several machines become one job."""
+
+    num_nodes: int
+    node_rank: int | None
+    """Which machine this is; None with 'c10d', which gives out the ranks."""
+    backend: str
+    """'static' or 'c10d'."""
+    host: str
+    """Of the first machine."""
+    port: int
+    local_address: str
+    """This machine's address as the others see it."""
+    job: str
+    """A name that no other job has that meets at the same place."""
+    timeout_seconds: float
+    """In which all machines have to be there."""
+
+
 def launch(
     argv: Sequence[str],
     *,
     num_processes: int,
     log_dir: Path | None = None,
+    logs: Path | None = None,
+    rendezvous: Rendezvous | None = None,
     master_port: int | None = None,
+    stop_file: Path | None = None,
     program: Sequence[str] = PROGRAM,
 ) -> int:
-    """Run `perl-megatron ARGV…` (or another program) as `num_processes` ranks; returns the exit code.
+    """Run `perl-megatron ARGV…` (or another program) as `num_processes` ranks here; returns the exit code.
 
-    Rank 0's output is on the console; every rank's is kept. Logs are in a temporary folder until the folder that holds
-    `log_dir` exists (a refused run leaves no folder), then in `log_dir/TIME`. The first SIGINT or SIGTERM
-    is passed to the ranks, once, which end after their step; the second ends everything at once. Ends with the first
-    failing rank's traceback. Exit code: 0; 75 for a run that was stopped by request; 2 for a user's mistake; 130 when
-    ended at once; 1 for the rest.
+    The first rank's output is on the console; every rank's is kept. Logs are in a temporary folder until the folder
+    that holds `log_dir` exists (a refused run leaves no folder), then in `log_dir/TIME`; or from the start in `logs`.
+    The first SIGINT, SIGTERM or SIGUSR1 is passed to the ranks, once, which end after their step or keep what they
+    have; so is SIGUSR1 when `stop_file` appears. A second SIGINT ends everything at once. Ends with the first failing
+    rank's traceback. Exit code: 0; 75 for a run that was stopped by request; 2 for a user's mistake; 130 when ended at
+    once by Ctrl-C; 1 for the rest.
 
-    Raises UserError where `master_port` cannot be used.
+    Args:
+        rendezvous: with the other machines of the job; None: there are none.
+        master_port: of a job of one machine; None: a free one.
+
+    Raises:
+        UserError: `master_port` cannot be used.
     """
     if master_port is not None:
         require_free_port(master_port)
-    staging = Path(tempfile.mkdtemp(prefix="perl-megatron-logs-"))
+    staging = logs or Path(tempfile.mkdtemp(prefix="perl-megatron-logs-"))
     failures = staging / "failures"
-    failures.mkdir()
+    failures.mkdir(parents=True, exist_ok=True)
     with (staging / "torchrun.log").open("wb") as agent_log:
         agent = subprocess.Popen(
-            _command([*program, *argv], num_processes, staging, master_port),
+            torchrun_command([*program, *argv], num_processes, staging, rendezvous, master_port),
             env=_environment(failures),
             stdout=agent_log,
             stderr=subprocess.STDOUT,
@@ -82,12 +120,14 @@ def launch(
             start_new_session=True,
             preexec_fn=die_with_parent,  # noqa: PLW1509 - only a system call, no lock is taken
         )
-        logs = _Logs(staging, log_dir)
-        supervisor = Supervisor(agent, rank_zero_logs=staging, on_tick=logs.link)
+        final = _Logs(staging, None if logs else log_dir, rendezvous)
+        supervisor = Supervisor(agent, first_rank_logs=staging, on_tick=final.link)
+        if stop_file is not None:
+            supervisor.watch_for(stop_file)
         code = supervisor.wait()
-    place = logs.settle()
-    status = conclude(code, place, ended_at_once=supervisor.ended_at_once, asked_to_stop=supervisor.asked_to_stop)
-    if place == staging and status in (0, EXIT_USER_ERROR):
+    place = final.settle()
+    status = conclude(code, place, ended_at_once=supervisor.ended_at_once, asked_by=supervisor.asked_by)
+    if place == staging and logs is None and status in (0, EXIT_USER_ERROR):
         shutil.rmtree(staging)  # no run began, and nothing is left to find out
     return status
 
@@ -95,9 +135,13 @@ def launch(
 class _Logs:
     """Temporary folder → the run's folder, as soon as there is one."""
 
-    def __init__(self, staging: Path, log_dir: Path | None):
+    def __init__(self, staging: Path, log_dir: Path | None, rendezvous: Rendezvous | None):
         self._staging = staging
-        self._final = None if log_dir is None else log_dir / time.strftime("%Y%m%d-%H%M%S")
+        name = time.strftime("%Y%m%d-%H%M%S")
+        if rendezvous is not None:  # the machines begin in the same second
+            unnamed = f"{rendezvous.local_address}-{os.getpid()}"
+            name += f"-node-{unnamed if rendezvous.node_rank is None else rendezvous.node_rank}"
+        self._final = None if log_dir is None else log_dir / name
 
     def link(self) -> None:
         """Show the logs in the run's folder while the run goes."""
@@ -115,11 +159,13 @@ class _Logs:
         return self._final
 
 
-def conclude(code: int, logs: Path, *, ended_at_once: bool, asked_to_stop: bool = False) -> int:
+def conclude(code: int, logs: Path, *, ended_at_once: bool, asked_by: signal.Signals | None = None) -> int:
     """Tell a person how the job ended, the first failure last; returns the exit code of `launch`."""
+    # Before its first step a run has nothing to lose: who asked by another signal than Ctrl-C can start it again.
+    before_first_step = 130 if asked_by in (None, signal.SIGINT) else EXIT_STOPPED
     if ended_at_once:
         print(f"ended at once; logs: {logs}", file=sys.stderr)
-        return 130
+        return before_first_step
     if code == 0:
         return EXIT_STOPPED if was_stopped(logs / "failures") else 0
     failure = first_failure(logs / "failures")
@@ -128,9 +174,9 @@ def conclude(code: int, logs: Path, *, ended_at_once: bool, asked_to_stop: bool 
         return EXIT_USER_ERROR
     if failure is not None:
         print(f"\nrank {failure.rank} failed first:\n{failure.text}logs of all ranks: {logs}", file=sys.stderr)
-    elif asked_to_stop:
+    elif asked_by is not None:
         print(f"stopped before the first step; logs: {logs}", file=sys.stderr)
-        return 130
+        return before_first_step
     else:
         reason = "no rank said why: one was killed (out of memory?) or crashed"
         print(f"\n{reason}\nlogs of all ranks: {logs}; torchrun's account:", file=sys.stderr)
@@ -142,15 +188,35 @@ def _tail(path: Path, num_lines: int = 25) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
 
-def _command(program: Sequence[str], num_processes: int, logs: Path, master_port: int | None) -> list[str]:
-    port = master_port if master_port is not None else free_port()
+def torchrun_command(
+    program: Sequence[str],
+    num_processes: int,
+    logs: Path,
+    rendezvous: Rendezvous | None = None,
+    master_port: int | None = None,
+) -> list[str]:
+    """torchrun on this machine, as an argument array."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes", "1", "--nproc-per-node", str(num_processes)),
-        *("--rdzv-backend", "static", "--master-addr", HOST, "--master-port", str(port)),
+        *(sys.executable, "-m", "perl_megatron.launch.agent"),
+        *("--nnodes", str(rendezvous.num_nodes if rendezvous else 1), "--nproc-per-node", str(num_processes)),
+        *_rendezvous_options(rendezvous, master_port),
         *("--log-dir", str(logs), "--redirects", "3"),
         *program,
     ]
+
+
+def _rendezvous_options(rendezvous: Rendezvous | None, master_port: int | None) -> list[str]:
+    if rendezvous is None:
+        port = master_port if master_port is not None else free_port()
+        return ["--rdzv-backend", "static", "--master-addr", HOST, "--master-port", str(port)]
+    host, port = rendezvous.host, rendezvous.port
+    seconds = math.ceil(rendezvous.timeout_seconds)
+    common = ["--rdzv-backend", rendezvous.backend, "--rdzv-id", rendezvous.job]
+    if rendezvous.backend == "static":
+        place = ["--master-addr", host, "--master-port", str(port), "--node-rank", str(rendezvous.node_rank)]
+        return [*common, *place, "--rdzv-conf", f"timeout={seconds}"]
+    place = ["--rdzv-endpoint", f"{host}:{port}", "--local-addr", rendezvous.local_address]
+    return [*common, *place, "--rdzv-conf", f"join_timeout={seconds}"]
 
 
 def _environment(failures: Path) -> dict[str, str]:

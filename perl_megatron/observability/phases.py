@@ -25,6 +25,11 @@ class Phases:
         """The innermost phase, None between phases."""
         return self._stack[-1] if self._stack else None
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the last call of ``take``."""
+        return time.perf_counter() - self._step_start
+
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time the block as phase `name`; an exception that passes through gets a note with the name."""

@@ -22,7 +22,8 @@ MAY_CHANGE = frozenset(
         *("rollout.tensor_parallel", "rollout.max_concurrent_sequences", "rollout.gpu_memory_fraction"),
         *("rollout.servers", "rollout.api_key_file", "rollout.weight_transfer", "rollout.shared_folder"),
         *("rollout.request_deadline", "rollout.health_deadline", "rollout.sync_deadline"),
-        *("rollout.cpu_cache_gib", "filter.max_refills", "filter.skip_empty_steps", "supervised.steps", "actor"),
+        *("rollout.cpu_cache_gib", "rollout.questions_per_call", "launch", "actor"),
+        *("filter.max_refills", "filter.skip_empty_steps", "supervised.steps"),
         *("optimizer.learning_rate", "optimizer.min_learning_rate", "model.recompute"),
     )
 )
@@ -111,6 +112,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Training states."""
         return self.root / "checkpoints"
+
+    @property
+    def step_in_progress(self) -> Path:
+        """The groups of a step that the run had to end before; a resumed run goes on with them."""
+        return self.root / "step_in_progress.json"
 
     @property
     def rollouts(self) -> Path:

@@ -1,24 +1,29 @@
-"""Stop after the current step: SIGINT and SIGTERM set a flag that all ranks read together."""
+"""A run is told to end: SIGINT, SIGTERM and SIGUSR1 set a flag that all ranks read together."""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what batch systems send as a warning, some time before they end a job."""
+
 
 class StopRequest:
-    """Context manager: the first SIGINT or SIGTERM becomes a request, a further SIGINT raises KeyboardInterrupt.
+    """Context manager: the first of ``STOP_SIGNALS`` becomes a request, a further SIGINT raises KeyboardInterrupt.
 
     Main thread only. The handlers that were there before come back at the end.
     """
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -33,6 +38,11 @@ class StopRequest:
         """The first signal that this process got, if any."""
         return self._received
 
+    @property
+    def received_at(self) -> float:
+        """When it came, in the seconds of ``time.monotonic``."""
+        return self._received_at
+
     def requested(self, agree: Callable[[bool], bool] | None = None) -> bool:
         """Whether to stop now. `agree` says whether any rank was asked (`collective.any_rank`), so that all stop
         after the same step although the signal reaches them at different times; every rank has to call it.
@@ -43,4 +53,6 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = self._received or signal.Signals(number)
+        if self._received is None:
+            self._received_at = time.monotonic()
+            self._received = signal.Signals(number)

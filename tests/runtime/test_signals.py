@@ -6,7 +6,7 @@ import pytest
 from perl_megatron.runtime.signals import StopRequest
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_becomes_a_request(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:

@@ -1,0 +1,184 @@
+"""What the section `launch` has to be, for torchrun on several machines and for a Slurm job."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from perl_megatron.config.launch_section import LaunchConfig
+from perl_megatron.config.layout import launched_processes
+from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
+
+SIGNAL_MARGIN = 30
+"""Seconds of a Slurm job after the grace period, for processes to end; Slurm's own clock is no finer."""
+
+_WORD = re.compile(r"[A-Za-z0-9_.,:@+/=-]+")
+"""What may stand in a line `#SBATCH`, which Slurm reads by rules of its own."""
+_OPTION = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+/=*\[\]&|()%-]+)?")
+_OURS = frozenset(
+    (
+        *("--job-name", "--output", "--error", "--open-mode", "--signal", "--requeue", "--no-requeue", "--nodes"),
+        *("--ntasks", "--ntasks-per-node", "--partition", "--account", "--qos", "--time", "--gpus-per-node"),
+        *("--cpus-per-task", "--array", "--chdir", "--wrap"),
+    )
+)
+"""Options of sbatch that have a setting, or that the script relies on."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
+
+
+def processes_per_node(config: Config) -> int:
+    """Processes of the layout on each of `launch.nodes` machines; UserError where they are not equally many."""
+    processes, nodes = launched_processes(config), config.launch.nodes
+    if processes % nodes or (nodes > 1 and config.parallel.data is None):
+        parallel = config.parallel
+        sizes = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × context {parallel.context}"
+        raise UserError(
+            f"{processes} processes (data {parallel.data or 1} × {sizes}) do not go evenly on {nodes} machines"
+            if processes % nodes
+            else f"it is not said how many processes there are on {nodes} machines",
+            where=f"launch.nodes = {nodes}, parallel.data = {parallel.data}",
+            fix="set parallel.data so that the product of all sizes is the number of processes on all machines",
+        )
+    return processes // nodes
+
+
+def endpoint_of(launch: LaunchConfig) -> tuple[str, int]:
+    """Host and port of `launch.endpoint`."""
+    host, _, port = launch.endpoint.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", host) or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise UserError(
+            f"{launch.endpoint!r} is not the place of a machine" if launch.endpoint else "no place is set to meet at",
+            where=f"launch.endpoint, launch.nodes = {launch.nodes}",
+            fix="set launch.endpoint=HOST:PORT, the first machine's address and a free port of it, on all machines",
+        )
+    return host, int(port)
+
+
+def check_node_rank(launch: LaunchConfig, node_rank: int | None) -> None:
+    """UserError where this machine's rank is missing, wrong, or not asked for."""
+    if launch.rendezvous == "c10d":
+        if node_rank is not None:
+            raise UserError(
+                "c10d gives out the ranks itself",
+                where=f"--node-rank {node_rank}, launch.rendezvous = c10d",
+                fix="leave --node-rank out, or set launch.rendezvous=static",
+            )
+    elif node_rank is None or not 0 <= node_rank < launch.nodes:
+        raise UserError(
+            f"{'no rank' if node_rank is None else f'{node_rank} is not the rank'} of one of {launch.nodes} machines",
+            where="--node-rank, launch.nodes, launch.rendezvous = static",
+            fix=f"start it on each machine with another --node-rank from 0 to {launch.nodes - 1}, or set "
+            "launch.rendezvous=c10d",
+        )
+
+
+def check_slurm(config: Config) -> None:
+    """UserError where no Slurm job could be made of the section; nothing is asked of Slurm."""
+    launch, here = config.launch, processes_per_node(config)
+    if launch.gpus_per_node not in (0, here):
+        raise UserError(
+            f"{launch.nodes} × {launch.gpus_per_node} GPUs are not the {here * launch.nodes} processes of the layout, "
+            "one for each GPU",
+            where=f"launch.nodes = {launch.nodes}, launch.gpus_per_node = {launch.gpus_per_node}, parallel",
+            fix=f"set launch.gpus_per_node={here}, or change launch.nodes or parallel.data",
+        )
+    for name in ("partition", "account", "qos"):
+        value = getattr(launch, name)
+        if value and not _WORD.fullmatch(value):
+            _refuse(f"{value!r} is no name of Slurm's", f"launch.{name}", "write letters, digits and _.,:@+/=- only")
+    for option in launch.sbatch_options:
+        name = option.partition("=")[0]
+        if not _OPTION.fullmatch(option):
+            _refuse(f"{option!r} is no option of sbatch", "launch.sbatch_options", "write --name or --name=value")
+        if name in _OURS:
+            _refuse(f"{name} is set by the section `launch`", "launch.sbatch_options", "set its own field instead")
+    if any(character in str(config.run.directory) for character in '"\\%\n\r'):
+        fix = 'choose a folder without ", \\, % and line ends'
+        _refuse(f"Slurm cannot write logs below {str(config.run.directory)!r}", "run.directory", fix)
+    _check_time(launch)
+    _check_environment(launch)
+    _check_container(launch)
+    _check_rollout_nodes(config)
+
+
+def signal_seconds(launch: LaunchConfig) -> int:
+    """How long before the end of its time a Slurm job is told."""
+    return math.ceil(launch.grace_seconds) + SIGNAL_MARGIN
+
+
+def servers_per_node(config: Config) -> int:
+    """Rollout servers on each rollout machine: each has the GPUs that it is spread over; without GPUs there is one."""
+    return max(1, config.launch.gpus_per_node // (config.rollout.tensor_parallel or 1))
+
+
+def _check_time(launch: LaunchConfig) -> None:
+    if not launch.time:
+        return
+    found = _TIME.fullmatch(launch.time)
+    if found is None:
+        _refuse(f"{launch.time!r} is no time limit of Slurm's", "launch.time", "write minutes, H:M:S, D-H or D-H:M:S")
+    assert found is not None
+    numbers = [int(part) for part in found["clock"].split(":")]
+    if found["days"] is not None:  # D-H[:M[:S]]
+        seconds = ((int(found["days"]) * 24 + numbers[0]) * 60 + sum(numbers[1:2])) * 60 + sum(numbers[2:3])
+    else:  # M[:S] or H:M:S
+        units = (60, 1) if len(numbers) < 3 else (3600, 60, 1)
+        seconds = sum(number * unit for number, unit in zip(numbers, units, strict=False))
+    if seconds <= signal_seconds(launch):
+        _refuse(
+            f"a job of {seconds} s would be told to end as it begins, {signal_seconds(launch)} s before",
+            f"launch.time = {launch.time}, launch.grace_seconds = {launch.grace_seconds:g}",
+            "give it more time, or a shorter grace period",
+        )
+
+
+def _check_environment(launch: LaunchConfig) -> None:
+    for assignment in launch.environment:
+        name, equals, _ = assignment.partition("=")
+        if not equals or not _NAME.fullmatch(name):
+            _refuse(f"{assignment!r} does not set a variable", "launch.environment", "write NAME=VALUE")
+    if launch.setup_file is not None and not launch.setup_file.is_file():
+        fix = f"paths are relative to the current directory, {Path.cwd()}"
+        _refuse("the file does not exist", f"launch.setup_file = {launch.setup_file}", fix)
+
+
+def _check_container(launch: LaunchConfig) -> None:
+    if (launch.container == "none") != (launch.container_image == ""):
+        _refuse(
+            "an image needs something that runs it" if launch.container_image else "there is no image to run",
+            f"launch.container = {launch.container}, launch.container_image = {launch.container_image!r}",
+            "set launch.container to pyxis or apptainer, and launch.container_image; or neither",
+        )
+    if launch.container_mounts and launch.container == "none":
+        _refuse("there is no container to mount it in", "launch.container_mounts", "set launch.container too")
+    for mount in launch.container_mounts:
+        if not mount.startswith("/") or "," in mount:
+            fix = "write /path or /path:/path/inside, without commas"
+            _refuse(f"{mount!r} cannot be mounted", "launch.container_mounts", fix)
+
+
+def _check_rollout_nodes(config: Config) -> None:
+    launch, rollout = config.launch, config.rollout
+    if not launch.rollout_nodes:
+        return
+    if rollout.servers or rollout.engine not in ("auto", "server"):
+        _refuse(
+            "the job's rollout machines have the servers of the run",
+            f"launch.rollout_nodes = {launch.rollout_nodes}, rollout.engine = {rollout.engine}, rollout.servers",
+            "leave rollout.engine and rollout.servers out, or set launch.rollout_nodes=0",
+        )
+    size = rollout.tensor_parallel or 1
+    if launch.gpus_per_node % size:
+        _refuse(
+            f"servers over {size} GPUs each do not use up {launch.gpus_per_node} GPUs",
+            f"rollout.tensor_parallel = {rollout.tensor_parallel}, launch.gpus_per_node = {launch.gpus_per_node}",
+            "make rollout.tensor_parallel a divisor of launch.gpus_per_node",
+        )
+
+
+def _refuse(what: str, where: str, fix: str) -> None:
+    raise UserError(what, where=where, fix=fix)

@@ -1,0 +1,35 @@
+"""torchrun, deaf to the signals that end a run: its ranks are to finish what they are at, and it waits for them.
+
+Batch systems send such signals to every process of a job at once. torchrun would take one for the end, and kill its
+ranks half a minute later. ``supervise`` tells the ranks instead. The handlers are functions, as ranks would inherit
+signals that are ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from types import FrameType
+
+DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PARENT_DIED = signal.SIGHUP
+"""Ends torchrun, which passes it on to its ranks."""
+
+
+def main() -> None:
+    """Be `python -m torch.distributed.run` with the same arguments."""
+    for number in DEAF_TO:
+        signal.signal(number, _ignore)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = PARENT_DIED.name
+    sys.argv[0] = "torchrun"
+    runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main()

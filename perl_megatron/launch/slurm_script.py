@@ -1,0 +1,90 @@
+"""The fixed text of the batch script; the variables in it are set by ``slurm.render``, above it.
+
+A run that is told to go is told by a file: a signal to a job step reaches every process of it, workers of data loaders
+included. The launcher on the first node looks for the file (the script runs there too), and its ranks tell the others.
+"""
+
+BODY = r"""
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address() {{  # of a host, as Slurm itself reaches it
+    scontrol --oneliner show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
+}}
+restarts=${{SLURM_RESTART_COUNT:-0}}
+start="$files/job-$SLURM_JOB_ID.$restarts"
+stop="$start.stop"
+
+asked=
+ask() {{  # the ranks finish their step if there is time, else they keep what they have; then they save
+    asked=$1
+    : > "$stop"
+}}
+trap 'ask USR1' USR1  # the time of the job is over soon, or it is preempted
+trap 'ask TERM' TERM  # it is cancelled
+
+if (( restarts > 0 )) && [[ $command != eval ]]; then
+    resume=()
+    for manifest in "$run"/checkpoints/step-*/manifest.json; do
+        [[ -e $manifest ]] && resume=(--resume)
+    done
+    if (( ${{#resume[@]}} == 0 )) && [[ -e $run ]]; then
+        mv -- "$run" "$run.before-$SLURM_JOB_ID.$restarts"  # it ended before its first checkpoint
+    fi
+fi
+
+settings=(
+    "launch.nodes=$trainer_nodes"
+    launch.rendezvous=static
+    "launch.endpoint=$(address "${{hosts[0]}}"):$((first_port + SLURM_JOB_ID % num_ports))"
+)
+{servers}
+srun "${{srun_options[@]}}" --nodes="$trainer_nodes" --ntasks="$trainer_nodes" --ntasks-per-node=1 --relative=0 \
+    --kill-on-bad-exit=1 \
+    "${{python[@]}}" -m perl_megatron launch torchrun --job "$command" ${{resume[@]+"${{resume[@]}}"}} \
+    --logs "$start" --stop-file "$stop" "$files/config.yaml" "${{settings[@]}}" &
+trainer=$!
+
+status=129
+until (( status <= 128 )); do  # a signal interrupts the wait
+    wait "$trainer"
+    now=$?
+    (( now == 127 )) && break  # it has ended, by a signal
+    status=$now
+done
+{servers_end}rm -f -- "$stop"
+if [[ $asked == USR1 && $status == "$stopped_status" && $requeue ]]; then
+    echo "queued again, to resume"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+
+SERVERS = r"""
+addresses=
+for host in "${hosts[@]:$trainer_nodes}"; do
+    for (( number = 0; number < servers_per_node; number++ )); do
+        addresses+="${addresses:+,}http://$(address "$host"):$((server_port + number))"
+    done
+done
+settings+=(rollout.engine=server "rollout.servers=$addresses" "rollout.api_key_file=$api_key_file")
+serve_node='# of each rollout node: one server for every so many of its GPUs
+servers_per_node=$1 gpus_per_server=$2 port=$3
+shift 3
+IFS=, read -r -a gpus <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((servers_per_node * gpus_per_server - 1)))}"
+for (( number = 0; number < servers_per_node; number++ )); do
+    if (( gpus_per_server > 0 )); then
+        mine=("${gpus[@]:$((number * gpus_per_server)):$gpus_per_server}")
+        export CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${mine[*]}")
+    fi
+    "$@" --port $((port + number)) &
+done
+wait'
+srun "${srun_options[@]}" --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
+    --relative="$trainer_nodes" --kill-on-bad-exit=0 --output="$start.servers-%n.log" \
+    bash -c "$serve_node" serve_node "$servers_per_node" "$gpus_per_server" "$server_port" \
+    "${python[@]}" -m perl_megatron serve "$files/config.yaml" --host 0.0.0.0 "rollout.api_key_file=$api_key_file" &
+servers=$!
+"""
+
+SERVERS_END = r"""kill -TERM "$servers" 2> /dev/null
+wait "$servers"
+"""

@@ -1,0 +1,73 @@
+"""How long a run that has been told to go may still work, and whether that is enough for what it is about to do."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+
+from perl_megatron.runtime.signals import StopRequest
+
+MARGIN = 1.25
+"""What is about to be done may take so many times what it took last."""
+
+TRAINING = ("log_probs", "update")
+"""The phases of a step after its groups are there."""
+
+
+class Grace:
+    """The time between the signal that ends a run and the end of its machine.
+
+    Ctrl-C comes from a person who waits, not from a machine that is taken away: it ends a run after the current step,
+    however long that takes.
+
+    Args:
+        stop: whether and when the signal came.
+        seconds: from the signal until nothing of the run may be left (`launch.grace_seconds`).
+    """
+
+    def __init__(self, stop: StopRequest, seconds: float):
+        self._stop, self._seconds = stop, seconds
+        self._took: dict[str, float] = {}
+
+    def learn(self, times: Mapping[str, float]) -> None:
+        """Take note of what a step and its phases took: `seconds/PHASE` and `seconds/step` (``Phases.take``)."""
+        self._took |= {name: seconds for name, seconds in times.items() if name.startswith("seconds/")}
+
+    def is_over_before_step(self, elapsed: float) -> bool:
+        """Whether the step that began ``elapsed`` seconds ago would end too late for a checkpoint after it.
+
+        Of a run that has not made a step yet nothing is known: any grace period is too short.
+        """
+        if self.seconds_left() == math.inf:
+            return False
+        # The checkpoint of the last step belongs to the next one's time.
+        step = self._took.get("seconds/step", math.inf) - self._took.get("seconds/save", 0.0)
+        training = sum(self._took.get(f"seconds/{phase}", 0.0) for phase in TRAINING)
+        return not self._leaves(max(step - elapsed, training))
+
+    def is_over_before(self, phase: str) -> bool:
+        """Whether ``phase`` would end too late for a checkpoint after it."""
+        return self.seconds_left() < math.inf and not self._leaves(self._took.get(f"seconds/{phase}", math.inf))
+
+    def seconds_left(self) -> float:
+        """Of the grace period, possibly negative; infinite where no signal has begun one."""
+        if self._stop.received in (None, signal.SIGINT):
+            return math.inf
+        return self._seconds - (time.monotonic() - self._stop.received_at)
+
+    def too_short_for(self, *, sampling: bool) -> tuple[str, float] | None:
+        """What cannot be interrupted and would not end within a grace period that began as it did, with its seconds.
+
+        None where all would: the update with the log-probabilities before it, and with ``sampling`` a step's sampling.
+        """
+        save = self._took.get("seconds/save", 0.0)
+        for name, phases in (("generate", ("generate",)), ("update", TRAINING)):
+            seconds = MARGIN * sum(self._took.get(f"seconds/{phase}", 0.0) for phase in phases) + save
+            if seconds > self._seconds and (sampling or name == "update"):
+                return name, seconds
+        return None
+
+    def _leaves(self, seconds: float) -> bool:
+        return MARGIN * seconds + self._took.get("seconds/save", 0.0) <= self.seconds_left()

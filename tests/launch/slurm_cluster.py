@@ -1,0 +1,180 @@
+"""A real Slurm of its own on this machine: its daemons on free ports, all files in one folder, gone at the end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from perl_megatron.launch.ports import free_port
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+READY_SECONDS = 60
+END_SECONDS = 30
+
+CONFIG = """
+ClusterName=perl
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket
+CredType=cred/munge
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool-%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+
+ReturnToService=2
+MpiDefault=none
+KillWait=30
+MinJobAge=300
+PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+"""
+
+
+def slurm_obstacle() -> str | None:
+    """Why no Slurm can be started here; None where one can."""
+    if os.geteuid() != 0:
+        return "Slurm's daemons are started by root only"
+    missing = [name for name in (*DAEMONS, "sbatch", "srun", "scontrol") if find(name) is None]
+    return f"not installed: {', '.join(missing)} (sh tools/install_slurm.sh)" if missing else None
+
+
+def find(name: str) -> str | None:
+    """The program's path; daemons lie where users do not look."""
+    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
+
+
+@dataclass(frozen=True)
+class SlurmCluster:
+    """A running one."""
+
+    root: Path
+    nodes: tuple[str, ...]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its commands need."""
+        return {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
+
+    def call(self, *command: str) -> str:
+        """The output of one of its commands."""
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout
+
+    def job(self, number: int) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        words = self.call("scontrol", "--oneliner", "show", "job", str(number)).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, number: int, condition: Callable[[dict[str, str]], bool], seconds: float = 300) -> dict[str, str]:
+        """The job once it is as it should be."""
+        until = time.monotonic() + seconds
+        while not condition(job := self.job(number)):
+            assert time.monotonic() < until, job
+            time.sleep(0.2)
+        return job
+
+
+@contextmanager
+def running_cluster(root: Path, num_nodes: int) -> Iterator[SlurmCluster]:
+    """Started, with all nodes idle; ended by the daemons' pid files, with all that they left."""
+    cluster = SlurmCluster(root, tuple(f"perl{number}" for number in range(num_nodes)))
+    try:
+        _start(cluster)
+        yield cluster
+    finally:
+        _end(cluster)
+
+
+def _start(cluster: SlurmCluster) -> None:
+    root, host = cluster.root, socket.gethostname().split(".")[0]
+    root.chmod(0o755)  # munge refuses a socket that others could not reach
+    key = root / "munge.key"
+    key.write_bytes(secrets.token_bytes(128))
+    key.chmod(0o400)
+    cores = os.cpu_count() or 1
+    lines = [
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cores} State=UNKNOWN"
+        for node in cluster.nodes
+    ]
+    config = CONFIG.format(host=host, root=root, controller_port=free_port())
+    (root / "slurm.conf").write_text(
+        "\n".join([*config.strip().splitlines()[:-1], *lines, config.splitlines()[-1], ""])
+    )
+    (root / "state").mkdir()
+    for node in cluster.nodes:
+        (root / f"spool-{node}").mkdir()
+    munged = ("--key-file", key, "--socket", root / "munge.socket", "--pid-file", root / "munged.pid")
+    _daemon(cluster, "munged", *munged, "--log-file", root / "munged.log", "--seed-file", root / "munge.seed")
+    _daemon(cluster, "slurmctld", "-f", root / "slurm.conf")
+    for node in cluster.nodes:
+        _daemon(cluster, "slurmd", "-f", root / "slurm.conf", "-N", node)
+    until = time.monotonic() + READY_SECONDS
+    while (states := cluster.call("sinfo", "--Node", "--noheader", "--format=%T").split()) != ["idle"] * len(
+        cluster.nodes
+    ):
+        assert time.monotonic() < until, f"{states}\n{_logs(root)}"
+        time.sleep(0.2)
+
+
+def _daemon(cluster: SlurmCluster, name: str, *arguments: object) -> None:
+    command = [find(name) or name, *map(str, arguments)]
+    result = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}\n{_logs(cluster.root)}"
+
+
+def _logs(root: Path) -> str:
+    return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in sorted(root.glob("*.log")))
+
+
+def _end(cluster: SlurmCluster) -> None:
+    """The jobs first, then the daemons, then what a job may have left below them."""
+    subprocess.run(["scancel", "--user=root", "--full", "--signal=KILL"], env=cluster.environment, check=False)
+    daemons = [*_by_pid_file(cluster.root, "slurmd-*.pid"), *_by_pid_file(cluster.root, "slurmctld.pid")]
+    below = [child for daemon in daemons for child in daemon.children(recursive=True)]
+    for process in daemons:
+        process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(daemons, timeout=END_SECONDS)
+    munged = _by_pid_file(cluster.root, "munged.pid")
+    for process in munged:
+        process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs([*daemons, *munged, *below, *_steps(cluster.root)], timeout=END_SECONDS)
+    for process in alive:
+        process.kill()
+    assert not alive, alive
+
+
+def _by_pid_file(root: Path, pattern: str) -> Sequence[psutil.Process]:
+    pids = [int(file.read_text()) for file in root.glob(pattern) if file.read_text().strip()]
+    return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+
+
+def _steps(root: Path) -> list[psutil.Process]:
+    """Slurm's own processes that watch over the steps of jobs; no child of a daemon, and known by their sockets."""
+    return [
+        process
+        for process in psutil.process_iter()
+        if process.name() == "slurmstepd" and process.environ().get("SLURM_CONF") == str(root / "slurm.conf")
+    ]

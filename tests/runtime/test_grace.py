@@ -1,0 +1,73 @@
+import math
+import os
+import signal
+import time
+
+import pytest
+
+from perl_megatron.runtime.grace import Grace
+from perl_megatron.runtime.signals import StopRequest
+
+STEP = {"seconds/step": 10.0, "seconds/log_probs": 1.0, "seconds/update": 3.0, "seconds/save": 2.0, "step": 7.0}
+
+
+def told(grace_seconds: float, number: signal.Signals | None = signal.SIGUSR1) -> Grace:
+    """With the signal just received, if any."""
+    with StopRequest() as stop:
+        if number is not None:
+            os.kill(os.getpid(), number)
+    return Grace(stop, grace_seconds)
+
+
+def test_nobody_hurries_before_a_signal_nor_after_ctrl_c():
+    for number in (None, signal.SIGINT):
+        grace = told(1e-6, number)
+        assert grace.seconds_left() == math.inf
+        assert not grace.is_over_before_step(elapsed=0)
+        assert not grace.is_over_before("evaluate")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_of_a_first_step_nothing_is_known(number):
+    assert told(1e6, number).is_over_before_step(elapsed=0)
+
+
+def test_the_rest_of_the_step_and_a_checkpoint_have_to_fit():
+    # The step took 8 s without the last one's checkpoint; 1.25 times what is left of them, and 2 s for the checkpoint.
+    for seconds, elapsed, fits in ((13, 0, True), (11, 0, False), (8, 4, True), (6.5, 4, False)):
+        grace = told(seconds)
+        grace.learn(STEP)
+        assert grace.is_over_before_step(elapsed) is not fits, (seconds, elapsed)
+
+
+def test_a_step_that_takes_longer_than_the_last_one_has_still_its_update_before_it():
+    for seconds, fits in ((7.5, True), (6.5, False)):
+        grace = told(seconds)
+        grace.learn(STEP)
+        assert grace.is_over_before_step(elapsed=100) is not fits
+
+
+def test_the_period_begins_with_the_signal():
+    grace = told(0.3)
+    assert 0 < grace.seconds_left() <= 0.3
+    time.sleep(0.35)
+    assert grace.seconds_left() < 0
+
+
+def test_an_evaluation_is_begun_only_if_it_can_end():
+    grace = told(10)
+    assert grace.is_over_before("evaluate")
+    grace.learn({"seconds/evaluate": 6.0, "seconds/save": 2.0})
+    assert not grace.is_over_before("evaluate")
+    grace.learn({"seconds/evaluate": 7.0})
+    assert grace.is_over_before("evaluate")
+
+
+def test_a_period_that_is_too_short_is_told_before_it_begins():
+    grace = told(8, None)
+    assert grace.too_short_for(sampling=True) is None
+    grace.learn({**STEP, "seconds/generate": 6.0})
+    assert grace.too_short_for(sampling=True) == ("generate", 9.5)
+    assert grace.too_short_for(sampling=False) is None
+    grace.learn({"seconds/update": 4.0})
+    assert grace.too_short_for(sampling=False) == ("update", 8.25)
