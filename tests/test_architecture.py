@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"model"},
     {"checkpoint"},
     {"train", "rollout"},
-    {"evaluation", "verification", "triage", "preparation"},
+    {"evaluation", "verification", "triage", "preparation", "sweep"},
     {"questions"},
     {
         *("collect", "drawn", "step_metrics", "session", "loop", "build", "jobs", "serving", "ahead"),
@@ -61,6 +61,7 @@ ROOMS = {
     "openai": ["chat/*.py"],
     "yaml": ["config/*.py", "data/contract/contract_templates.py"],
     "matplotlib": ["observability/*.py"],
+    "optuna": ["sweep/*.py"],
     "tensorboard": ["observability/*.py"],
     # Nothing in the package needs what uses the package.
     "tools": [],
@@ -72,7 +73,7 @@ ROOMS = {
 
 ENVIRONMENT_ROOMS = ["runtime/*.py", "launch/*.py"]
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
-WITHOUT_TORCH = ("types", "errors", "config", "launch", "launching", "batching", "chat", "plan")
+WITHOUT_TORCH = ("types", "errors", "config", "launch", "launching", "batching", "chat", "plan", "sweep")
 """A login node without torch can load configs, plan and render jobs."""
 
 

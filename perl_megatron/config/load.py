@@ -65,14 +65,14 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Loade
 
 
 def load_sections(
-    schema: type[Sections], path: Path | str | None, overrides: Sequence[str] = ()
+    schema: type[Sections], path: Path | str | None, overrides: Sequence[str] = (), *, beside: Sequence[str] = ()
 ) -> tuple[Sections, dict[str, str]]:
     """The same for another model that consists of sections: an object of it, and the origin of every value.
 
-    Only ``Config`` has presets.
+    Only ``Config`` has presets. ``beside``: top-level keys of the file that the caller reads itself.
     """
     presets: list[str] = []
-    own = {} if path is None else _read_file(Path(path), schema, seen=(), presets=presets)
+    own = {} if path is None else _read_file(Path(path), schema, seen=(), presets=presets, beside=beside)
     for override in overrides:
         key, equals, text = override.partition("=")
         if schema is Config and equals and key.strip() == PRESET_KEY:
@@ -132,7 +132,7 @@ def _read_preset(name: str) -> dict[str, _Setting]:
 
 
 def _read_file(
-    path: Path, schema: type[BaseModel], *, seen: tuple[Path, ...], presets: list[str]
+    path: Path, schema: type[BaseModel], *, seen: tuple[Path, ...], presets: list[str], beside: Sequence[str]
 ) -> dict[str, _Setting]:
     """The settings of a file and its bases; the presets that they name are added to ``presets``, a base's first."""
     resolved = path.resolve()
@@ -154,8 +154,9 @@ def _read_file(
             if not isinstance(base, str):
                 raise UserError("`base` is the path of one config file", where=f"{path}:{yaml_source.line(key_node)}")
             # The file's own keys win, wherever `base` stands in it.
-            settings = _read_file(path.parent / base, schema, seen=(*seen, resolved), presets=presets) | settings
-        else:
+            inherited = _read_file(path.parent / base, schema, seen=(*seen, resolved), presets=presets, beside=beside)
+            settings = inherited | settings
+        elif key not in beside:
             origin = f"{path}:{yaml_source.line(key_node)}"
             settings.update(_read_value(key, value_node, schema, where=str(path), origin=origin))
     presets += own_presets

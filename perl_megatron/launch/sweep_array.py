@@ -1,0 +1,72 @@
+"""The Slurm job array of a sweep: every task is one worker."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from perl_megatron.errors import UserError
+from perl_megatron.launch.failures import EXIT_STOPPED
+
+SECONDS_BEFORE_THE_END = 300
+"""When Slurm tells a worker that its time is nearly up, so that its run can write a checkpoint."""
+
+
+def render_array(
+    command: Sequence[str], *, workers: int, name: str, folder: Path, options: Sequence[str], setup: Path | None
+) -> str:
+    """The batch script. ``command`` is one worker's, an argument each; nothing in it is read by the shell.
+
+    A task whose worker was asked to stop (preemption, time limit) is queued again by Slurm. Raises UserError for an
+    option that is none of sbatch's.
+    """
+    for option in options:
+        if not option.startswith("--") or not option.isprintable():
+            fix = "write sbatch's long options, such as --partition=gpu, an option in each text"
+            raise UserError(f"{option!r} is no option of sbatch", where="slurm.options", fix=fix)
+    lines = [
+        "#!/bin/bash",
+        f"#SBATCH --job-name={name}",
+        f"#SBATCH --array=0-{workers - 1}",
+        "#SBATCH --nodes=1 --ntasks=1",
+        f"#SBATCH --signal=B:TERM@{SECONDS_BEFORE_THE_END}",
+        "#SBATCH --requeue --open-mode=append",
+        f"#SBATCH --output={_quoted(folder / 'worker-%a.log')}",
+        *(f"#SBATCH {option}" for option in options),
+        "",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+        *([] if setup is None else [f". {shlex.quote(str(setup.resolve()))}"]),
+        f"{shlex.join(command)} &",
+        "worker=$!",
+        "trap 'kill -TERM $worker' TERM",
+        "wait $worker; status=$?",
+        "# A signal ends `wait` at once (status above 128); the worker is still ending its step.",
+        'while kill -0 "$worker" 2>/dev/null; do wait $worker; status=$?; done',
+        f'if [ "$status" -eq {EXIT_STOPPED} ]; then',
+        '    scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        "fi",
+        'exit "$status"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def submit(script: Path) -> str:
+    """Give the script to sbatch; returns its answer. UserError where there is no sbatch, or it refuses."""
+    if shutil.which("sbatch") is None:
+        fix = f"run this on a login node, or look at the script: {script}"
+        raise UserError("there is no sbatch on this machine", where="--slurm", fix=fix)
+    answer = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise UserError(f"sbatch refused: {answer.stderr.strip()}", where=str(script), fix="correct slurm.options")
+    return answer.stdout.strip()
+
+
+def _quoted(path: Path) -> str:
+    """Slurm's own quoting in #SBATCH lines: double quotes, where the path has blanks."""
+    text = str(path.resolve())
+    if not text.isprintable() or '"' in text:
+        raise UserError("Slurm cannot write to such a path", where=text, fix="choose another sweep.directory")
+    return f'"{text}"' if " " in text else text

@@ -1,0 +1,70 @@
+"""Whether the runs of a sweep could start: every value of every domain against the config's schema and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from perl_megatron.config.architecture import read_architecture_numbers
+from perl_megatron.config.derive import derive, require_training_data
+from perl_megatron.config.layout import launched_processes
+from perl_megatron.config.load import load_config
+from perl_megatron.config.sweep_domain import Choice
+from perl_megatron.config.sweep_file import Sweep
+from perl_megatron.errors import UserError
+from perl_megatron.observability.metrics import find_metric
+
+MAX_CHECKED_POINTS = 1000
+"""Of a larger grid only so many points are checked whole; the others' values are checked one by one."""
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """UserError, with the key and its place, for the first thing that no run could start with. Nothing is created."""
+    _check_metrics(sweep)
+    for point, where, at in _checked_points(sweep):
+        _check_run(sweep, point, sweep.sweep.seeds[0], f"{where} ({{}})", at)
+    point, where, at = next(_checked_points(sweep))
+    for seed in sweep.sweep.seeds[1:]:
+        _check_run(sweep, point, seed, f"{sweep.places['sweep.seeds']}: seed {seed} ({{}})", at)
+
+
+def num_processes(sweep: Sweep) -> int:
+    """The most processes that one of its runs starts, by the values that are checked."""
+    seed = sweep.sweep.seeds[0]
+    configs = (
+        load_config(sweep.sweep.config, sweep.overrides(point, seed)).config for point, _, _ in _checked_points(sweep)
+    )
+    return max(launched_processes(config) for config in configs)
+
+
+def _checked_points(sweep: Sweep) -> Iterator[tuple[dict[str, Choice], str, str]]:
+    """(point, the place that set it, in words) for every value of every domain, and for all points of a grid."""
+    first = {domain.name: domain.samples()[0] for domain in sweep.space}
+    for domain in sweep.space:
+        for value in domain.samples():
+            yield first | {domain.name: value}, sweep.places[domain.name], f"{domain.name} = {value!r}"
+    for point in (sweep.points or ())[:MAX_CHECKED_POINTS]:
+        yield point, str(sweep.path), str(point)
+
+
+def _check_metrics(sweep: Sweep) -> None:
+    section = sweep.sweep
+    for key, names in (("sweep.metric", (section.metric,)), ("sweep.measures", section.measures)):
+        for name in names:
+            if find_metric(name) is None:
+                fix = "name a column of metrics.jsonl, such as evaluation/accuracy or reward/mean"
+                raise UserError(f"'{name}' is no metric", where=f"{sweep.places[key]}: {key}", fix=fix)
+
+
+def _check_run(sweep: Sweep, point: Mapping[str, Choice], seed: int, where: str, at: str) -> None:
+    """``where`` has a gap for the place that the config's own error names."""
+    try:
+        config = load_config(sweep.sweep.config, sweep.overrides(point, seed)).config
+        architecture = read_architecture_numbers(config.model.path)
+        derive(config, world_size=launched_processes(config), architecture=architecture, command="train")
+        require_training_data(config)
+        if sweep.sweep.metric.startswith("evaluation/") and config.data.evaluation is None:
+            fix = "set data.evaluation, or another sweep.metric"
+            raise UserError(f"{sweep.sweep.metric} is not measured", where="data.evaluation", fix=fix)
+    except UserError as error:
+        what = f"no run can start at {at}: {error.what}"
+        raise UserError(what, where=where.format(error.where), fix=error.fix) from error

@@ -1,0 +1,161 @@
+"""`perl-megatron sweep`: workers on this machine, one worker, a Slurm array of them, or the results so far."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.trial import TrialState
+
+from perl_megatron.config.sweep_file import Sweep, read_sweep
+from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
+from perl_megatron.launch.sweep_array import render_array, submit
+from perl_megatron.launch.sweep_workers import run_workers
+from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.sweep import results
+from perl_megatron.sweep.check import check_sweep, num_processes
+from perl_megatron.sweep.file_lock import FileLock
+from perl_megatron.sweep.plots import write_plots
+from perl_megatron.sweep.storage import JOURNAL_NAME, point_of
+from perl_megatron.sweep.study import QUEUE_LOCK, open_study, read_study
+from perl_megatron.sweep.trial_run import TrialRun
+from perl_megatron.sweep.worker import Worker, failed_points
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What the command line asks for."""
+
+    path: Path
+    overrides: tuple[str, ...]
+    workers: int = 1
+    worker: bool = False
+    results: bool = False
+    slurm: int | None = None
+    dry_run: bool = False
+    retry_failed: bool = False
+
+
+def run(options: SweepOptions) -> int:
+    """Do it; returns the exit status: 0, 1 where points have failed, 75 where the sweep was interrupted."""
+    sweep = read_sweep(options.path, options.overrides)
+    if options.results:
+        write_results(sweep, read_study(sweep))
+        return 0
+    check_sweep(sweep)
+    command = [sys.executable, "-m", "perl_megatron", "sweep", str(options.path), "--worker", *options.overrides]
+    if options.slurm is not None:
+        return _submit(sweep, command, options.slurm, dry_run=options.dry_run)
+    if options.dry_run:
+        _describe(sweep)
+        return 0
+    if options.worker:
+        with StopRequest() as stop:
+            return Worker(sweep, stop).work()
+    study = _prepare(sweep, retry_failed=options.retry_failed)
+    statuses = [0]
+    if _is_open(study):  # if not, only the table is made again
+        statuses = run_workers(command, workers=options.workers, processes=num_processes(sweep))
+    study = read_study(sweep)
+    write_results(sweep, study)
+    return _conclude(sweep, study, statuses)
+
+
+def write_results(sweep: Sweep, study: optuna.Study) -> None:
+    """Print the table; write it as Markdown, CSV and JSON, and the plots, into the sweep's folder."""
+    found = results.read_results(sweep, study)
+    table = results.to_markdown(sweep, found)
+    reference = results.reference_of(sweep, found)
+    print(table)
+    if reference is not None:
+        print(f"mean over seeds ± 95 % interval; differences from point {reference.point}, seed by seed")
+    folder = sweep.folder
+    for name, text in (
+        ("results.md", table),
+        ("results.csv", results.to_csv(results.table_rows(sweep, found))),
+        ("results.json", results.to_json(sweep, found)),
+    ):
+        (folder / name).write_text(text, encoding="utf-8")
+    plots = write_plots(sweep, study, found, folder)
+    print(
+        f"{folder}: results.md, results.csv, results.json, {', '.join(path.name for path in plots) or 'no plots yet'}"
+    )
+    storage = sweep.sweep.storage or folder / JOURNAL_NAME
+    print(f"to look closer: optuna-dashboard {shlex.quote(str(storage))}")
+
+
+def _prepare(sweep: Sweep, *, retry_failed: bool) -> optuna.Study:
+    """The study with its queue, before any worker asks for it."""
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    queue = FileLock(sweep.folder / QUEUE_LOCK)
+    study = open_study(sweep, queue)
+    if retry_failed:
+        queue.acquire(lambda: None)
+        failed = failed_points(study)
+        last = {point_of(trial): trial for trial in study.get_trials() if point_of(trial) in failed}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            for trial in last.values():
+                trial.system_attrs["retry_history"] = []  # counted anew
+                RetryHeartbeatStaleTrialCallback()(study, trial)
+    queue.close()
+    return study
+
+
+def _is_open(study: optuna.Study) -> bool:
+    states = (TrialState.WAITING, TrialState.RUNNING)
+    return bool(study.get_trials(deepcopy=False, states=states))
+
+
+def _submit(sweep: Sweep, command: Sequence[str], workers: int, *, dry_run: bool) -> int:
+    script = render_array(
+        command,
+        workers=workers,
+        name=sweep.sweep.name,
+        folder=sweep.folder,
+        options=sweep.slurm.options,
+        setup=sweep.slurm.setup,
+    )
+    if dry_run:
+        print(script, end="")
+        return 0
+    _prepare(sweep, retry_failed=False)
+    path = sweep.folder / "workers.sbatch"
+    path.write_text(script, encoding="utf-8")
+    print(submit(path))
+    print(f"the results so far: perl-megatron sweep {shlex.quote(str(sweep.path))} --results")
+    return 0
+
+
+def _describe(sweep: Sweep) -> None:
+    """What would run."""
+    section = sweep.sweep
+    print(f"{sweep.num_trials} points with seeds {', '.join(map(str, section.seeds))}: {section.sampler}")
+    for domain in sweep.space:
+        values = list(domain.choices) or f"{domain.low:g} … {domain.high:g}{' (log)' if domain.log else ''}"
+        print(f"  {domain.name}: {values}")
+    first = sweep.points[0] if sweep.points else {domain.name: domain.samples()[0] for domain in sweep.space}
+    overrides = sweep.overrides(first, section.seeds[0])
+    run = TrialRun(section.config, overrides, sweep.folder / "point-0000" / f"seed-{section.seeds[0]}", lock=-1)
+    print(f"such as: {shlex.join(run.command())}")
+
+
+def _conclude(sweep: Sweep, study: optuna.Study, statuses: Sequence[int]) -> int:
+    failed = failed_points(study)
+    if EXIT_USER_ERROR in statuses:
+        return EXIT_USER_ERROR  # the worker has said why
+    if _is_open(study):
+        print(f"the sweep is not finished; go on with: perl-megatron sweep {shlex.quote(str(sweep.path))}")
+        return EXIT_STOPPED if EXIT_STOPPED in statuses else EXIT_FAILURE
+    if failed:
+        numbers = ", ".join(map(str, sorted(failed)))
+        print(f"points that failed: {numbers} (begin them again with --retry-failed)", file=sys.stderr)
+        return EXIT_FAILURE
+    return 0

@@ -1,0 +1,248 @@
+"""A worker: takes trials from the queue until there are none, and runs each one's training jobs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import time
+import warnings
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from perl_megatron.config.load import load_config
+from perl_megatron.config.sweep_domain import Choice
+from perl_megatron.config.sweep_file import Sweep
+from perl_megatron.errors import UserError
+from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED
+from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.sweep.file_lock import FileLock
+from perl_megatron.sweep.storage import PREEMPTED, point_of, put_back_after
+from perl_megatron.sweep.study import QUEUE_LOCK, make_sampler, open_study, suggest
+from perl_megatron.sweep.trial_run import RunFailedError, TrialRun
+
+IDLE_SECONDS = 2.0
+"""Between two looks at a queue that is empty while other workers are busy."""
+BEGUN, VALUES, FAILURE = "begun", "values", "failure"
+"""User attributes of a trial: its own number once heartbeats are sent; metric → seed → value; why it failed."""
+RUN_LOCK = "run.lock"
+
+
+class _InterruptedError(Exception):
+    """The worker was asked to stop."""
+
+
+class _TakenAwayError(Exception):
+    """This worker was silent for too long, and the trial was given to another one."""
+
+
+class Worker:
+    """One worker of a sweep."""
+
+    def __init__(self, sweep: Sweep, stop: StopRequest):
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep, self._stop = sweep, stop
+        self._queue = FileLock(sweep.folder / QUEUE_LOCK)
+        self._study = open_study(sweep, self._queue)
+        self._holds_queue = False
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._is_refused = False
+
+    def work(self) -> int:
+        """Until the queue is empty and no other worker's trial could come back to it.
+
+        Returns the exit status: 0 where every point has its value or was pruned, 1 where some have failed for good, 75
+        where the worker was asked to stop.
+        """
+        while self._stop.received is None:
+            try:
+                self._queue.acquire(self._idle)
+                self._holds_queue = True
+                waiting = self._waiting()
+                if waiting:
+                    self._take(waiting[0])
+                elif not self._trials(TrialState.RUNNING):
+                    break
+            except _InterruptedError:
+                break
+            finally:
+                self._let_queue_go()
+            self._check_failures()
+            if not waiting:
+                time.sleep(IDLE_SECONDS)
+        if self._stop.received is not None:
+            return EXIT_STOPPED
+        return EXIT_FAILURE if failed_points(self._study) else 0
+
+    def _idle(self) -> None:
+        if self._stop.received is not None:
+            raise _InterruptedError
+
+    def _let_queue_go(self) -> None:
+        if self._holds_queue:
+            self._queue.release()
+            self._holds_queue = False
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False, states=states)
+
+    def _waiting(self) -> list[FrozenTrial]:
+        """The queue, with the trials of silent workers put back into it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self._study)
+        storage = self._study._storage
+        for trial in self._trials(TrialState.RUNNING):
+            # Workers hold the queue until their first heartbeat is there. So this one's died before, and without a
+            # heartbeat a database would never find it silent.
+            if trial.user_attrs.get(BEGUN) != trial.number:
+                storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+                storage.set_trial_user_attr(trial._trial_id, BEGUN, trial.number)
+        return self._trials(TrialState.WAITING)
+
+    def _take(self, first: FrozenTrial) -> None:
+        """Run the first trial of the queue, which this worker holds until the trial's values are chosen."""
+        self._study.sampler = make_sampler(self._sweep, first.number)
+        try:
+            self._study.optimize(
+                self._objective, n_trials=1, catch=(RunFailedError, _InterruptedError), callbacks=[self._after]
+            )
+        except _TakenAwayError:
+            self._say("was silent for too long: another worker has its trial")
+        except ValueError as error:
+            # Optuna's words for an outcome of a trial that somebody else has ended meanwhile.
+            if "Cannot tell" not in str(error):
+                raise
+            self._say(f"its trial was ended by another worker ({error})")
+
+    def _objective(self, trial: optuna.Trial) -> float:
+        self._is_refused = False
+        values = {domain.name: suggest(trial, domain) for domain in self._sweep.space}
+        self._study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+        trial.set_user_attr(BEGUN, trial.number)
+        self._let_queue_go()
+        frozen = self._frozen(trial)
+        folder = self._sweep.folder / f"point-{point_of(frozen):04d}"
+        lock = FileLock(folder / RUN_LOCK)
+        try:
+            self._await_run(lock, trial)
+            return self._run_seeds(trial, values, lock)
+        except UpdateFinishedTrialError as error:
+            raise _TakenAwayError from error
+        except (KeyboardInterrupt, _InterruptedError) as error:
+            trial.set_user_attr(PREEMPTED, frozen.user_attrs.get(PREEMPTED, 0) + 1)
+            raise _InterruptedError from error
+        except RunFailedError as error:
+            self._is_refused = error.user_error
+            trial.set_user_attr(FAILURE, str(error))
+            raise
+        finally:
+            lock.close()
+
+    def _run_seeds(self, trial: optuna.Trial, values: dict[str, Choice], lock: FileLock) -> float:
+        section = self._sweep.sweep
+        measured: dict[str, dict[str, float | None]] = {name: {} for name in (section.metric, *section.measures)}
+        for index, seed in enumerate(section.seeds):
+            overrides = self._sweep.overrides(values, seed)
+            run = TrialRun(section.config, overrides, lock.path.parent / f"seed-{seed}", lock=lock.descriptor)
+            self._watch(run, trial, reports=index == 0)
+            for name, seeds in measured.items():
+                seeds[str(seed)] = run.last(name)
+            trial.set_user_attr(VALUES, measured)
+            finished = [value for value in measured[section.metric].values() if value is not None]
+            if len(finished) <= index:
+                raise RunFailedError(f"{run.folder.metrics} has no value of {section.metric}", user_error=True)
+            if index > 0:
+                steps = load_config(section.config, overrides).config.run.steps
+                trial.report(statistics.fmean(finished), (index + 1) * steps)
+                self._prune_if_due(trial)
+            if not self._sweep.workers.keep_weights:
+                run.drop_weights()
+        return statistics.fmean(finished)
+
+    def _watch(self, run: TrialRun, trial: optuna.Trial, *, reports: bool) -> None:
+        """The run until its end; with ``reports`` its values go to the pruner."""
+        name, last_look = f"{run.folder.root.parent.name}, {run.folder.root.name}", time.monotonic()
+        if not run.is_done:
+            self._say(f"{name}: {'continues' if run.start() else 'begins'}; its output is in {run.log}")
+        reported = self._frozen(trial).intermediate_values
+        try:
+            for observation in run.wait(self._sweep.sweep.metric):
+                if self._stop.received is not None:
+                    raise _InterruptedError
+                if time.monotonic() - last_look > self._sweep.workers.heartbeat:
+                    last_look = time.monotonic()
+                    self._check_mine(trial)
+                if observation is not None and reports and observation.step not in reported:
+                    trial.report(observation.value, observation.step)
+                    self._prune_if_due(trial)
+        except (_TakenAwayError, UpdateFinishedTrialError):
+            run.kill()  # the other worker waits for it
+            raise
+        except BaseException:
+            run.stop(self._sweep.workers.stop_seconds)
+            raise
+        self._say(f"{name}: done, {self._sweep.sweep.metric} = {run.last(self._sweep.sweep.metric)}")
+
+    def _prune_if_due(self, trial: optuna.Trial) -> None:
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    def _await_run(self, lock: FileLock, trial: optuna.Trial) -> None:
+        """Until no process of an earlier worker is left in the folder: it gets SIGTERM when its worker dies."""
+        began = time.monotonic()
+
+        def on_wait() -> None:
+            self._idle()
+            self._check_mine(trial)
+            if time.monotonic() - began > self._sweep.workers.stop_seconds:
+                what = f"processes of an earlier worker are still at work in {lock.path.parent}"
+                raise RunFailedError(what, user_error=False)
+
+        lock.acquire(on_wait)
+
+    def _check_mine(self, trial: optuna.Trial) -> None:
+        if self._frozen(trial).state != TrialState.RUNNING:
+            raise _TakenAwayError
+
+    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[trial.number]
+
+    def _after(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """What becomes of a trial that has ended: one that was interrupted, or crashed, goes back into the queue."""
+        name = f"point-{point_of(trial):04d}"
+        if trial.state == TrialState.PRUNED:
+            self._say(f"{name}: pruned after {trial.last_step} steps")
+        if trial.state != TrialState.FAIL:
+            return
+        if not self._is_refused:
+            put_back_after(self._sweep.workers.retries)(study, trial)
+        outcome = "failed for good" if point_of(trial) in failed_points(study) else "is in the queue again"
+        self._say(f"{name}: {outcome}. {trial.user_attrs.get(FAILURE, '')}")
+
+    def _check_failures(self) -> None:
+        failed = failed_points(self._study)
+        if len(failed) >= self._sweep.workers.max_failures:
+            numbers = ", ".join(map(str, sorted(failed)))
+            raise UserError(
+                f"{len(failed)} points of the sweep have failed: {numbers}. The last one's reason:\n"
+                + list(failed.values())[-1],
+                where=str(self._sweep.folder),
+                fix="mend the cause and add --retry-failed, or raise workers.max_failures",
+            )
+
+    def _say(self, text: str) -> None:
+        print(f"[{self._name}] {text}", flush=True)
+
+
+def failed_points(study: optuna.Study) -> dict[int, str]:
+    """The points that no trial has carried out, nor will, and why the last one did not."""
+    failed: dict[int, str] = {}
+    for trial in study.get_trials(deepcopy=False):  # of a point, the later trials last
+        if trial.state == TrialState.FAIL:
+            failed[point_of(trial)] = trial.user_attrs.get(FAILURE, "its worker died")
+        else:
+            failed.pop(point_of(trial), None)
+    return failed
