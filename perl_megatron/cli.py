@@ -25,6 +25,7 @@ from perl_megatron.evaluation.results_options import add_results_options
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
 from perl_megatron.launching import add_launch
 from perl_megatron.sweep.options import add_sweep
+from perl_megatron.plan.command import add_plan_options, run_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("sft", "supervised warm start on the records' demonstrations", run_job),
         ("eval", "held-out accuracy and order bias of model.path, or its results on benchmarks", run_job),
         ("serve", "a vLLM server of model.path, for runs with rollout.engine=server", run_serve),
-        ("plan", "batch arithmetic and topology, without starting anything", run_plan),
+        ("plan", "batch arithmetic, layout, memory and time of a step, without starting anything", run_plan),
     ):
         command = commands.add_parser(name, help=description, description=description)
         command.set_defaults(handler=handler)
@@ -90,8 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--max-images", type=positive, metavar="N", help=text)
             command.add_argument("--log-requests", action="store_true", help="print a line for every request")
         if name == "plan":
-            command.add_argument("--processes", type=int, help="number of processes (default: the fewest that fit)")
-            command.add_argument("--json", action="store_true", help="print JSON")
+            add_plan_options(command)
     add_launch(commands, check_before_start)
     add_verify(commands)
     description = "compare the weights of two checkpoints of any format, tensor by tensor; status 1 where they differ"
@@ -214,19 +214,6 @@ def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_
         folder.check_available(resume=options.resume)
         if options.resume:
             folder.check_same_run(config)
-
-
-def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
-    """Print what follows from a config."""
-    from perl_megatron.plan.summary import make_plan, render_plan
-
-    loaded = load_config(options.config, options.overrides)
-    processes = options.processes or launched_processes(loaded.config)
-    architecture = read_architecture_numbers(loaded.config.model.path)
-    derived = derive(loaded.config, world_size=processes, architecture=architecture)
-    plan = make_plan(loaded.config, derived, architecture, origins=loaded.origins)
-    print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
-    return 0
 
 
 def run_serve(options: argparse.Namespace, argv: list[str]) -> int:

@@ -94,6 +94,11 @@ class CostModel:
         self._window_blocks = depth - self._full_blocks
         self._vision_width = width * depth
 
+    @property
+    def patches_of_a_token(self) -> int:
+        """Patches of a merged cell, which is one token of the language model."""
+        return self._cell
+
     def tokens_flops(self, num_tokens: int, *, behind: int = 0) -> int:
         """The language model on consecutive tokens that also see the ``behind`` tokens before them."""
         pairs = num_tokens * behind + num_tokens * (num_tokens + 1) // 2

@@ -34,6 +34,8 @@ class ArchitectureNumbers:
     """Patches of a whole attention window: 64."""
     vision_full_attention_blocks: tuple[int, ...]
     """0-based blocks that attend over the whole image, not over windows."""
+    tied_embeddings: bool = False
+    """Whether the output layer is the embedding (the 3B model) or its own matrix."""
 
 
 _TEXT = {
@@ -95,6 +97,8 @@ def read_architecture_numbers(path: Path | str) -> ArchitectureNumbers:
         **numbers,
         **_vision_sizes(_VISION_DEFAULTS | vision, file),
         vision_full_attention_blocks=_blocks(vision.get("fullatt_block_indexes", _FULL_ATTENTION_BLOCKS), file),
+        # transformers before version 5 wrote it into the text's part.
+        tied_embeddings=bool(content.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
 
 

@@ -69,23 +69,30 @@ class Derived:
 
 
 def derive(
-    config: Config, *, world_size: int, architecture: ArchitectureNumbers, command: Command = "train"
+    config: Config,
+    *,
+    world_size: int,
+    architecture: ArchitectureNumbers,
+    command: Command = "train",
+    elsewhere: bool = False,
 ) -> Derived:
     """Check that the config can run on `world_size` processes and compute what follows from it.
 
     Raises UserError, naming the option and the alternatives, for an impossible layout or a contradiction. `command`
-    says which parts matter: batches of groups only for training.
+    says which parts matter: batches of groups only for training. `elsewhere`: it will run on another machine, on GPUs,
+    and what is installed on this one does not matter.
     """
     data_size = check_layout(config.parallel, world_size)
     check_split(config.parallel, architecture)
     _check_sections(config)
     if command != "eval":  # which builds no policy, only an engine
-        check_psutil()
+        if not elsewhere:
+            check_psutil()
         check_parts(config.optimizer)
         check_objective(config.algorithm)
-        check_fp8(config.model, config.parallel, architecture)
+        check_fp8(config.model, config.parallel, architecture, elsewhere=elsewhere)
         check_sharing(config.actor, config.parallel)
-    engine = resolve_engine(config)
+    engine = resolve_engine(config, elsewhere=elsewhere)
     if command == "train":
         _check_training(config, data_size)
         check_staleness(config)

@@ -15,10 +15,13 @@ from perl_megatron.errors import UserError
 Engine = Literal["vllm", "server", "embedded"]
 
 
-def resolve_engine(config: Config) -> Engine:
-    """The engine that `rollout.engine` means on this machine. UserError where what it needs is not there."""
+def resolve_engine(config: Config, *, elsewhere: bool = False) -> Engine:
+    """The engine that `rollout.engine` means on this machine, or on one with vLLM (``elsewhere``).
+
+    UserError where what it needs is not there.
+    """
     rollout = config.rollout
-    has_vllm = importlib.util.find_spec("vllm") is not None
+    has_vllm = elsewhere or importlib.util.find_spec("vllm") is not None
     if rollout.engine == "server":
         _check_servers(config, has_vllm=has_vllm)
         return "server"

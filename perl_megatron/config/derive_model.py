@@ -38,7 +38,9 @@ def check_sharing(actor: ActorSection, parallel: ParallelConfig) -> None:
         )
 
 
-def check_fp8(model: ModelConfig, parallel: ParallelConfig, architecture: ArchitectureNumbers) -> None:
+def check_fp8(
+    model: ModelConfig, parallel: ParallelConfig, architecture: ArchitectureNumbers, *, elsewhere: bool = False
+) -> None:
     """UserError where `model.fp8` is asked for without what it needs; what the GPU can do shows at the start."""
     if model.fp8 == "none":
         return
@@ -49,7 +51,7 @@ def check_fp8(model: ModelConfig, parallel: ParallelConfig, architecture: Archit
             fix="set model.dtype=bfloat16, or model.fp8=none",
         )
     _check_fp8_sizes(model, parallel, architecture)
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not elsewhere and importlib.util.find_spec("transformer_engine") is None:
         raise UserError(
             "8-bit matrix products are Transformer Engine's, which is not installed",
             where=f"model.fp8 = {model.fp8}",

@@ -88,6 +88,7 @@ class Architecture:
             vision_merge_size=vision.merge_size,
             vision_window_patches=(vision.cells_per_window * vision.merge_size) ** 2,
             vision_full_attention_blocks=vision.full_attention_blocks,
+            tied_embeddings=self.tied_embeddings,
         )
 
     def padded_vocabulary(self, tensor_size: int) -> int:

@@ -151,7 +151,7 @@ def test_bad_architectures(tmp_path, content, says):
 
 def test_an_engine_may_have_another_layout_than_the_trainer(monkeypatch):
     """Trainer tensor 2, engines of one process each; a size that does not divide is refused, naming the option."""
-    monkeypatch.setattr("perl_megatron.config.derive.resolve_engine", lambda config: "vllm")
+    monkeypatch.setattr("perl_megatron.config.derive.resolve_engine", lambda config, **_: "vllm")
     config = config_of("parallel.tensor=2", "rollout.tensor_parallel=1")
     derived = derive(config, world_size=2, architecture=TINY)
     assert (derived.engine_tensor_size, derived.engine_replicas) == (1, 2)

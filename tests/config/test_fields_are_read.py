@@ -7,7 +7,7 @@ import perl_megatron
 from perl_megatron.config.load import config_fields
 
 PACKAGE = Path(perl_megatron.__file__).parent
-NOT_READERS = {PACKAGE / "config" / "derive.py", PACKAGE / "plan" / "summary.py"}
+NOT_READERS = {PACKAGE / "config" / "derive.py", *(PACKAGE / "plan").glob("*.py")}
 """Checking a value, or showing it, is not using it."""
 USED_BY_DERIVE = {"updates_per_step", "engine", "data", "tensor", "pipeline", "tensor_parallel"}
 """These reach the rest of the program as numbers of `Derived`."""

@@ -1,0 +1,125 @@
+"""`perl-megatron plan`: its options, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from perl_megatron.config.architecture import ArchitectureNumbers, read_architecture_numbers
+from perl_megatron.config.derive import derive
+from perl_megatron.config.layout import launched_processes
+from perl_megatron.config.load import load_config
+from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
+from perl_megatron.plan.assumptions import Assumptions
+from perl_megatron.plan.device_plan import Device, make_device_plan
+from perl_megatron.plan.gpus import GPUS, gpu_of
+from perl_megatron.plan.render import render_device_plan, render_search
+from perl_megatron.plan.search import search
+from perl_megatron.plan.summary import make_plan, render_plan
+
+CANNOT_RUN = 1
+"""Exit status of a plan that does not fit."""
+
+
+def add_plan_options(command: argparse.ArgumentParser) -> None:
+    """What `plan` takes beside a config and settings."""
+    text = "number of processes, one on each GPU (default: the fewest that fit the layout)"
+    command.add_argument("--processes", "--gpus", type=int, metavar="N", help=text)
+    text = f"plan memory, messages and the time of a step on this device: {', '.join(GPUS)}"
+    command.add_argument("--gpu", metavar="NAME", help=text)
+    text = "memory of each device (default: the data sheet's; on a CPU, its share of this machine's)"
+    command.add_argument("--memory-gib", type=float, metavar="GIB", help=text)
+    text = "change an assumption of the plan; may be given several times"
+    command.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help=text)
+    text = "propose the fastest layouts that fit --processes devices of --gpu, instead of planning the config's"
+    command.add_argument("--search", action="store_true", help=text)
+    text = "proposals of --search (default: 5)"
+    command.add_argument("--top", type=int, default=5, metavar="N", help=text)
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_plan(options: argparse.Namespace, argv: list[str]) -> int:
+    """Print what follows from a config; status 1 where it cannot run on the device."""
+    _check(options)
+    loaded = load_config(options.config, options.overrides)
+    config = loaded.config
+    numbers = read_architecture_numbers(config.model.path)
+    processes = options.processes or launched_processes(config)
+    device = _device(options, processes)
+    elsewhere = device is not None and not device.gpu.is_cpu
+    if options.search:
+        assert device is not None
+        return _search(options, config, numbers, device, processes=processes, elsewhere=elsewhere)
+    derived = derive(config, world_size=processes, architecture=numbers, elsewhere=elsewhere)
+    plan = make_plan(config, derived, numbers, origins=loaded.origins)
+    if device is None:
+        print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
+        return 0
+    on_device = make_device_plan(config, derived, numbers, device)
+    if options.json:
+        print(json.dumps(plan | on_device.as_json(), indent=2))
+    else:
+        print(render_plan(plan))
+        print(render_device_plan(on_device))
+    for obstacle in on_device.obstacles:
+        print(f"cannot run: {obstacle.text}\n  to change: {obstacle.fix}", file=sys.stderr)
+    return CANNOT_RUN if on_device.obstacles else 0
+
+
+def _search(
+    options: argparse.Namespace,
+    config: Config,
+    numbers: ArchitectureNumbers,
+    device: Device,
+    *,
+    processes: int,
+    elsewhere: bool,
+) -> int:
+    result = search(config, numbers, device, processes=processes, limit=options.top, elsewhere=elsewhere)
+    if not result.proposals:
+        raise UserError(
+            f"of {result.tried} layouts of {processes} processes none fits",
+            where=f"--processes {processes} --gpu {device.gpu.key}",
+            fix="more processes, a device with more memory, a smaller rollout.gpu_memory_fraction, shorter prompts and "
+            "responses" + ("" if result.tried else "; `perl-megatron plan` without --search says what is refused"),
+        )
+    if options.json:
+        rows = [proposal.as_json() for proposal in result.proposals]
+        assumptions = device.assumptions.explain()
+        whole = {"tried": result.tried, "fitting": result.fitting, "proposals": rows, "assumptions": assumptions}
+        print(json.dumps(whole, indent=2))
+    else:
+        print(render_search(result.proposals, result.tried, result.fitting))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, value in (
+        ("--processes", options.processes),
+        ("--memory-gib", options.memory_gib),
+        ("--top", options.top),
+    ):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} is {value:g}", where=name, fix="give a number above 0")
+    given = [
+        name
+        for name, value in (
+            ("--search", options.search),
+            ("--memory-gib", options.memory_gib),
+            ("--assume", options.assume),
+        )
+        if value
+    ]
+    if given and options.gpu is None:
+        raise UserError(
+            f"{', '.join(given)} without a device to plan for", where="--gpu", fix=f"give one of {', '.join(GPUS)}"
+        )
+
+
+def _device(options: argparse.Namespace, processes: int) -> Device | None:
+    if options.gpu is None:
+        return None
+    assumptions = Assumptions.parse(options.assume)
+    return Device.of(gpu_of(options.gpu), assumptions, processes=processes, memory_gib=options.memory_gib)

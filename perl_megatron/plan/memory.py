@@ -1,0 +1,203 @@
+"""The memory of a rank of each pipeline stage: what lies there throughout, and what comes on top. No torch.
+
+    process + parameters + gradients + optimizer + the engine's share           (throughout)
+    + the most of: activations with the work of a backward pass; buckets of a weight sync; temporaries of the optimizer
+
+Parameters, gradients and optimizer are exact (``parameters``, ``buffers``); activations are ``activations``'s for the
+largest micro-batches that the config allows, times those that the schedule has in flight; the rest are assumptions.
+The numbers of a colocated engine count throughout: the loop does not put it to sleep while it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.derive import Derived
+from perl_megatron.config.schema import Config
+from perl_megatron.plan.activations import SINGLE, Activations, Modules, activations, bytes_of_number
+from perl_megatron.plan.assumptions import Assumptions
+from perl_megatron.plan.buffers import Bucket, buckets, buffer_size, largest_optimized
+from perl_megatron.plan.gpus import GIB, Gpu
+from perl_megatron.plan.parameters import chunk_parameters, count, stage_parameters, total_count, trained_parts
+from perl_megatron.plan.workload import MicroBatchSize, Workload
+
+
+@dataclass(frozen=True)
+class Static:
+    """Bytes of a rank that lie there from the start to the end; exact."""
+
+    num_parameters: int
+    num_trained: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    """Two moments in float32 for each number that the rank optimizes, and a float32 copy of 16-bit parameters; of the
+    data-parallel rank that has most."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a rank of one stage."""
+
+    stage: int
+    static: Static
+    micro_batches_in_flight: float
+    """In micro-batches of the whole stage; a model chunk's count by its layers."""
+    activations: float
+    """Kept of all micro-batches in flight: language model, and output head."""
+    vision_activations: float
+    work: float
+    """The most that one step of the backward pass allocates beside: a layer's gradients, or the loss kernel's tiles."""
+    synchronization: float
+    """Buckets of weights on their way to the engine (never together with activations)."""
+    optimizer_step: float
+    """Temporaries of the optimizer (likewise)."""
+    process: float
+    engine: float
+    lost: float
+    """By the allocator, between blocks."""
+    host_reference: int
+    """In host memory: the reference policy's weights."""
+
+    @property
+    def peak(self) -> float:
+        """Of the device."""
+        static = self.static.parameters + self.static.gradients + self.static.optimizer
+        training = self.activations + self.vision_activations + self.work
+        return (
+            static + self.process + self.engine + self.lost + max(training, self.synchronization, self.optimizer_step)
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers, with ``peak``."""
+        return {**asdict(self), "peak": self.peak}
+
+
+def static_memory(config: Config, derived: Derived, numbers: ArchitectureNumbers, stage: int) -> Static:
+    """Exact bytes of a rank of a stage."""
+    wide, distributed = bytes_of_number(config), config.optimizer.distributed
+    sharded_over = derived.data_size * derived.context_size
+    trained = trained_parts(config.optimizer)
+    parameters = gradients = optimized = 0
+    for chunk in range(derived.virtual_pipeline_size):
+        of_chunk = chunk_parameters(numbers, config.parallel, stage, chunk)
+        found: Sequence[Bucket] = buckets(
+            [one for one in of_chunk if one.part in trained], sharded_over, distributed=distributed
+        )
+        size = buffer_size(found)
+        frozen = sum(one.count for one in of_chunk if one.part not in trained)
+        parameters += wide * ((size if distributed else count(of_chunk, trained)) + frozen)
+        gradients += SINGLE * size
+        optimized += largest_optimized(found, sharded_over, distributed=distributed)
+    own = stage_parameters(numbers, config.parallel, stage)
+    return Static(
+        num_parameters=count(own),
+        num_trained=count(own, trained),
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimized * (2 * SINGLE + (0 if wide == SINGLE else SINGLE)),
+    )
+
+
+def in_flight(derived: Derived, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once, in whole stages (megatron-core's schedules.py).
+
+    1F1B: stages behind it and itself. Interleaved: model chunks of 2 · (stages behind it) + (V - 1) · stages micro-
+    batches come before the first backward pass, one more with it.
+    """
+    behind, chunks = derived.pipeline_size - stage - 1, derived.virtual_pipeline_size
+    if chunks == 1:
+        return min(behind + 1, micro_batches)
+    warm_up = 2 * behind + (chunks - 1) * derived.pipeline_size
+    return min(warm_up + 1, micro_batches * chunks) / chunks
+
+
+def stage_memory(
+    config: Config,
+    derived: Derived,
+    numbers: ArchitectureNumbers,
+    stage: int,
+    sizes: Sequence[MicroBatchSize],
+    *,
+    micro_batches: int,
+    modules: Modules,
+    process: float,
+    engine: float,
+    fragmentation: float,
+) -> StageMemory:
+    """The memory of a rank of ``stage`` with the worst of some micro-batches, all in flight of that size."""
+    static = static_memory(config, derived, numbers, stage)
+    flying = in_flight(derived, stage, micro_batches)
+    layers = derived.stage_layers[stage]
+    is_first, is_last = stage == 0, stage == derived.pipeline_size - 1
+
+    def kept(one: Activations) -> tuple[float, float, float]:
+        # Of the chunks, the first's images and the last's head are in flight as often as its micro-batches.
+        held = flying * layers * one.layer + (one.head if is_last else 0)
+        vision = min(micro_batches, _ceil(flying)) * one.vision if is_first else 0
+        return held, vision, max(one.layer_work, one.loss_work if is_last else 0, one.vision_work if is_first else 0)
+
+    most = max((kept(activations(config, numbers, size, modules)) for size in sizes), key=sum)
+    step = 0
+    if modules == "torch":  # torch's AdamW goes parameter by parameter; the fused ones need nothing
+        trained = [one.count for one in stage_parameters(numbers, config.parallel, stage)]
+        step = 2 * SINGLE * max(trained) if trained else 0
+    wide = bytes_of_number(config)
+    bucket = max(config.rollout.sync_bucket_mib << 20, 2 * wide * numbers.vocabulary_size * numbers.hidden_size)
+    sync = min(2 * bucket, 2 * wide * total_count(numbers))
+    total = sum((static.parameters, static.gradients, static.optimizer, max(sum(most), step)))
+    return StageMemory(
+        stage=stage,
+        static=static,
+        micro_batches_in_flight=flying,
+        activations=most[0],
+        vision_activations=most[1],
+        work=most[2],
+        synchronization=sync,
+        optimizer_step=step,
+        process=process,
+        engine=engine,
+        lost=fragmentation * total,
+        host_reference=static.num_parameters * wide if config.algorithm.kl_coefficient > 0 else 0,
+    )
+
+
+def plan_memory(
+    config: Config,
+    derived: Derived,
+    numbers: ArchitectureNumbers,
+    workload: Workload,
+    gpu: Gpu,
+    assumptions: Assumptions,
+    *,
+    engine: float,
+) -> list[StageMemory]:
+    """Of each stage on a device. ``engine``: bytes of each rank's device that an engine in its process takes."""
+    gib = assumptions.cpu_process_gib + assumptions.cpu_workspace_gib if gpu.is_cpu else assumptions.device_gib
+    return [
+        stage_memory(
+            config,
+            derived,
+            numbers,
+            stage,
+            (workload.with_images, workload.text_only),
+            micro_batches=workload.micro_batches,
+            modules=modules_on(gpu, config),
+            process=GIB * gib,
+            engine=engine,
+            fragmentation=0.0 if gpu.is_cpu else assumptions.fragmentation,
+        )
+        for stage in range(derived.pipeline_size)
+    ]
+
+
+def modules_on(gpu: Gpu, config: Config) -> Modules:
+    """Transformer Engine's on a GPU in bfloat16 (where it has to be installed), else torch's."""
+    return "torch" if gpu.is_cpu or config.model.dtype == "float32" else "transformer_engine"
+
+
+def _ceil(number: float) -> int:
+    return -int(-number // 1)

@@ -1,0 +1,192 @@
+"""The best layouts for a number of devices: those that `derive` accepts and that fit, by the roofline. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from perl_megatron.config.architecture import ArchitectureNumbers
+from perl_megatron.config.derive import Derived, derive
+from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
+from perl_megatron.plan.device_plan import Device, DevicePlan, make_device_plan
+
+RECOMPUTE = ("none", "selective", "full")
+LONGEST_SEQUENCES = (1, 2, 4)
+"""Micro-batches of so many of the longest sequences are tried, beside those of the config."""
+MAX_VIRTUAL = 4
+FULLEST, FRACTION_STEP = 0.95, 0.05
+"""A colocated engine's share of a device is lowered in such steps until a device is not fuller than that."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout that fits."""
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    context: int
+    data: int
+    recompute: str
+    engine_tensor: int
+    engine_fraction: float
+    """Of a device, where the engine is colocated vLLM."""
+    micro_batch_tokens: int
+    seconds: float
+    """Of a step."""
+    memory_share: float
+    """Of the fullest device."""
+    overrides: tuple[str, ...]
+    """What makes the config this one; to be pasted behind a command."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What was tried, and the best."""
+
+    tried: int
+    """Layouts that `derive` accepted."""
+    fitting: int
+    proposals: tuple[Proposal, ...]
+
+
+def search(
+    config: Config, numbers: ArchitectureNumbers, device: Device, *, processes: int, limit: int, elsewhere: bool
+) -> SearchResult:
+    """The ``limit`` fastest layouts of ``processes``, of each trainer layout only the best of its other settings.
+
+    ``elsewhere`` as in ``derive``. Equal times: the one with more memory left.
+    """
+    tried, found = 0, []
+    for candidate in _candidates(config, numbers, processes, device.gpu.per_node):
+        try:
+            derived = derive(candidate, world_size=processes, architecture=numbers, elsewhere=elsewhere)
+        except UserError:
+            continue
+        tried += 1
+        fitted = _fitted(candidate, derived, numbers, device)
+        if fitted is not None:
+            candidate, plan = fitted  # noqa: PLW2901
+            found.append((plan.time.total, _fullest(plan) / device.memory, candidate, derived.data_size))
+    found.sort(key=lambda one: one[:2])
+    best: dict[tuple[int, ...], Proposal] = {}
+    for seconds, share, candidate, data in found:
+        proposal = _proposal(config, candidate, seconds, share, data)
+        layout = (proposal.tensor, proposal.pipeline, proposal.virtual_pipeline, proposal.context)
+        best.setdefault(layout, proposal)
+    return SearchResult(tried, len(found), tuple(best.values())[:limit])
+
+
+def _fullest(plan: DevicePlan) -> float:
+    return max(stage.peak for stage in plan.stages)
+
+
+def _fitted(
+    candidate: Config, derived: Derived, numbers: ArchitectureNumbers, device: Device
+) -> tuple[Config, DevicePlan] | None:
+    """The candidate with its plan, a colocated engine lowered to what is free; None where it does not fit."""
+    plan = make_device_plan(candidate, derived, numbers, device)
+    excess = _fullest(plan) / device.memory - FULLEST
+    if plan.obstacles and derived.engine == "vllm" and excess > 0:
+        fraction = math.floor((candidate.rollout.gpu_memory_fraction - excess) / FRACTION_STEP) * FRACTION_STEP
+        if fraction <= 0:
+            return None
+        rollout = candidate.rollout.model_copy(update={"gpu_memory_fraction": round(fraction, 2)})
+        candidate = candidate.model_copy(update={"rollout": rollout})
+        plan = make_device_plan(candidate, derived, numbers, device)
+    return None if plan.obstacles else (candidate, plan)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _candidates(config: Config, numbers: ArchitectureNumbers, processes: int, per_node: int) -> Iterator[Config]:
+    """Every config that could be tried; `derive` decides."""
+    contexts = [1, 2, 4] if config.actor.sharing != "full" else [1]
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    budgets = sorted({config.actor.micro_batch_tokens, *(times * longest for times in LONGEST_SEQUENCES)})
+    tensors = [size for size in _divisors(processes) if size <= per_node and numbers.num_kv_heads % size == 0]
+    pipelines = [size for size in _divisors(processes) if size <= numbers.num_layers]
+    engines: list[int | None] = [None]
+    if config.rollout.engine != "server":
+        engines = [size for size in tensors if numbers.num_heads % size == 0]
+    for tensor, pipeline, context in product(tensors, pipelines, contexts):
+        if processes % (tensor * pipeline * context):
+            continue
+        for virtual, first in product(_virtual(pipeline), _first_stages(numbers.num_layers, pipeline)):
+            parallel = {
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "context": context,
+                "virtual_pipeline": virtual,
+                "first_stage_layers": first,
+                "last_stage_layers": None,
+                "sequence": tensor > 1,
+                "data": None,
+                "vision": _vision(config, numbers, tensor),
+            }
+            for recompute, budget, engine in product(RECOMPUTE, budgets, engines):
+                changed: dict[str, dict[str, Any]] = {
+                    "parallel": parallel,
+                    "model": {"recompute": recompute},
+                    "actor": {"micro_batch_tokens": budget},
+                    "rollout": {} if engine is None else {"tensor_parallel": engine},
+                }
+                sections = {name: getattr(config, name).model_copy(update=values) for name, values in changed.items()}
+                yield config.model_copy(update=sections)
+
+
+def _virtual(pipeline: int) -> list[int]:
+    return list(range(1, MAX_VIRTUAL + 1)) if pipeline > 1 else [1]
+
+
+def _first_stages(layers: int, pipeline: int) -> list[int | None]:
+    """As many as the others, or the most below that leave the others equally many: it runs the vision tower too."""
+    if pipeline == 1:
+        return [None]
+    fewer = [first for first in range(1, layers // pipeline) if (layers - first) % (pipeline - 1) == 0]
+    return [None, *fewer[-1:]]
+
+
+def _vision(config: Config, numbers: ArchitectureNumbers, tensor: int) -> str:
+    """Sharded only where it divides."""
+    divides = numbers.vision_num_heads % tensor == 0 and numbers.vision_ffn_size % tensor == 0
+    return config.parallel.vision if divides else "replicated"
+
+
+def _proposal(config: Config, candidate: Config, seconds: float, share: float, data: int) -> Proposal:
+    parallel = candidate.parallel
+    return Proposal(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        data=data,
+        recompute=candidate.model.recompute,
+        engine_tensor=candidate.rollout.tensor_parallel or 1,
+        engine_fraction=candidate.rollout.gpu_memory_fraction,
+        micro_batch_tokens=candidate.actor.micro_batch_tokens,
+        seconds=seconds,
+        memory_share=share,
+        overrides=tuple(_overrides(config, candidate, data)),
+    )
+
+
+def _overrides(config: Config, candidate: Config, data: int) -> Iterator[str]:
+    """The settings that differ, and always the data-parallel size, so that the command starts as many processes."""
+    yield f"parallel.data={data}"
+    for section in ("parallel", "model", "actor", "rollout"):
+        before, after = getattr(config, section), getattr(candidate, section)
+        for name in type(after).model_fields:
+            old, new = getattr(before, name), getattr(after, name)
+            if old != new and (section, name) != ("parallel", "data"):
+                yield f"{section}.{name}={'null' if new is None else str(new).lower()}"
