@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import time
@@ -43,7 +44,7 @@ def main() -> None:
     expected = what_is_left(job.runs / "whole")
     randomness, hits, number = random.Random(job.seed), Counter[str](), 0
     # Every place at least twice, the rest whenever it comes.
-    targets = [*PHASES, WRITING, START] * 2
+    targets = [*PHASES, WRITING, WRITING, START] * 2
     targets += [ANY_TIME] * (job.num_kills - len(targets))
     randomness.shuffle(targets)
     while targets:
@@ -51,7 +52,24 @@ def main() -> None:
         number += 1
         kill_until_it_ends(job, name, targets, randomness, hits)
         compare(what_is_left(job.runs / name), expected, name)
+    resize(job, expected)
     print(json.dumps({"kills": sum(hits.values()), "hits": hits, "runs": number}))
+
+
+def resize(job: Specification, expected: dict[str, Any]) -> None:
+    """Killed after two steps, and gone on with by one rank alone: the same but for the order of sums."""
+    name = "resized"
+    ranks = attempt(job, name)
+    while not (job.runs / name / "checkpoints" / "step-00000002").is_dir():
+        assert ranks.running(), log_of(job, name).read_text()[-5000:]
+        time.sleep(0.0005)
+    ranks.kill()
+    assert attempt(job, name, num_ranks=1).wait(LONGEST) == [0], log_of(job, name).read_text()[-5000:]
+    left = rows(job.runs / name / "metrics.jsonl")
+    assert [row["step"] for row in left] == [row["step"] for row in expected["metrics"]]
+    for row, other in zip(left, expected["metrics"], strict=True):
+        far = [key for key in other if not math.isclose(row[key], other[key], rel_tol=1e-3, abs_tol=1e-5)]
+        assert not far, (row["step"], {key: (row[key], other[key]) for key in far})
 
 
 def kill_until_it_ends(
@@ -93,11 +111,11 @@ def at(target: str, ranks: WarmRanks, rank: int) -> bool:
     return ranks.writes(rank) if target == WRITING else ranks.phase(rank) == target
 
 
-def attempt(job: Specification, name: str) -> WarmRanks:
+def attempt(job: Specification, name: str, num_ranks: int | None = None) -> WarmRanks:
     """Start the run, or go on with it."""
     resume = ["--resume"] if (job.runs / name).exists() else []
     argv = [*job.argv, f"run.name={name}", *resume]
-    return WarmRanks(argv, num_ranks=job.num_ranks, log=log_of(job, name))
+    return WarmRanks(argv, num_ranks=num_ranks or job.num_ranks, log=log_of(job, name))
 
 
 def log_of(job: Specification, name: str) -> Path:
