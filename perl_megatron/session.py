@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from perl_megatron.checkpoint.background import BackgroundWriter
 from perl_megatron.checkpoint.hf_files import save_checkpoint
-from perl_megatron.checkpoint.manifest import latest_checkpoint, on_rank_zero
+from perl_megatron.checkpoint.manifest import list_checkpoints, on_rank_zero
+from perl_megatron.checkpoint.retention import Retention
 from perl_megatron.config.load import LoadedConfig
 from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
@@ -19,7 +21,9 @@ from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import stop_status
 from perl_megatron.observability.journal import Journal
+from perl_megatron.observability.json_lines import write_text
 from perl_megatron.observability.memory import PeakMemory
+from perl_megatron.observability.metrics import find_metric
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.runtime.collective import any_rank, gather_objects
@@ -53,22 +57,31 @@ class Session:
         self._loaded, self._resume, self._stop = loaded, resume, stop
         self._memory = memory
         self._saved_step = self._first_step = -1
+        self._writer = BackgroundWriter(
+            asynchronous=self.config.run.asynchronous_checkpoints,
+            timeout_seconds=self.config.run.collective_timeout,
+        )
+        _check_metric(self.config.run.keep_best)
         self._journal: Journal | None = None
         self.phases = Phases(self._show_phase)
         self.exit_status = 0
 
     def restore(self) -> int:
-        """Take up the newest good checkpoint when resuming, open the journal; the number of steps already done."""
+        """Take up the newest good checkpoint when resuming, open the journal; the number of steps already done.
+
+        A run that ended before its first checkpoint begins anew.
+        """
         step, seconds = 0, 0.0
-        if self._resume:
-            checkpoint = latest_checkpoint(self.folder.checkpoints)
-            if checkpoint is None:
-                raise UserError(
-                    "there is no good checkpoint to resume from",
-                    where=str(self.folder.checkpoints),
-                    fix="remove the run folder and start again without --resume",
-                )
-            extra = self.actor.restore(checkpoint, verify=False)  # latest_checkpoint has just verified it
+        run = gather_objects(self.folder.read_identity() if self.topology.rank == 0 else None)[0]
+        checkpoint = self.actor.newest_checkpoint(self.folder.checkpoints, run=run) if self._resume else None
+        if self._resume and checkpoint is None and any_rank(bool(list_checkpoints(self.folder.checkpoints))):
+            raise UserError(
+                "there is no good checkpoint to resume from",
+                where=str(self.folder.checkpoints),
+                fix="put a good one there, or remove the run folder and start again without --resume",
+            )
+        if checkpoint is not None:
+            extra = self.actor.restore(checkpoint, verify=False)  # it has just been verified
             step, seconds = extra["step"], extra["seconds"]
             self.load_progress(extra)
             self._saved_step = step
@@ -83,6 +96,8 @@ class Session:
             seconds_before=seconds,
             memory=self._memory,
         )
+        if self._resume and checkpoint is None:
+            self.journal.note("no checkpoint was written yet: the run begins anew")
         return step
 
     @property
@@ -96,18 +111,44 @@ class Session:
         return self._stop.requested(any_rank)
 
     def save_if_due(self, step: int) -> None:
-        """Checkpoint every `run.save_every` steps."""
+        """Checkpoint every `run.save_every` steps. A checkpoint that fails is reported, and the run goes on."""
         every = self.config.run.save_every
-        if every and step % every == 0:
-            self.save(step)
+        if every and step % every == 0 and step != self._saved_step:
+            with self.phases("save"):
+                self._await_save()
+                try:
+                    self._begin_save(step)
+                except UserError as error:
+                    self.journal.note(f"the checkpoint of step {step} failed, and the run goes on:\n{error}")
 
     def save(self, step: int) -> None:
-        """Checkpoint, unless this step is saved already."""
-        if step == self._saved_step:
-            return
+        """Checkpoint, unless this step is saved already, and wait until it is complete. UserError if it fails."""
         with self.phases("save"):
-            extra = {"step": step, "seconds": self.journal.seconds, **self.progress()}
-            self.actor.save(self.folder.checkpoints, step, extra)
+            self._await_save()
+            if step != self._saved_step:
+                self._begin_save(step)
+                self._writer.wait()
+
+    def _await_save(self) -> None:
+        """Until the checkpoint before, which may have failed, is out of the way."""
+        try:
+            self._writer.wait()
+        except UserError:
+            self._saved_step = -1
+            self.journal.note("the last checkpoint failed, see above; the run goes on, and saves again when it is due")
+
+    def _begin_save(self, step: int) -> None:
+        run = self.config.run
+        retention = Retention(
+            keep=run.keep_checkpoints,
+            run=self.folder.read_identity() if self.topology.rank == 0 else None,
+            metric=run.keep_best,
+            highest=run.best_is == "highest",
+            value=None if run.keep_best is None else self.journal.value(step, run.keep_best),
+        )
+        on_rank_zero(self.journal.sync, what="the metrics")
+        extra = {"step": step, "seconds": self.journal.seconds, **self.progress()}
+        self._writer.start(self.actor.prepare_save(self.folder.checkpoints, step, extra, retention))
         self._saved_step = step
 
     def progress(self) -> dict[str, Any]:
@@ -124,7 +165,8 @@ class Session:
         try:
             yield
         except UserError as error:
-            self.save(step)
+            with suppress(UserError):  # the writer reports it; what ends the run is the first error
+                self.save(step)
             self.note_failure(error)
             raise
 
@@ -148,12 +190,13 @@ class Session:
 
     def close(self) -> None:
         """Release everything, whether the run ended well or not."""
+        self._writer.close()
         if self._journal is not None:
             self._journal.close()
 
     def _export(self, step: int) -> None:
         """Write the policy as a Hugging Face folder."""
-        if step == self._first_step and any_rank(self.folder.export.exists()):
+        if step == self._first_step and any_rank(self._exported_step() == step):
             return  # a finished run that was resumed has nothing new
         weights, writes = iter(self.actor.weights()), self.topology.rank == 0
         fresh = self.folder.export.with_name("export.new")
@@ -165,6 +208,7 @@ class Session:
             if writes:
                 shutil.rmtree(self.folder.export, ignore_errors=True)  # of an earlier, shorter end of this run
                 fresh.rename(self.folder.export)
+                write_text(self.folder.exported_step, str(step))
         except (OSError, UserError) as error:
             failure = error.what if isinstance(error, UserError) else str(error)
             for _ in weights:  # a collective stream: the other ranks wait for this one until its end
@@ -173,6 +217,11 @@ class Session:
             if text is not None:
                 fix = "free some space and resume: the last checkpoint is complete"
                 raise UserError(f"the policy could not be exported: {text}", where=str(self.folder.export), fix=fix)
+
+    def _exported_step(self) -> int | None:
+        """That of the policy in the folder; it may be of an earlier, shorter end of this run."""
+        step = self.folder.exported_step
+        return int(step.read_text(encoding="utf-8")) if step.exists() and self.folder.export.exists() else None
 
     def layout(self) -> str:
         """The layout in words."""
@@ -190,6 +239,13 @@ class Session:
 
     def _conclude(self) -> None:
         """What a finished run leaves besides its policy."""
+
+
+def _check_metric(name: str | None) -> None:
+    if name is not None and find_metric(name) is None:
+        raise UserError(
+            f"no metric is called {name!r}", where="run.keep_best", fix="name one of metrics.jsonl: evaluation/accuracy"
+        )
 
 
 class SupervisedSession(Session):

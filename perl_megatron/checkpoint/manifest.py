@@ -1,4 +1,4 @@
-"""Checkpoint folders: written under a temporary name, renamed when complete, checked by digest, the newest N kept.
+"""Checkpoint folders: written under a temporary name, renamed when complete, checked by digest.
 
 A folder that has its name is whole, because the rename comes last; ``manifest.json`` (size and SHA-256 digest of every
 other file; processors have instructions for it) finds what happened to it later. All ranks need the same file system.
@@ -11,16 +11,25 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perl_megatron.checkpoint.disk import sync_path
+from perl_megatron.checkpoint.retention import (
+    MANIFEST,
+    TEMPORARY,
+    Retention,
+    delete_checkpoint,
+    list_checkpoints,
+    step_of,
+)
 from perl_megatron.errors import UserError
 from perl_megatron.runtime.collective import barrier, gather_objects, rank, shared_map
+
+__all__ = ["MANIFEST", "PendingCheckpoint", "latest_checkpoint", "list_checkpoints", "verify_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +37,7 @@ FORMAT = 2
 _DIGESTS = {1: "blake2b", FORMAT: "sha256"}
 """Which digest the manifests of a format hold; FORMAT is written, all are read."""
 CONTINUE_FROM_ANOTHER = "delete that checkpoint, continue from another"
-MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
-_NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".incomplete-"
 
 
 class StoppedError(Exception):
@@ -52,7 +58,7 @@ class PendingCheckpoint:
     def begin(cls, directory: Path, step: int) -> PendingCheckpoint:
         """Make an empty temporary folder; what an interrupted save left behind is deleted."""
         name = f"step-{step:08d}"
-        pending = cls(step, directory / name, directory / f"{_TEMPORARY}{name}")
+        pending = cls(step, directory / name, directory / f"{TEMPORARY}{name}")
         on_rank_zero(lambda: _make_empty(pending.temporary))
         return pending
 
@@ -60,37 +66,36 @@ class PendingCheckpoint:
         """Add a text file."""
         on_rank_zero(lambda: _write(self.temporary / name, text))
 
-    def commit(self, *, keep: int) -> Path:
-        """Digest all files (the ranks share the work), rename, and delete all but the newest ``keep`` checkpoints."""
+    def commit(self, retention: Retention) -> Path:
+        """Digest all files (the ranks share the work), rename, and delete the checkpoints that are not kept."""
         barrier()
         files = sorted(path for path in self.temporary.rglob("*") if path.is_file())
         entries = dict(
             zip([str(file.relative_to(self.temporary)) for file in files], shared_map(file_entry, files), strict=True)
         )
-        self.write(MANIFEST, manifest_text(entries, step=self.step))
-        on_rank_zero(lambda: _publish(self.temporary, self.target, keep))
+        self.write(MANIFEST, manifest_text(entries, step=self.step, facts=retention.facts()))
+        on_rank_zero(lambda: _publish(self.temporary, self.target, retention))
         return self.target
 
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints below ``directory``, oldest first; damaged ones included."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    def discard(self) -> None:
+        """After a failure: what was written only takes the space that the run needs. Not collective."""
+        if rank() == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
+def latest_checkpoint(directory: Path, *, refuse: Callable[[Path], None] = lambda checkpoint: None) -> Path | None:
     """The newest checkpoint whose files are all as they were written; None where there is none. Collective.
 
-    A damaged one is passed over with a warning that names the file.
+    A damaged one, and one that ``refuse`` raises a UserError for (it belongs to something else), is passed over with a
+    warning that names the file.
     """
     for checkpoint in reversed(list_checkpoints(directory)):
         try:
             verify_checkpoint(checkpoint)
+            refuse(checkpoint)
         except UserError as error:
             if rank() == 0:
-                logger.warning("Passing over a damaged checkpoint, trying the one before:\n%s", error)
+                logger.warning("Passing over step %d, trying the checkpoint before:\n%s", step_of(checkpoint), error)
         else:
             return checkpoint
     return None
@@ -159,22 +164,25 @@ def _read_manifest(manifest: Path, fix: str) -> tuple[str, dict[str, tuple[int, 
 
 def _make_empty(temporary: Path) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in temporary.parent.glob(f"{_TEMPORARY}*"):
+    for leftover in temporary.parent.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
     temporary.mkdir()
 
 
-def _publish(temporary: Path, target: Path, keep: int) -> None:
+def _publish(temporary: Path, target: Path, retention: Retention) -> None:
     sync_path(temporary)
-    replaced = target.with_name(f"{_TEMPORARY}replaced-{target.name}")
+    replaced = target.with_name(f"{TEMPORARY}replaced-{target.name}")
+    if target.exists() and not retention.is_own(target):
+        replaced = target.with_name(f"other-run-{target.name}")  # somebody put it there, and may want it back
+        logger.warning("%s is another run's, and is now called %s", target, replaced.name)
     if target.exists():
         target.rename(replaced)
     temporary.rename(target)
     sync_path(target.parent)
-    if replaced.exists():
+    if replaced.exists() and replaced.name.startswith(TEMPORARY):
         shutil.rmtree(replaced)
-    for old in list_checkpoints(target.parent)[:-keep]:
-        shutil.rmtree(old)
+    for old in retention.superfluous(target):
+        delete_checkpoint(old)
 
 
 def _write(path: Path, text: str) -> None:
@@ -184,9 +192,14 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def manifest_text(entries: dict[str, dict[str, Any]], *, step: int | None = None) -> str:
-    """The manifest of files with these names and ``file_entry`` each; without a step it is no training checkpoint's."""
-    return json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1)
+def manifest_text(
+    entries: dict[str, dict[str, Any]], *, step: int | None = None, facts: Mapping[str, Any] | None = None
+) -> str:
+    """The manifest of files with these names and ``file_entry`` each; without a step it is no training checkpoint's.
+
+    ``facts`` are what else it says (``Retention.facts``).
+    """
+    return json.dumps({"format": FORMAT, "step": step, **(facts or {}), "files": entries}, indent=1)
 
 
 def file_entry(file: Path) -> dict[str, Any]:

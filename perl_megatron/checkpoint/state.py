@@ -2,7 +2,7 @@
 
     directory/step-00000020/
         .metadata, *.distcp, common.pt, metadata.json   megatron-core's torch_dist checkpoint (any layout loads it)
-        training_state.json                             schedule, step and the caller's ``extra``
+        training_state.json                             schedule, step, model and the caller's ``extra``
         manifest.json                                   size and digest of every other file (``checkpoint/manifest.py``)
 
 torch_dist's own index is a pickle: continue only from checkpoints that you trust (the manifest protects against damage,
@@ -12,8 +12,7 @@ not against malice).
 from __future__ import annotations
 
 import json
-import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,30 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-    load_sharded_metadata,
-)
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, load_sharded_metadata
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from perl_megatron.checkpoint.manifest import PendingCheckpoint, latest_checkpoint, verify_checkpoint
+from perl_megatron.checkpoint.manifest import (
+    CONTINUE_FROM_ANOTHER,
+    PendingCheckpoint,
+    latest_checkpoint,
+    verify_checkpoint,
+)
+from perl_megatron.checkpoint.retention import Retention, read_facts
 from perl_megatron.checkpoint.state_buckets import keep_bucket_padding
 from perl_megatron.checkpoint.state_optimizer import fit_to_optimizer
+from perl_megatron.checkpoint.state_parts import StateParts
 from perl_megatron.errors import UserError
 from perl_megatron.model.policy import Policy
 
-__all__ = ["latest_checkpoint", "load_training_state", "save_training_state"]
+__all__ = ["latest_checkpoint", "load_training_state", "newest_checkpoint", "prepare_training_state"]
 
 STATE = "training_state.json"
 
 
-def save_training_state(
+def prepare_training_state(
     directory: Path,
     step: int,
     modules: Sequence[Policy],
@@ -52,30 +52,67 @@ def save_training_state(
     extra: dict[str, Any],
     *,
     settings: Mapping[str, float],
-    keep: int = 2,
-) -> Path:
-    """Write ``directory/step-NNNNNNNN``, then delete all but the newest ``keep`` checkpoints. Collective.
+    model: str | None = None,
+    retention: Retention = Retention(),
+) -> Callable[[], Path]:
+    """Copy the training state; what is returned writes the copy to ``directory/step-NNNNNNNN``. Both are collective.
 
-    ``modules`` are the model chunks without their DDP wrapper. ``extra`` must be JSON and equal on all ranks.
-    ``settings`` are the options, by name, that must be the same where the checkpoint is continued. Returns the
-    checkpoint's folder. If writing fails, all ranks raise UserError and earlier checkpoints are untouched.
+    Training may go on in between, and while the copy is written by another thread, within ``collective.over`` a group
+    of its own. If writing fails, all ranks raise UserError and earlier checkpoints are untouched; else those that
+    ``retention`` does not keep are deleted.
+
+    Args:
+        directory: that of all checkpoints.
+        step: steps done.
+        modules: the model chunks without their DDP wrapper.
+        optimizer: theirs.
+        scheduler: the optimizer's.
+        extra: what else is to be restored; must be JSON and equal on all ranks.
+        settings: the options, by name, that must be the same where the checkpoint is continued.
+        model: tells the model from others; a checkpoint of another one is not continued.
+        retention: which checkpoints are kept, and what the manifest says of this one.
+
+    Raises UserError, on all ranks, where not even an empty folder can be made.
     """
-    content = {"step": step, "scheduler": scheduler.state_dict(), "settings": dict(settings), "extra": extra}
+    content = {
+        "step": step,
+        "scheduler": scheduler.state_dict(),
+        "settings": dict(settings),
+        "model": model,
+        "extra": extra,
+    }
     state = json.dumps(content)
     pending = PendingCheckpoint.begin(directory, step)
     sharded, metadata = _sharded(modules, optimizer, is_loading=False)
     described = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
-    replicas = metadata["dp_cp_group"]
-    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), replicas)
-    # Without this, megatron-core starts a process, which imports torch again and needs a __main__ guard (10 s), only
-    # to hand results from one of its functions to the next; a save that is not asynchronous does that in-process.
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        dist_checkpointing.save(sharded, str(pending.temporary), strategy, content_metadata=described)
-    except CheckpointException as error:
-        raise UserError(f"the checkpoint could not be written: {error}", where=str(directory)) from error
-    pending.write(STATE, state)
-    return pending.commit(keep=keep)
+    parts = StateParts.copy(sharded, described, metadata["dp_cp_group"], pending.temporary)
+
+    def write() -> Path:
+        try:
+            parts.write()
+            pending.write(STATE, state)
+            return pending.commit(retention)
+        except UserError:
+            pending.discard()
+            raise
+
+    return write
+
+
+def newest_checkpoint(directory: Path, *, run: str | None = None, model: str | None = None) -> Path | None:
+    """As ``latest_checkpoint``; one of another run or another model is passed over too. Collective."""
+
+    def refuse(checkpoint: Path) -> None:
+        written = {"run": read_facts(checkpoint).get("run"), "model": _read_state(checkpoint).get("model")}
+        for name, ours in (("run", run), ("model", model)):
+            if ours is not None and written[name] is not None and written[name] != ours:
+                raise UserError(
+                    f"the checkpoint belongs to another {name}: {written[name]}, not {ours}",
+                    where=str(checkpoint),
+                    fix=f"move it to where that {name} is trained",
+                )
+
+    return latest_checkpoint(directory, refuse=refuse)
 
 
 def load_training_state(
@@ -87,14 +124,14 @@ def load_training_state(
     settings: Mapping[str, float],
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Restore what ``save_training_state`` wrote, in this or another layout; returns its ``extra``. Collective.
+    """Restore what ``prepare_training_state`` wrote, in this or another layout; returns its ``extra``. Collective.
 
     ``verify=False`` is for a checkpoint that ``latest_checkpoint`` has just read through. Raises UserError, naming the
     file, where the checkpoint is damaged, and where it belongs to another model or to other ``settings``.
     """
     if verify:
         verify_checkpoint(checkpoint)
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = _read_state(checkpoint)
     _refuse_other_settings(state.get("settings", {}), settings, checkpoint)
     content, _ = _sharded(modules, optimizer, is_loading=True)
     try:
@@ -113,6 +150,15 @@ def load_training_state(
     scheduler.num_steps = 0  # load_state_dict adds the checkpoint's count to it
     scheduler.load_state_dict(state["scheduler"])
     return state["extra"]
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"this is no training checkpoint: {error}", where=str(checkpoint / STATE), fix=CONTINUE_FROM_ANOTHER
+        ) from error
 
 
 def _refuse_other_settings(saved: Mapping[str, float], current: Mapping[str, float], checkpoint: Path) -> None:

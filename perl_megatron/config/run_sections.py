@@ -24,7 +24,15 @@ class RunConfig(Section):
     save_every: int = Field(default=50, ge=0)
     """Steps between checkpoints (0: only the last one)."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many checkpoints to keep."""
+    """How many of the newest checkpoints to keep."""
+    keep_best: str | None = None
+    """A metric (`evaluation/accuracy`): the checkpoint with its best value is kept too, however old it is. Only steps at
+    which the metric is logged count; let evaluation.every divide run.save_every."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which value of run.keep_best is the best."""
+    asynchronous_checkpoints: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy in the CPU's memory of what each rank writes;
+    if not, it waits."""
     record_rollouts: bool = True
     """Whether all rollouts are written to `rollouts/` (JSON lines: about 7 bytes a prompt token, 35 a response token);
     `perl-megatron triage` needs them."""

@@ -62,6 +62,16 @@ class Journal:
         """Whether this rank has logged the metric at this step, in an earlier start of the run too."""
         return self._log is not None and self._log.has(step, name)
 
+    def value(self, step: int, name: str) -> float | None:
+        """What this rank has logged at this step, if it has."""
+        return None if self._log is None else self._log.value(step, name)
+
+    def sync(self) -> None:
+        """Wait until the rows that a resumed run keeps are on the disk: a checkpoint is worth nothing without them."""
+        if self._log is not None:
+            self._log.sync()
+            self._ledger.sync()
+
     @property
     def seconds(self) -> float:
         """Wall time of the run so far, earlier starts included."""
@@ -96,8 +106,8 @@ class Journal:
     def evaluation(self, step: int, metrics: Mapping[str, float], write_outputs: Callable[[Path], None]) -> None:
         """Log one evaluation and keep its raw outputs."""
         if self._log is not None:
+            write_outputs(self.folder.evaluation_outputs(step))  # first: what is logged is not evaluated again
             self._log.log(step, metrics)
-            write_outputs(self.folder.evaluation_outputs(step))
             accuracy, flip_rate = metrics["evaluation/accuracy"], metrics["evaluation/flip_rate"]
             self.note(f"held-out after step {step}: accuracy {accuracy:.1%}, flip rate {flip_rate:.1%}")
 

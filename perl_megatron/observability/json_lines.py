@@ -21,8 +21,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write the whole file at once: it is either the old one or the new one."""
+    write_text(path, "".join(to_line(row) for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write any text so."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(to_line(row) for row in rows), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +30,8 @@ class MetricsLog:
         self._rows = [row for row in read_rows(metrics_file) if row["step"] <= resumed_step]
         write_rows(metrics_file, self._rows)
         self._file = metrics_file.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1 if resumed_step else None)
+        is_resumed = tensorboard.is_dir() and any(tensorboard.iterdir())
+        self._writer = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1 if is_resumed else None)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -38,6 +41,15 @@ class MetricsLog:
     def has(self, step: int, name: str) -> bool:
         """Whether the metric is already logged at this step (an evaluation of a resumed step, say)."""
         return any(row["step"] == step and name in row for row in self._rows)
+
+    def value(self, step: int, name: str) -> float | None:
+        """The metric at this step, the one logged last; None where it is not logged, or not finite."""
+        found = [row[name] for row in self._rows if row["step"] == step and name in row]
+        return found[-1] if found and found[-1] is not None and math.isfinite(found[-1]) else None
+
+    def sync(self) -> None:
+        """Wait for the disk."""
+        os.fsync(self._file.fileno())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one row now; every name has to be in the catalogue (assert)."""

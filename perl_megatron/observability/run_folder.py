@@ -5,16 +5,20 @@ It is made only after every check has passed, by rank 0, so a run that was refus
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from perl_megatron.config.load import LoadedConfig, config_fields, load_config, save_resolved
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
+from perl_megatron.observability.json_lines import write_text
 
 MAY_CHANGE = frozenset(
     (
         *("run.steps", "run.save_every", "run.keep_checkpoints", "run.record_rollouts", "run.collective_timeout"),
+        *("run.keep_best", "run.best_is", "run.asynchronous_checkpoints"),
         *("run.name", "run.directory", "parallel", "evaluation", "data.evaluation", "data.epochs", "rollout.engine"),
         *("endpoint", "judge.url", "judge.api_key_file", "judge.deadline", "judge.retries", "judge.concurrency"),
         *("judge.cache", "reward.judge_failure", "data.weights", "data.decode_processes", "data.decode_ahead_mib"),
@@ -45,14 +49,26 @@ class RunFolder:
     def create(cls, loaded: LoadedConfig, *, resume: bool) -> RunFolder:
         """Make the folder (or take the existing one, with `resume`) and write the resolved config into it.
 
-        Only rank 0 calls this, after all checks. Raises UserError as `check_available` does.
+        A new folder appears whole: a run that is killed at its very beginning can be started again or resumed. Only
+        rank 0 calls this, after all checks. Raises UserError as `check_available` does.
         """
         folder = cls.of(loaded.config)
         folder.check_available(resume=resume)
-        for path in (folder.root, folder.tensorboard, folder.checkpoints, folder.rollouts, folder.evaluations):
+        fresh = folder if resume else cls(folder.root.with_name(f".{folder.root.name}.new"))
+        if not resume:
+            shutil.rmtree(fresh.root, ignore_errors=True)
+        for path in (fresh.root, fresh.tensorboard, fresh.checkpoints, fresh.rollouts, fresh.evaluations):
             path.mkdir(parents=True, exist_ok=True)
-        save_resolved(loaded, folder.config)
+        save_resolved(loaded, fresh.config)
+        if not fresh.identity.exists():
+            write_text(fresh.identity, secrets.token_hex(8) + "\n")
+        if not resume:
+            fresh.root.rename(folder.root)
         return folder
+
+    def read_identity(self) -> str | None:
+        """What tells this run from others, whatever its folder is called; None for a run from before there was one."""
+        return self.identity.read_text(encoding="utf-8").strip() if self.identity.exists() else None
 
     def check_available(self, *, resume: bool) -> None:
         """UserError where a new run would overwrite an old one, or where there is no run to resume."""
@@ -92,6 +108,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved config with the origin of every value."""
         return self.root / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """A random number of the run's own: its checkpoints name it."""
+        return self.root / "identity"
 
     @property
     def logs(self) -> Path:
@@ -141,6 +162,11 @@ class RunFolder:
     def export(self) -> Path:
         """The final policy as a Hugging Face folder."""
         return self.root / "export"
+
+    @property
+    def exported_step(self) -> Path:
+        """The step whose policy `export` is; written after it."""
+        return self.root / "export.step"
 
     @property
     def summary(self) -> Path:

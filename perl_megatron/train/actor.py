@@ -5,7 +5,7 @@ Every method is collective: all ranks call it with the same arguments, and all g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from perl_megatron.batching.cost import CostModel
 from perl_megatron.checkpoint import stream
 from perl_megatron.checkpoint.hf_files import open_checkpoint
-from perl_megatron.checkpoint.state import load_training_state, save_training_state
+from perl_megatron.checkpoint.retention import Retention
+from perl_megatron.checkpoint.state import load_training_state, newest_checkpoint, prepare_training_state
 from perl_megatron.config.derive_model import fp8_alignment
 from perl_megatron.config.schema import Config
 from perl_megatron.data.processor import PromptEncoder
@@ -125,7 +126,16 @@ class Actor:
 
     def save(self, directory: Path, step: int, extra: dict[str, Any]) -> Path:
         """Write a checkpoint below ``directory``; ``extra`` must be JSON. Returns the checkpoint's folder."""
-        return save_training_state(
+        return self.prepare_save(directory, step, extra, Retention(self.config.run.keep_checkpoints))()
+
+    def prepare_save(
+        self, directory: Path, step: int, extra: dict[str, Any], retention: Retention
+    ) -> Callable[[], Path]:
+        """Copy the state as it is now; what is returned writes it, as ``save`` does, while updates go on.
+
+        Raises UserError as ``checkpoint.state.prepare_training_state``.
+        """
+        return prepare_training_state(
             directory,
             step,
             self.modules,
@@ -133,8 +143,13 @@ class Actor:
             self.optimizer.scheduler,
             extra,
             settings=self.optimizer.settings,
-            keep=self.config.run.keep_checkpoints,
+            model=self._identity,
+            retention=retention,
         )
+
+    def newest_checkpoint(self, directory: Path, *, run: str | None) -> Path | None:
+        """The newest good checkpoint of this policy and this run below ``directory``; others are passed over, named."""
+        return newest_checkpoint(directory, run=run, model=self._identity)
 
     def restore(self, checkpoint: Path, *, verify: bool = True) -> dict[str, Any]:
         """Take weights, optimizer and schedule from a checkpoint's folder (any layout); returns its ``extra``.
@@ -152,6 +167,16 @@ class Actor:
         )
         self.optimizer.adopt_configured_rates()
         return extra
+
+    @property
+    def _identity(self) -> str:
+        """The policy's shape: one of another shape cannot take the weights."""
+        sizes = self.architecture.numbers
+        return (
+            f"Qwen2.5-VL, {sizes.num_layers} layers of {sizes.hidden_size} ({sizes.num_heads} heads, "
+            f"{sizes.num_kv_heads} of keys), {sizes.vocabulary_size} tokens, "
+            f"vision {sizes.vision_depth} layers of {sizes.vision_hidden_size}"
+        )
 
     def _step(self, sequences: Sequence[TrainingSequence], loss: Loss) -> dict[str, float]:
         num_tokens = sum(len(sequence.response) for sequence in sequences)

@@ -11,6 +11,7 @@ from perl_megatron.checkpoint.manifest import (
     list_checkpoints,
     verify_checkpoint,
 )
+from perl_megatron.checkpoint.retention import Retention
 from perl_megatron.errors import UserError
 
 
@@ -18,7 +19,7 @@ def write(directory, step, *, keep=9, text="weights"):
     pending = PendingCheckpoint.begin(directory, step)
     pending.write("a.txt", f"{text} of step {step}")
     pending.write("b.txt", "x" * 100)
-    return pending.commit(keep=keep)
+    return pending.commit(Retention(keep=keep))
 
 
 def test_a_complete_checkpoint_verifies_and_the_newest_is_found(tmp_path):

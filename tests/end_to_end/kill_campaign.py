@@ -1,0 +1,155 @@
+"""Runs a job, kills it at random moments until it was killed often enough, and compares what is left each time.
+
+`python kill_campaign.py SPECIFICATION.json`: prints one JSON line, the kills by the place where they hit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from warm_ranks import PHASES, WarmRanks
+
+TIMES = ("time", "seconds/", "memory/", "throughput/", "sync/seconds", "sync/attest_seconds")
+ANY_TIME, START, WRITING = "any time", "start", "writing"
+LONGEST = 300.0
+"""Seconds that an attempt may take; far more than any does."""
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What is to be done."""
+
+    argv: list[str]
+    """Of `perl-megatron train`, without the run's name."""
+    runs: Path
+    """run.directory."""
+    num_ranks: int
+    num_kills: int
+    seed: int
+
+
+def main() -> None:
+    content = json.loads(Path(sys.argv[1]).read_text())
+    job = Specification(**{**content, "runs": Path(content["runs"])})
+    statuses = attempt(job, "whole").wait(LONGEST)
+    assert statuses == [0] * job.num_ranks, (statuses, log_of(job, "whole").read_text())
+    expected = what_is_left(job.runs / "whole")
+    randomness, hits, number = random.Random(job.seed), Counter[str](), 0
+    # Every place at least twice, the rest whenever it comes.
+    targets = [*PHASES, WRITING, WRITING, START] * 2
+    targets += [ANY_TIME] * (job.num_kills - len(targets))
+    randomness.shuffle(targets)
+    while targets:
+        name = f"killed-{number}"
+        number += 1
+        kill_until_it_ends(job, name, targets, randomness, hits)
+        compare(what_is_left(job.runs / name), expected, name)
+    resize(job, expected)
+    print(json.dumps({"kills": sum(hits.values()), "hits": hits, "runs": number}))
+
+
+def resize(job: Specification, expected: dict[str, Any]) -> None:
+    """Killed after two steps, and gone on with by one rank alone: the same but for the order of sums."""
+    name = "resized"
+    ranks = attempt(job, name)
+    while not (job.runs / name / "checkpoints" / "step-00000002").is_dir():
+        assert ranks.running(), log_of(job, name).read_text()[-5000:]
+        time.sleep(0.0005)
+    ranks.kill()
+    assert attempt(job, name, num_ranks=1).wait(LONGEST) == [0], log_of(job, name).read_text()[-5000:]
+    left = rows(job.runs / name / "metrics.jsonl")
+    assert [row["step"] for row in left] == [row["step"] for row in expected["metrics"]]
+    for row, other in zip(left, expected["metrics"], strict=True):
+        far = [key for key in other if not math.isclose(row[key], other[key], rel_tol=1e-3, abs_tol=1e-5)]
+        assert not far, (row["step"], {key: (row[key], other[key]) for key in far})
+
+
+def kill_until_it_ends(
+    job: Specification, name: str, targets: list[str], randomness: random.Random, hits: Counter[str]
+) -> None:
+    while True:
+        ranks, start = attempt(job, name), time.monotonic()
+        if targets and wait_for(targets[-1], ranks, randomness):
+            where = ranks.phase() or (WRITING if ranks.writes() else "between phases")
+            ranks.kill(first=randomness.randrange(job.num_ranks), pause=randomness.choice([0, 0, 0.02]))
+            hits[f"{targets.pop()}: {where}"] += 1
+            print(f"{name}: killed in {where} after {time.monotonic() - start:.1f} s", file=sys.stderr)
+            continue
+        statuses = ranks.wait(LONGEST)
+        assert statuses == [0] * job.num_ranks, (statuses, log_of(job, name).read_text()[-5000:])
+        return
+
+
+def wait_for(target: str, ranks: WarmRanks, randomness: random.Random) -> bool:
+    """Until the ranks are at the place and a random while longer; False where they end before."""
+    if target in (START, ANY_TIME):
+        end = time.monotonic() + randomness.uniform(0, 1.0 if target == START else 8.0)
+        while time.monotonic() < end and ranks.running():
+            time.sleep(0.001)
+        return ranks.running()
+    rank, times = randomness.randrange(len(ranks.pids)), randomness.choice([1, 1, 2])
+    for number in range(times):
+        while not at(target, ranks, rank):
+            if not ranks.running():
+                return False
+            time.sleep(0.0005)
+        while number + 1 < times and at(target, ranks, rank) and ranks.running():
+            time.sleep(0.0005)
+    time.sleep(randomness.uniform(0, 0.03))
+    return ranks.running()
+
+
+def at(target: str, ranks: WarmRanks, rank: int) -> bool:
+    return ranks.writes(rank) if target == WRITING else ranks.phase(rank) == target
+
+
+def attempt(job: Specification, name: str, num_ranks: int | None = None) -> WarmRanks:
+    """Start the run, or go on with it."""
+    resume = ["--resume"] if (job.runs / name).exists() else []
+    argv = [*job.argv, f"run.name={name}", *resume]
+    return WarmRanks(argv, num_ranks=num_ranks or job.num_ranks, log=log_of(job, name))
+
+
+def log_of(job: Specification, name: str) -> Path:
+    job.runs.mkdir(parents=True, exist_ok=True)
+    return job.runs.with_name(f"{name}.log")
+
+
+def what_is_left(run: Path) -> dict[str, Any]:
+    """All that a run leaves, without what depends on the clock."""
+    last = max((run / "checkpoints").glob("step-*"))
+    state = json.loads((last / "training_state.json").read_text())
+    del state["extra"]["seconds"]
+    files = [*sorted(last.glob("*.distcp")), *sorted((run / "export").glob("*"))]
+    texts = [run / "groups.jsonl", *sorted((run / "rollouts").glob("*.jsonl"))]
+    texts += sorted((run / "evaluations").glob("*.jsonl"))
+    return {
+        "metrics": rows(run / "metrics.jsonl"),
+        "state": state,
+        "images": sorted(path.name for path in (run / "rollouts" / "images").iterdir()),
+        **{str(path.relative_to(run)): path.read_bytes() for path in files},
+        **{str(path.relative_to(run)): path.read_text() for path in texts},
+    }
+
+
+def rows(metrics: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in found]
+
+
+def compare(left: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    assert left.keys() == expected.keys(), f"{name}: {left.keys() ^ expected.keys()}"
+    differing = [key for key in expected if left[key] != expected[key]]
+    assert not differing, f"{name} differs from the run that was not killed in {differing}"
+
+
+if __name__ == "__main__":
+    main()
