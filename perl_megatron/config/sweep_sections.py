@@ -51,11 +51,12 @@ class SweepSection(Section):
     )
     """run.seed of each run of a point; all points get the same ones, so that they are compared in pairs."""
     metric: str = "evaluation/accuracy"
-    """What counts: a metric of metrics.jsonl, its last value in a run, and the mean of that over the seeds."""
+    """What counts: a metric of metrics.jsonl, its last value in a run (`NAME:max`: the greatest; also first, min, mean,
+    sum), and the mean of that over the seeds."""
     direction: Literal["maximize", "minimize"] = "maximize"
     """Which values of the metric are better."""
     measures: Annotated[tuple[str, ...], BeforeValidator(as_texts)] = ()
-    """Further metrics for the table, such as evaluation/flip_rate."""
+    """Further columns of the table, in the same form, such as evaluation/flip_rate, groups/kept:sum."""
     reference: str | None = None
     """Name of the arm that others are compared with; None: the best point."""
 

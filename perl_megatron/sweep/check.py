@@ -11,7 +11,7 @@ from perl_megatron.config.load import load_config
 from perl_megatron.config.sweep_domain import Choice
 from perl_megatron.config.sweep_file import Sweep
 from perl_megatron.errors import UserError
-from perl_megatron.observability.metrics import find_metric
+from perl_megatron.sweep.measure import Measure
 
 MAX_CHECKED_POINTS = 1000
 """Of a larger grid only so many points are checked whole; the others' values are checked one by one."""
@@ -19,12 +19,12 @@ MAX_CHECKED_POINTS = 1000
 
 def check_sweep(sweep: Sweep) -> None:
     """UserError, with the key and its place, for the first thing that no run could start with. Nothing is created."""
-    _check_metrics(sweep)
+    measures(sweep)
     for point, where, at in _checked_points(sweep):
-        _check_run(sweep, point, sweep.sweep.seeds[0], f"{where} ({{}})", at)
-    point, where, at = next(_checked_points(sweep))
+        _check_run(sweep, point, sweep.sweep.seeds[0], where, at)
+    point, _, at = next(_checked_points(sweep))
     for seed in sweep.sweep.seeds[1:]:
-        _check_run(sweep, point, seed, f"{sweep.places['sweep.seeds']}: seed {seed} ({{}})", at)
+        _check_run(sweep, point, seed, f"{sweep.places['sweep.seeds']}, seed {seed}", at)
 
 
 def num_processes(sweep: Sweep) -> int:
@@ -46,17 +46,15 @@ def _checked_points(sweep: Sweep) -> Iterator[tuple[dict[str, Choice], str, str]
         yield point, str(sweep.path), str(point)
 
 
-def _check_metrics(sweep: Sweep) -> None:
+def measures(sweep: Sweep) -> tuple[Measure, ...]:
+    """`sweep.metric`, then `sweep.measures`. UserError for one that there is not."""
     section = sweep.sweep
-    for key, names in (("sweep.metric", (section.metric,)), ("sweep.measures", section.measures)):
-        for name in names:
-            if find_metric(name) is None:
-                fix = "name a column of metrics.jsonl, such as evaluation/accuracy or reward/mean"
-                raise UserError(f"'{name}' is no metric", where=f"{sweep.places[key]}: {key}", fix=fix)
+    written = (("sweep.metric", section.metric), *(("sweep.measures", text) for text in section.measures))
+    return tuple(Measure.read(text, f"{sweep.places[key]}: {key}") for key, text in written)
 
 
 def _check_run(sweep: Sweep, point: Mapping[str, Choice], seed: int, where: str, at: str) -> None:
-    """``where`` has a gap for the place that the config's own error names."""
+    """``where`` is the place in the sweep file; the error names that of the config too."""
     try:
         config = load_config(sweep.sweep.config, sweep.overrides(point, seed)).config
         architecture = read_architecture_numbers(config.model.path)
@@ -67,4 +65,4 @@ def _check_run(sweep: Sweep, point: Mapping[str, Choice], seed: int, where: str,
             raise UserError(f"{sweep.sweep.metric} is not measured", where="data.evaluation", fix=fix)
     except UserError as error:
         what = f"no run can start at {at}: {error.what}"
-        raise UserError(what, where=where.format(error.where), fix=error.fix) from error
+        raise UserError(what, where=f"{where} ({error.where})", fix=error.fix) from error

@@ -17,6 +17,7 @@ from perl_megatron.launch.failures import EXIT_STOPPED, EXIT_USER_ERROR
 from perl_megatron.launch.supervise import die_with_parent
 from perl_megatron.observability.json_lines import read_rows
 from perl_megatron.observability.run_folder import RunFolder
+from perl_megatron.sweep.measure import Measure
 
 POLL_SECONDS = 0.5
 LOG_TAIL_LINES = 15
@@ -139,10 +140,9 @@ class TrialRun:
         for path in (self.folder.checkpoints, self.folder.export):
             shutil.rmtree(path, ignore_errors=True)
 
-    def last(self, metric: str) -> float | None:
-        """The metric's last value; None where it was never a finite number."""
-        values = [row[metric] for row in read_rows(self.folder.metrics) if row.get(metric) is not None]
-        return values[-1] if values else None
+    def value(self, measure: Measure) -> float | None:
+        """Of the rows so far; None where the metric was never a finite number."""
+        return measure.of(read_rows(self.folder.metrics))
 
     def _has_checkpoint(self) -> bool:
         return any(self.folder.checkpoints.glob("step-*"))

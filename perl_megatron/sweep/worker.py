@@ -18,6 +18,7 @@ from perl_megatron.config.sweep_file import Sweep
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED
 from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.sweep.check import measures
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.storage import PREEMPTED, point_of, put_back_after
 from perl_megatron.sweep.study import QUEUE_LOCK, make_sampler, open_study, suggest
@@ -47,6 +48,7 @@ class Worker:
         self._queue = FileLock(sweep.folder / QUEUE_LOCK)
         self._study = open_study(sweep, self._queue)
         self._holds_queue = False
+        self._measures = measures(sweep)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._is_refused = False
 
@@ -143,13 +145,13 @@ class Worker:
 
     def _run_seeds(self, trial: optuna.Trial, values: dict[str, Choice], lock: FileLock) -> float:
         section = self._sweep.sweep
-        measured: dict[str, dict[str, float | None]] = {name: {} for name in (section.metric, *section.measures)}
+        measured: dict[str, dict[str, float | None]] = {measure.text: {} for measure in self._measures}
         for index, seed in enumerate(section.seeds):
             overrides = self._sweep.overrides(values, seed)
             run = TrialRun(section.config, overrides, lock.path.parent / f"seed-{seed}", lock=lock.descriptor)
             self._watch(run, trial, reports=index == 0)
-            for name, seeds in measured.items():
-                seeds[str(seed)] = run.last(name)
+            for measure in self._measures:
+                measured[measure.text][str(seed)] = run.value(measure)
             trial.set_user_attr(VALUES, measured)
             finished = [value for value in measured[section.metric].values() if value is not None]
             if len(finished) <= index:
@@ -169,7 +171,7 @@ class Worker:
             self._say(f"{name}: {'continues' if run.start() else 'begins'}; its output is in {run.log}")
         reported = self._frozen(trial).intermediate_values
         try:
-            for observation in run.wait(self._sweep.sweep.metric):
+            for observation in run.wait(self._measures[0].metric):
                 if self._stop.received is not None:
                     raise _InterruptedError
                 if time.monotonic() - last_look > self._sweep.workers.heartbeat:
@@ -184,7 +186,7 @@ class Worker:
         except BaseException:
             run.stop(self._sweep.workers.stop_seconds)
             raise
-        self._say(f"{name}: done, {self._sweep.sweep.metric} = {run.last(self._sweep.sweep.metric)}")
+        self._say(f"{name}: done, {self._measures[0].text} = {run.value(self._measures[0])}")
 
     def _prune_if_due(self, trial: optuna.Trial) -> None:
         if trial.should_prune():

@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 CONFIG = """
 model: {path: examples/qwen2_5_vl/3b}
 data: {train: DATA, evaluation: DATA}
+algorithm: {aggregation: sequence}
 """
 
 
