@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from perl_megatron.config.actor_section import ActorSection
 from perl_megatron.config.algorithm_sections import AlgorithmConfig, FilterConfig
+from perl_megatron.config.deadline_section import DeadlinesConfig
 from perl_megatron.config.endpoint_section import EndpointConfig
 from perl_megatron.config.evaluation_section import EvaluationConfig
 from perl_megatron.config.question_sections import DataConfig, PermutationConfig
@@ -41,3 +42,4 @@ class Config(Section):
     supervised: SupervisedConfig = SupervisedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     endpoint: EndpointConfig = EndpointConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
