@@ -33,7 +33,6 @@ from perl_megatron.runtime.collective import shared_batches, together
 from perl_megatron.runtime.rng import derive_seed
 from perl_megatron.types import Group, Record
 
-
 Phase = Callable[[str], AbstractContextManager[None]]
 """Times and watches a part of a step by its name."""
 

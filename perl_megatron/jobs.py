@@ -27,16 +27,15 @@ def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
     if command == "eval" and config.evaluation.ask == "endpoint":
         return evaluation_job.by_endpoint(config)
     memory = PeakMemory(launcher_pid() or os.getpid()) if platform.rank_and_world_size()[0] == 0 else None
-    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=config.deadlines.collective_timeout)
+    timeout = config.deadlines.collective_timeout
+    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=timeout)
     platform.set_threads()
     try:
         if command == "eval":
             return evaluation_job.by_engine(config, place)
         watchdog = Watchdog(config.deadlines.of_phases(), rank=place.rank, world_size=place.world_size)
         with watchdog, StopRequest() as stop:
-            session = _run_session(
-                command, loaded, place, resume=resume, stop=stop, memory=memory, watchdog=watchdog
-            )
+            session = _run_session(command, loaded, place, resume=resume, stop=stop, memory=memory, watchdog=watchdog)
         if place.rank == 0:
             _say_where_to_look(session)
         return session.exit_status

@@ -46,7 +46,7 @@ def test_what_differs_is_named_with_its_ranks_on_all_of_them() -> None:
         assert "the ranks have diverged" in each["other value"]
         assert "tokens: 12 on ranks 0, 1; 13 on rank 2" in each["other value"]
         assert "step" not in each["other value"]
-        assert "phase: \"update\" on ranks 0, 2; \"save\" on rank 1" in each["other phase"]
+        assert 'phase: "update" on ranks 0, 2; "save" on rank 1' in each["other phase"]
         assert "tokens: 12 on ranks 0, 2; null on rank 1" in each["other phase"]
         assert each["equal again"] == "passed"
 
