@@ -1,7 +1,7 @@
 """Jobs in which one rank, or the disk, does not do what it should. The faults are made from outside of the product.
 
-`python broken_ranks.py SPECIFICATION.json FAULT`: prints one JSON line: the exit statuses, the seconds from the fault to
-the end, and the ranks' output.
+`python broken_ranks.py SPECIFICATION.json FAULT`: prints one JSON line: exit statuses, seconds from the fault to the end,
+and the ranks' output.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import perl_megatron.collect
 from kill_campaign import LONGEST, Specification, attempt, compare, log_of, what_is_left
 from warm_ranks import WarmRanks
 
+import perl_megatron.collect
 from perl_megatron.train.actor import Actor
 from perl_megatron.training_session import TrainingSession
 
@@ -86,7 +86,7 @@ def fill_the_disk(job: Specification) -> dict[str, Any]:
     """After the first checkpoint no more fits on the disk, for one of the next; then there is space again."""
     assert attempt(job, "whole").wait(LONGEST) == [0] * job.num_ranks
     ranks, checkpoints = attempt(job, "full"), job.runs / "full" / "checkpoints"
-    wait_until(lambda: (checkpoints / "step-00000001").is_dir(), ranks)
+    wait_until((checkpoints / "step-00000001").is_dir, ranks)
     limit(ranks, FULL)
     wait_until(lambda: "the run goes on" in log_of(job, "full").read_text(), ranks)
     good, incomplete = sorted(path.name for path in checkpoints.glob("step-*")), list(checkpoints.glob(".incomplete*"))
@@ -95,7 +95,7 @@ def fill_the_disk(job: Specification) -> dict[str, Any]:
     compare(what_is_left(job.runs / "full"), what_is_left(job.runs / "whole"), "full")
     # And a run that has no space at its end.
     ranks, checkpoints = attempt(job, "full-to-the-end"), job.runs / "full-to-the-end" / "checkpoints"
-    wait_until(lambda: (checkpoints / "step-00000001").is_dir(), ranks)
+    wait_until((checkpoints / "step-00000001").is_dir, ranks)
     limit(ranks, FULL)
     ends = ranks.wait(LONGEST)
     return {
