@@ -1,7 +1,7 @@
 """Jobs in which one rank, or the disk, does not do what it should. The faults are made from outside of the product.
 
-`python broken_ranks.py SPECIFICATION.json FAULT`: prints one JSON line: exit statuses, seconds from the fault to the end,
-and the ranks' output.
+`python broken_ranks.py SPECIFICATION.json FAULT` prints one JSON line: exit statuses, seconds from the fault to the
+end, and the ranks' output.
 """
 
 from __future__ import annotations
