@@ -160,6 +160,10 @@ class Session:
         self._writer.start(self.actor.prepare_save(self.folder.checkpoints, step, extra, retention))
         self._saved_step = step
 
+    def save_times(self) -> dict[str, float]:
+        """What the last checkpoint took beside the training; once, as metrics of a step."""
+        return self._writer.take_times()
+
     def progress(self) -> dict[str, Any]:
         """Where a resumed run has to go on with the records; JSON."""
         return {"sampler": self.questions.state_dict()}
@@ -281,7 +285,7 @@ class SupervisedSession(Session):
 
     def log_supervised_step(self, step: int, metrics: dict[str, float]) -> None:
         """Log one supervised step."""
-        self.journal.step(step, {**metrics, **self.phases.take()})
+        self.journal.step(step, {**metrics, **self.save_times(), **self.phases.take()})
 
     def _prompt(self, record: Record) -> EncodedPrompt:
         return self.encoder.encode(apply_order(record, range(len(record.images)), 0))

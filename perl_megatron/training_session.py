@@ -70,6 +70,7 @@ class TrainingSession(Session):
                 **staleness_metrics(drawn.kept, step),
                 **drawn.cache_use.metrics(),
                 **self._sync_metrics,
+                **self.save_times(),
                 **times,
                 "throughput/tokens_per_second": sampled / times["seconds/step"],
             },
