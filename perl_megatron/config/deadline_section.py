@@ -41,4 +41,4 @@ class DeadlinesConfig(Section):
 
     def of_phases(self) -> dict[str, float]:
         """Phase → its deadline."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: getattr(self, name) for name in DeadlinesConfig.model_fields}

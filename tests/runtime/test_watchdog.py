@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,17 @@ from pathlib import Path
 import pytest
 from test_agreement import run_ranks
 
+import perl_megatron
+from perl_megatron.config.deadline_section import DeadlinesConfig
 from perl_megatron.runtime.watchdog import Watchdog
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
+
+
+def test_every_deadline_is_that_of_a_phase_and_every_phase_has_one() -> None:
+    source = "".join(path.read_text() for path in Path(perl_megatron.__file__).parent.glob("*.py"))
+    phases = set(re.findall(r"phases?\(\"(\w+)\"", source))
+    assert phases == set(DeadlinesConfig().of_phases())
 
 
 def test_a_rank_that_stalls_is_named_and_all_stacks_are_shown() -> None:
