@@ -24,7 +24,7 @@ def stall_here():
         ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock, as PyDLL does
     elif how == "stopped":
         # Stopped for good; the test's other ranks say so, and then this one is killed from outside.
-        subprocess.Popen(["sh", "-c", f"sleep 20; kill -KILL {os.getpid()}"])
+        subprocess.Popen(["sh", "-c", f"sleep 12; kill -KILL {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
         time.sleep(60)
