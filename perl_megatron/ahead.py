@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from perl_megatron.collect import GroupCollector
+from perl_megatron.collect import GroupCollector, Phase
 from perl_megatron.drawn import Drawn
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.server_engine import ServerEngine
@@ -73,6 +73,9 @@ class AheadCollector:
         """
         if self._pending is not None:
             self._pending.wait(lambda: self._bring(bring_weights))
+
+    def watch(self, phases: Phase) -> None:
+        """Nothing: the phases of a thread beside the trainer are not the trainer's."""
 
     def close(self) -> None:
         """Give up what is under way: it would be drawn again."""

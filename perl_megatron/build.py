@@ -25,6 +25,7 @@ from perl_megatron.rollout.server_engine import ServerEngine
 from perl_megatron.runtime import platform
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
+from perl_megatron.runtime.watchdog import Watchdog
 from perl_megatron.session import SupervisedSession
 from perl_megatron.train.actor import Actor
 from perl_megatron.training_session import TrainingSession
@@ -41,7 +42,13 @@ def derive_for(config: Config, world_size: int, command: Command) -> Derived:
 
 
 def build_training(
-    loaded: LoadedConfig, topology: Topology, *, resume: bool, stop: StopRequest, memory: PeakMemory | None
+    loaded: LoadedConfig,
+    topology: Topology,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    memory: PeakMemory | None,
+    watchdog: Watchdog,
 ) -> TrainingSession:
     """Everything that permuted GRPO needs. Data are read and checked before the policy and the engine are built."""
     config = loaded.config
@@ -67,6 +74,7 @@ def build_training(
         resume=resume,
         stop=stop,
         memory=memory,
+        watchdog=watchdog,
         engine=engine,
         collector=build_collector(config, questions, encoder, engine),
         evaluation_records=evaluation_records,
@@ -74,7 +82,13 @@ def build_training(
 
 
 def build_supervised(
-    loaded: LoadedConfig, topology: Topology, *, resume: bool, stop: StopRequest, memory: PeakMemory | None
+    loaded: LoadedConfig,
+    topology: Topology,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    memory: PeakMemory | None,
+    watchdog: Watchdog,
 ) -> SupervisedSession:
     """Everything that the supervised warm start needs."""
     # The reference policy would only take memory here.
@@ -94,6 +108,7 @@ def build_supervised(
         resume=resume,
         stop=stop,
         memory=memory,
+        watchdog=watchdog,
     )
 
 
@@ -163,5 +178,5 @@ def build_collector(
         cast(ServerEngine, engine),  # `derive` has refused others
         lambda step: swap_probability(permutation, step, run.steps),
         num_steps=run.steps,
-        timeout_seconds=run.collective_timeout,
+        timeout_seconds=config.deadlines.collective_timeout,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,9 @@ from perl_megatron.runtime.collective import shared_batches, together
 from perl_megatron.runtime.rng import derive_seed
 from perl_megatron.step_in_progress import StepInProgress
 from perl_megatron.types import Group, Record
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Times and watches a part of a step by its name."""
 
 
 class NothingKeptError(UserError):
@@ -62,6 +66,7 @@ class GroupCollector:
         self._waiting: tuple[DrawnQuestion, ...] = ()
         self._in_progress: StepInProgress | None = None
         self._must_stop: Callable[[], bool] = lambda: False
+        self._phases: Phase = lambda name: nullcontext()
 
     def collect(self, step: int, alpha: float) -> Drawn:
         """The groups of ``step``; ``alpha`` is the probability that a question gets permuted copies.
@@ -144,6 +149,10 @@ class GroupCollector:
     def await_rollouts(self, bring_weights: Callable[[], None]) -> None:
         """Nothing is ever under way between two calls of ``collect``."""
 
+    def watch(self, phases: Phase) -> None:
+        """Let reading of data and scoring be phases of their own."""
+        self._phases = phases
+
     def close(self) -> None:
         """Nothing is under way; let go of what scores."""
         self.scorer.close()
@@ -184,9 +193,11 @@ class GroupCollector:
         return count if left is None else min(count, left)
 
     def _draw(self, count: int, step: int, refill: int) -> list[DrawnQuestion]:
+        with self._phases("data"):
+            questions = self.questions.next(count, limit=self._left())
         return [
             DrawnQuestion(question.record, question.draw_index, step, refill, None, question.problem)
-            for question in self.questions.next(count, limit=self._left())
+            for question in questions
         ]
 
     def _decide(self, question: DrawnQuestion, *, has_room: bool) -> None:
@@ -209,7 +220,8 @@ class GroupCollector:
         """A scored group for each question whose prompts fit the limit."""
         config = self.config
         # Images are read here, which can fail on one rank alone.
-        seeds = together(lambda: self._ask(questions, step, alpha))
+        with self._phases("data"):
+            seeds = together(lambda: self._ask(questions, step, alpha))
         groups = [question.group for question in questions if question.group is not None]
         if not groups:
             return
@@ -225,7 +237,8 @@ class GroupCollector:
         group_size = (config.permutation.num_permuted + 1) * config.rollout.num_rollouts
         for index, group in enumerate(groups):
             group.rollouts = rollouts[index * group_size : (index + 1) * group_size]
-        self._score(groups)
+        with self._phases("reward"):
+            self._score(groups)
 
     def _ask(self, questions: Sequence[DrawnQuestion], step: int, alpha: float) -> list[int]:
         """Give each question whose prompts fit the limit a group without rollouts; the seeds of all groups' views."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,21 @@ class Drawn:
     def reasons(self) -> Counter[str]:
         """Number of dropped questions by reason."""
         return Counter(question.reason for question in self.questions if question.decision == "dropped")
+
+    def facts(self) -> dict[str, Any]:
+        """What the ranks have to agree on before they train on it (JSON)."""
+        rollouts = [rollout for group in self.kept for rollout in group.rollouts]
+        tokens = hashlib.blake2b(digest_size=8)
+        for rollout in rollouts:
+            tokens.update(rollout.token_ids.tobytes())
+        return {
+            "step": self.step,
+            "groups": len(self.kept),
+            "rollouts": len(rollouts),
+            "tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+            "token_digest": tokens.hexdigest(),
+            "reward": sum(rollout.reward for rollout in rollouts),
+        }
 
     def _groups(self, decision: Decision) -> list[Group]:
         chosen = (question.group for question in self.questions if question.decision == decision)

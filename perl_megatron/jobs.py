@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
+from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.summary import read_summary, summary_table
 from perl_megatron.runtime import garbage, platform, topology
 from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.runtime.watchdog import Watchdog
 from perl_megatron.session import Session
 
 
@@ -25,13 +27,15 @@ def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
     if command == "eval" and config.evaluation.ask == "endpoint":
         return evaluation_job.by_endpoint(config)
     memory = PeakMemory(launcher_pid() or os.getpid()) if platform.rank_and_world_size()[0] == 0 else None
-    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=config.run.collective_timeout)
+    timeout = config.deadlines.collective_timeout
+    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=timeout)
     platform.set_threads()
     try:
         if command == "eval":
             return evaluation_job.by_engine(config, place)
-        with StopRequest() as stop:
-            session = _run_session(command, loaded, place, resume=resume, stop=stop, memory=memory)
+        watchdog = Watchdog(config.deadlines.of_phases(), rank=place.rank, world_size=place.world_size)
+        with watchdog, StopRequest() as stop:
+            session = _run_session(command, loaded, place, resume=resume, stop=stop, memory=memory, watchdog=watchdog)
         if place.rank == 0:
             _say_where_to_look(session)
         return session.exit_status
@@ -47,14 +51,18 @@ def _run_session(
     resume: bool,
     stop: StopRequest,
     memory: PeakMemory | None,
+    watchdog: Watchdog,
 ) -> Session:
+    how: dict[str, Any] = {"resume": resume, "stop": stop, "memory": memory, "watchdog": watchdog}
     if command == "sft":
-        supervised = build_supervised(loaded, place, resume=resume, stop=stop, memory=memory)
+        with watchdog.phase("start"):
+            supervised = build_supervised(loaded, place, **how)
         garbage.stay()
         with closing(supervised):
             supervise(supervised)
         return supervised
-    training = build_training(loaded, place, resume=resume, stop=stop, memory=memory)
+    with watchdog.phase("start"):
+        training = build_training(loaded, place, **how)
     garbage.stay()
     with closing(training):
         train(training)

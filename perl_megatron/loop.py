@@ -26,23 +26,23 @@ def train(session: TrainingSession) -> None:
         session.evaluate(step)
     while step < config.run.steps and not session.stop_requested():
         alpha = swap_probability(config.permutation, step, config.run.steps)
-        with session.saved_on_user_error(step), phases("generate"):
+        with session.saved_on_user_error(step), phases("generate", step=step):
             session.await_rollouts(step)  # begun during the last update, where rollout.max_staleness allows it
-        with session.saved_on_user_error(step), phases("sync"):
+        with session.saved_on_user_error(step), phases("sync", step=step):
             session.sync_weights(step)
-        with session.saved_on_user_error(step), phases("generate"):
+        with session.saved_on_user_error(step), phases("generate", step=step, **session.position()):
             drawn = session.collector.collect(step, alpha)
         if drawn.is_interrupted:
             break  # the groups are kept for when the run is resumed
         if drawn.ends_run:
             session.end_of_questions(drawn)
             break
-        with phases("log_probs"):
+        with phases("log_probs", **drawn.facts()):
             add_log_probs(session, drawn.kept)
         penalize_divergence(drawn.kept, config.algorithm)
         assign_advantages(drawn.kept, config.algorithm)
         weigh_by_importance(drawn.kept, config.algorithm)
-        with phases("update"):
+        with phases("update", **drawn.facts()):
             updates = [
                 actor.update(lay_out(groups, config.algorithm))
                 for groups in mini_batches(drawn, config.algorithm.updates_per_step)
@@ -133,7 +133,7 @@ def supervise(session: SupervisedSession) -> None:
     """Supervised warm start: imitate the records' demonstrations, through the same actor."""
     step = session.restore()
     while step < session.total_steps and not session.stop_requested():
-        with session.phases("update"):
+        with session.phases("update", step=step, **session.position()):
             metrics = session.actor.supervised_update(session.demonstrations())
         step += 1
         session.log_supervised_step(step, metrics)

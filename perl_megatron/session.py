@@ -6,7 +6,7 @@ Every rank holds one and calls the same methods; only rank 0 writes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,9 +26,11 @@ from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.metrics import find_metric
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.run_folder import RunFolder
+from perl_megatron.runtime.agreement import Agreement
 from perl_megatron.runtime.collective import any_rank, gather_objects
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
+from perl_megatron.runtime.watchdog import Watchdog
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import EncodedPrompt, Record
@@ -49,6 +51,7 @@ class Session:
         resume: bool,
         stop: StopRequest,
         memory: PeakMemory | None,
+        watchdog: Watchdog,
     ):
         self.config = loaded.config
         self.topology, self.actor, self.encoder = topology, actor, encoder
@@ -59,11 +62,13 @@ class Session:
         self._saved_step = self._first_step = -1
         self._writer = BackgroundWriter(
             asynchronous=self.config.run.asynchronous_checkpoints,
-            timeout_seconds=self.config.run.collective_timeout,
+            timeout_seconds=self.config.deadlines.collective_timeout,
         )
+        self._agreement = Agreement(self.config.deadlines.collective_timeout)
+        self._watchdog = watchdog
         _check_metric(self.config.run.keep_best)
         self._journal: Journal | None = None
-        self.phases = Phases(self._show_phase)
+        self.phases = Phases(self._enter_phase, watchdog.leave)
         self.exit_status = 0
 
     def restore(self) -> int:
@@ -71,6 +76,10 @@ class Session:
 
         A run that ended before its first checkpoint begins anew.
         """
+        with self._watchdog.phase("start"):
+            return self._restore()
+
+    def _restore(self) -> int:
         step, seconds = 0, 0.0
         run = gather_objects(self.folder.read_identity() if self.topology.rank == 0 else None)[0]
         checkpoint = self.actor.newest_checkpoint(self.folder.checkpoints, run=run) if self._resume else None
@@ -114,7 +123,7 @@ class Session:
         """Checkpoint every `run.save_every` steps. A checkpoint that fails is reported, and the run goes on."""
         every = self.config.run.save_every
         if every and step % every == 0 and step != self._saved_step:
-            with self.phases("save"):
+            with self.phases("save", step=step):
                 self._await_save()
                 try:
                     self._begin_save(step)
@@ -123,7 +132,7 @@ class Session:
 
     def save(self, step: int) -> None:
         """Checkpoint, unless this step is saved already, and wait until it is complete. UserError if it fails."""
-        with self.phases("save"):
+        with self.phases("save", step=step):
             self._await_save()
             if step != self._saved_step:
                 self._begin_save(step)
@@ -151,9 +160,17 @@ class Session:
         self._writer.start(self.actor.prepare_save(self.folder.checkpoints, step, extra, retention))
         self._saved_step = step
 
+    def save_times(self) -> dict[str, float]:
+        """What the last checkpoint took beside the training; once, as metrics of a step."""
+        return self._writer.take_times()
+
     def progress(self) -> dict[str, Any]:
         """Where a resumed run has to go on with the records; JSON."""
         return {"sampler": self.questions.state_dict()}
+
+    def position(self) -> dict[str, Any]:
+        """What the ranks have to agree on before they draw questions."""
+        return {"questions_drawn": self.questions.num_drawn}
 
     def load_progress(self, progress: dict[str, Any]) -> None:
         """Go on from what ``progress`` gave."""
@@ -180,7 +197,7 @@ class Session:
             self.journal.note(f"stopped after step {step} of {self.total_steps}; continue with --resume")
             self.exit_status = stop_status()
         else:
-            with self.phases("export"):
+            with self.phases("export", step=step):
                 self._export(step)
             self._conclude()
 
@@ -233,9 +250,13 @@ class Session:
     def _create_folder(self) -> None:
         RunFolder.create(self._loaded, resume=self._resume)
 
-    def _show_phase(self, name: str) -> None:
+    def _enter_phase(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Watch it, show it, and make sure that all ranks are about to do the same."""
+        self._watchdog.enter(name)
         if self._journal is not None:
             self._journal.phase(name)
+        if self.phases.depth == 1:
+            self._agreement.compare({"phase": name, "updates": self.actor.num_updates, **facts})
 
     def _conclude(self) -> None:
         """What a finished run leaves besides its policy."""
@@ -264,7 +285,7 @@ class SupervisedSession(Session):
 
     def log_supervised_step(self, step: int, metrics: dict[str, float]) -> None:
         """Log one supervised step."""
-        self.journal.step(step, {**metrics, **self.phases.take()})
+        self.journal.step(step, {**metrics, **self.save_times(), **self.phases.take()})
 
     def _prompt(self, record: Record) -> EncodedPrompt:
         return self.encoder.encode(apply_order(record, range(len(record.images)), 0))

@@ -32,6 +32,7 @@ class TrainingSession(Session):
     ):
         super().__init__(*args, **kwargs)
         self.engine, self.collector, self.evaluation_records = engine, collector, evaluation_records
+        collector.watch(self.phases)
         self._sync_metrics: dict[str, float] = {}
         self._synced_step = -1
         self._is_exhausted = False
@@ -75,6 +76,7 @@ class TrainingSession(Session):
                 **staleness_metrics(drawn.kept, step),
                 **drawn.cache_use.metrics(),
                 **self._sync_metrics,
+                **self.save_times(),
                 **times,
                 "throughput/tokens_per_second": sampled / times["seconds/step"],
             },
@@ -111,7 +113,7 @@ class TrainingSession(Session):
         """Held-out accuracy and flip rate of π_θ, unless measured at this step already."""
         if not self.evaluation_records or any_rank(self.journal.has(step, "evaluation/accuracy")):
             return
-        with self.saved_on_user_error(step), self.phases("evaluate"):
+        with self.saved_on_user_error(step), self.phases("evaluate", step=step):
             self.await_rollouts(step)
             self.sync_weights(step)
             evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)

@@ -55,7 +55,8 @@ def engine_policy(loaded: LoadedConfig, pipeline: Pipeline, questions: list[Ques
     from perl_megatron.runtime import platform, topology
 
     config, settings = loaded.config, pipeline.settings
-    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=config.run.collective_timeout)
+    timeout = config.deadlines.collective_timeout
+    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=timeout)
     platform.set_threads()
     try:
         encoder = build_encoder(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class BackgroundWriter:
         self._group = collective.new_group(timeout_seconds) if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._took: dict[str, float] = {}
 
     def start(self, write: Callable[[], Path]) -> None:
         """Begin a write; ``wait`` says how it ended, and comes before the next ``start``."""
@@ -55,15 +57,26 @@ class BackgroundWriter:
         if error is not None:
             raise error
 
+    def take_times(self) -> dict[str, float]:
+        """What the last write took, once: metrics of a step; empty until it has ended."""
+        took, self._took = self._took, {}
+        return took
+
     def close(self) -> None:
         """Give a write that nobody waited for a little time to end."""
         if self._thread is not None:
             self._thread.join(END_SECONDS)
 
     def _run(self, write: Callable[[], Path]) -> None:
+        start, processor_start = time.monotonic(), time.thread_time()
         try:
             with collective.over(self._group):
                 write()
+            if self._asynchronous:
+                self._took = {
+                    "save/background_seconds": time.monotonic() - start,
+                    "save/background_cpu_seconds": time.thread_time() - processor_start,
+                }
         except BaseException as error:
             self._error = error
             if collective.rank() == 0 and isinstance(error, UserError):

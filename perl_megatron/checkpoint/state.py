@@ -53,7 +53,7 @@ def prepare_training_state(
     *,
     settings: Mapping[str, float],
     model: str | None = None,
-    retention: Retention = Retention(),
+    retention: Retention,
 ) -> Callable[[], Path]:
     """Copy the training state; what is returned writes the copy to ``directory/step-NNNNNNNN``. Both are collective.
 

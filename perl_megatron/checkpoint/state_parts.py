@@ -117,9 +117,11 @@ def _copy_to_cpu(writer: FileSystemWriterAsync) -> None:
 
 
 def _failure(error: Exception, folder: Path) -> UserError:
-    if isinstance(error, OSError):
-        return write_failure(error, "the checkpoint", folder)
-    # torch's archive writer reports what the file system said as its own error.
+    cause: BaseException | None = error
+    while cause is not None:  # torch's archive writer stumbles over what the file system said, and says that
+        if isinstance(cause, OSError):
+            return write_failure(cause, "the checkpoint", folder)
+        cause = cause.__cause__ or cause.__context__
     return UserError(
         f"the checkpoint could not be written: {type(error).__name__}: {error}",
         where=str(folder),

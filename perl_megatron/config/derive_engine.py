@@ -115,15 +115,19 @@ def _check_servers(config: Config, *, has_vllm: bool) -> None:
             fix="pip install 'perl-megatron[cpu]' or '[gpu]', or set rollout.weight_transfer=disk",
         )
     # A request is tried twice before the processes agree again; servers are looked at before and within an update.
-    longest = max(2 * rollout.request_deadline, rollout.sync_deadline + 4 * rollout.health_deadline)
-    if longest >= config.run.collective_timeout:
-        raise UserError(
-            f"processes may wait up to {longest:g} s for each other while one of them waits for a server, and would "
-            "give up before it does",
-            where=f"rollout.request_deadline = {rollout.request_deadline:g} (twice), rollout.sync_deadline = "
-            f"{rollout.sync_deadline:g}, run.collective_timeout = {config.run.collective_timeout:g}",
-            fix=f"set run.collective_timeout above {longest:g}, or lower the deadlines",
-        )
+    asking = (2 * rollout.request_deadline, f"rollout.request_deadline = {rollout.request_deadline:g} (twice)")
+    syncing = (
+        rollout.sync_deadline + 4 * rollout.health_deadline,
+        f"rollout.sync_deadline = {rollout.sync_deadline:g} and four of rollout.health_deadline",
+    )
+    for phase, (longest, parts) in (("generate", asking), ("evaluate", asking), ("sync", syncing)):
+        deadline = getattr(config.deadlines, phase)
+        if longest >= deadline:
+            raise UserError(
+                f"a server may take {longest:g} s, and the job would be ended before it has failed",
+                where=f"{parts}, deadlines.{phase} = {deadline:g}",
+                fix=f"set deadlines.{phase} above {longest:g}, or lower the servers' deadlines",
+            )
 
 
 def _check_address(address: str) -> None:

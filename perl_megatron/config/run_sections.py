@@ -26,8 +26,8 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the newest checkpoints to keep."""
     keep_best: str | None = None
-    """A metric (`evaluation/accuracy`): the checkpoint with its best value is kept too, however old it is. Only steps at
-    which the metric is logged count; let evaluation.every divide run.save_every."""
+    """A metric (`evaluation/accuracy`): the checkpoint with its best value is kept too, however old it is. Only steps
+    at which the metric is logged count: save where it is evaluated."""
     best_is: Literal["highest", "lowest"] = "highest"
     """Which value of run.keep_best is the best."""
     asynchronous_checkpoints: bool = True
@@ -36,8 +36,6 @@ class RunConfig(Section):
     record_rollouts: bool = True
     """Whether all rollouts are written to `rollouts/` (JSON lines: about 7 bytes a prompt token, 35 a response token);
     `perl-megatron triage` needs them."""
-    collective_timeout: float = Field(default=1800.0, gt=0)
-    """Seconds before a stuck collective ends the job."""
 
 
 class ModelConfig(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from perl_megatron.config.actor_section import ActorSection
 from perl_megatron.config.algorithm_sections import AlgorithmConfig, FilterConfig
+from perl_megatron.config.deadline_section import DeadlinesConfig
 from perl_megatron.config.endpoint_section import EndpointConfig
 from perl_megatron.config.evaluation_section import EvaluationConfig
 from perl_megatron.config.launch_section import LaunchConfig
@@ -43,3 +44,4 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     endpoint: EndpointConfig = EndpointConfig()
     launch: LaunchConfig = LaunchConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()

@@ -102,6 +102,8 @@ CATALOGUE: tuple[Metric, ...] = (
     # Time and memory
     Metric("seconds/step", "s", "wall time of the whole step"),
     Metric("seconds/{phase}", "s", "wall time of one phase of the step"),
+    Metric("save/background_seconds", "s", "time until the last checkpoint was complete, beside the training"),
+    Metric("save/background_cpu_seconds", "s", "processor time of that, in the first process"),
     Metric("throughput/tokens_per_second", "tokens/s", "sampled response tokens over the step's wall time"),
     Metric("memory/peak_rss_gib", "GiB", "peak resident memory of all processes of this machine together, so far"),
     # Held-out evaluation: every question in several image orders, greedy

@@ -17,8 +17,8 @@ from perl_megatron.observability.json_lines import write_text
 
 MAY_CHANGE = frozenset(
     (
-        *("run.steps", "run.save_every", "run.keep_checkpoints", "run.record_rollouts", "run.collective_timeout"),
-        *("run.keep_best", "run.best_is", "run.asynchronous_checkpoints"),
+        *("run.steps", "run.save_every", "run.keep_checkpoints", "run.record_rollouts"),
+        *("run.keep_best", "run.best_is", "run.asynchronous_checkpoints", "deadlines"),
         *("run.name", "run.directory", "parallel", "evaluation", "data.evaluation", "data.epochs", "rollout.engine"),
         *("endpoint", "judge.url", "judge.api_key_file", "judge.deadline", "judge.retries", "judge.concurrency"),
         *("judge.cache", "reward.judge_failure", "data.weights", "data.decode_processes", "data.decode_ahead_mib"),

@@ -169,6 +169,11 @@ class Actor:
         return extra
 
     @property
+    def num_updates(self) -> int:
+        """Updates applied so far, those before a checkpoint included."""
+        return int(self.optimizer.scheduler.num_steps)
+
+    @property
     def _identity(self) -> str:
         """The policy's shape: one of another shape cannot take the weights."""
         sizes = self.architecture.numbers

@@ -118,7 +118,6 @@ class Layout:
                     "sharing": "full" if self.parallel.get("context", 1) == 1 else "vision",
                     "micro_batch_tokens": MICRO_BATCH_TOKENS,
                 },
-                "run": {"collective_timeout": TIMEOUT_SECONDS},
             }
         )
 

@@ -23,7 +23,7 @@ from perl_megatron.runtime.collective import barrier, rank
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
-from perl_megatron.verification.layout import Layout
+from perl_megatron.verification.layout import TIMEOUT_SECONDS, Layout
 from perl_megatron.verification.reference import Named
 from perl_megatron.verification.tiny import TinyImages
 
@@ -99,7 +99,7 @@ def run_layout(
 
 def _start(layout: Layout, policy: Path, images: TinyImages) -> tuple[Actor, Topology]:
     config = layout.config(policy)
-    place = topology.initialize(config.parallel, seed=0, timeout_seconds=config.run.collective_timeout)
+    place = topology.initialize(config.parallel, seed=0, timeout_seconds=TIMEOUT_SECONDS)
     return Actor(config, place, cast(PromptEncoder, images), total_steps=2), place
 
 

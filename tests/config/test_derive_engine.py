@@ -87,18 +87,18 @@ REFUSED = [
     ([*SERVERS, "rollout.weight_transfer=disk"], True, "not set", "rollout.weight_transfer", "rollout.shared_folder"),
     (SERVERS, False, "two ends", "rollout.weight_transfer = direct", "rollout.weight_transfer=disk"),
     (
-        [*SERVERS, "rollout.request_deadline=600", "run.collective_timeout=1200"],
+        [*SERVERS, "rollout.request_deadline=600", "deadlines.generate=1200"],
         True,
-        "may wait up to 1200 s for each other",
+        "may take 1200 s",
         "rollout.request_deadline = 600 (twice)",
-        "set run.collective_timeout above 1200",
+        "set deadlines.generate above 1200",
     ),
     (
-        [*SERVERS, *SHORT, "rollout.sync_deadline=100", "rollout.health_deadline=50", "run.collective_timeout=300"],
+        [*SERVERS, *SHORT, "rollout.sync_deadline=100", "rollout.health_deadline=50", "deadlines.sync=300"],
         True,
-        "may wait up to 300 s for each other",
-        "rollout.sync_deadline = 100, run.collective_timeout = 300",
-        "set run.collective_timeout above 300",
+        "may take 300 s",
+        "deadlines.sync = 300",
+        "set deadlines.sync above 300",
     ),
 ]
 
@@ -118,8 +118,8 @@ def test_refusals(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rollout.request_deadline=600", "run.collective_timeout=1200.5"],
-        [*SHORT, "rollout.sync_deadline=100", "rollout.health_deadline=50", "run.collective_timeout=300.5"],
+        ["rollout.request_deadline=600", "deadlines.generate=1200.5"],
+        [*SHORT, "rollout.sync_deadline=100", "rollout.health_deadline=50", "deadlines.sync=300.5"],
     ],
 )
 def test_deadlines_that_processes_wait_for_are_good(vllm: Callable[[bool], None], overrides: list[str]) -> None:

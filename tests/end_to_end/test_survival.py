@@ -26,22 +26,73 @@ def few(job: SmallJob, name: str, count: int) -> Path:
     return path
 
 
+def specify(job: SmallJob, folder: Path, *overrides: str) -> Path:
+    """What the programs that fork ranks are told."""
+    data = (f"data.train={few(job, 'train.jsonl', 36)}", f"data.evaluation={few(job, 'heldout.jsonl', 6)}")
+    argv = job.command("train", "train.yaml", *SETTINGS, f"run.directory={folder / 'runs'}", *data, *overrides)[3:]
+    content = {"argv": argv, "runs": str(folder / "runs"), "num_ranks": 2, "num_kills": NUM_KILLS, "seed": SEED}
+    specification = folder / "specification.json"
+    specification.write_text(json.dumps(content))
+    return specification
+
+
+def run(program: str, *arguments: str | Path) -> dict:
+    """The last line that a program beside this file prints."""
+    result = call([sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments)])
+    print(result.stderr[-5000:])
+    assert result.returncode == 0, result.stdout + result.stderr[-20000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 def test_killed_at_random_moments_and_resumed_is_bit_for_bit(job: SmallJob, tmp_path: Path) -> None:
     """Weights, optimizer, schedule, cursor, carried groups, ledger, metrics, records, evaluations: all are compared.
 
     On two ranks, until the questions of an epoch are used up; then the same once more, resumed on one rank.
     """
-    data = (f"data.train={few(job, 'train.jsonl', 36)}", f"data.evaluation={few(job, 'heldout.jsonl', 6)}")
-    argv = job.command("train", "train.yaml", *SETTINGS, f"run.directory={tmp_path / 'runs'}", *data)[3:]
-    specification = tmp_path / "specification.json"
-    content = {"argv": argv, "runs": str(tmp_path / "runs"), "num_ranks": 2, "num_kills": NUM_KILLS, "seed": SEED}
-    specification.write_text(json.dumps(content))
     print(f"seed {SEED}")
-    result = call([sys.executable, str(Path(__file__).with_name("kill_campaign.py")), str(specification)])
-    print(result.stderr[-5000:])
-    assert result.returncode == 0, result.stdout + result.stderr[-20000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = run("kill_campaign.py", specify(job, tmp_path))
     assert found["kills"] >= NUM_KILLS
     places = {hit.split(": ")[1] for hit in found["hits"]}
-    assert {"generate", "log_probs", "update", "save", "evaluate", "export", "between phases"} <= places
+    assert {"generate", "log_probs", "update", "evaluate", "export", "between phases"} <= places
     assert sum(count for hit, count in found["hits"].items() if hit.startswith(("writing", "save"))) >= 4
+
+
+def test_a_rank_that_stalls_ends_the_job(job: SmallJob, tmp_path: Path) -> None:
+    found = run("broken_ranks.py", specify(job, tmp_path, "deadlines.update=5"), "stalls")
+    assert found["statuses"] == [1, 1]
+    assert found["seconds"] < 5 + 30  # seconds, on a machine that may be busy
+    output = found["output"]
+    assert "phase 'update' took longer than deadlines.update = 5 s" in output
+    assert "ranks that the others wait for: 1\n" in output
+    assert "in stall_here" in output
+    assert "rank 0: in phase 'update'" in output
+    assert "all_reduce" in output
+
+
+@pytest.mark.parametrize(
+    ("fault", "differs"),
+    [
+        ("other_rewards", ("phase 'log_probs'", "  reward: ")),
+        ("skips_a_save", ('  phase: "save" on rank 0; "generate" on rank 1',)),
+    ],
+)
+def test_ranks_that_diverge_are_told_so(job: SmallJob, tmp_path: Path, fault: str, differs: tuple[str, ...]) -> None:
+    found = run("broken_ranks.py", specify(job, tmp_path), fault)
+    assert found["statuses"] == [70, 70]
+    assert "DivergedError: the ranks have diverged:" in found["output"]
+    for text in differs:
+        assert text in found["output"]
+    assert "token_digest" not in found["output"]
+
+
+def test_a_full_disk_costs_no_checkpoint_and_not_the_run(job: SmallJob, tmp_path: Path) -> None:
+    """The limit on the size of files stands for it: writing fails in the same place, with an error of its kind."""
+    found = run("broken_ranks.py", specify(job, tmp_path), "disk_full")
+    assert found["good"][0] == "step-00000001"
+    assert found["incomplete"] == []
+    assert found["statuses"] == [0, 0]
+    assert "cannot write the checkpoint: File too large" in found["output"]
+    assert "free some space there" in found["output"]
+    assert found["ends"] == [2, 2]
+    assert "cannot write the checkpoint: File too large" in found["end"]
+    assert found["last"]

@@ -12,7 +12,7 @@ from perl_megatron.observability.progress import RunProgress, step_line
 
 def test_phases_add_up_and_restart():
     entered = []
-    phases = Phases(on_enter=entered.append)
+    phases = Phases(on_enter=lambda name, facts: entered.append(name))
     for _ in range(2):
         with phases("update"):
             assert phases.current == "update"
