@@ -22,7 +22,7 @@ import perl_megatron.collect
 from perl_megatron.train.actor import Actor
 from perl_megatron.training_session import TrainingSession
 
-FULL = 200_000
+FULL = 1_000_000
 """Bytes that a file may have while the disk is full: enough for the run's logs, and for no part of a checkpoint."""
 
 
@@ -88,7 +88,7 @@ def fill_the_disk(job: Specification) -> dict[str, Any]:
     ranks, checkpoints = attempt(job, "full"), job.runs / "full" / "checkpoints"
     wait_until((checkpoints / "step-00000001").is_dir, ranks)
     limit(ranks, FULL)
-    wait_until(lambda: "the run goes on" in log_of(job, "full").read_text(), ranks)
+    wait_until(lambda: "A checkpoint failed" in log_of(job, "full").read_text(), ranks)
     good, incomplete = sorted(path.name for path in checkpoints.glob("step-*")), list(checkpoints.glob(".incomplete*"))
     limit(ranks, resource.RLIM_INFINITY)
     statuses = ranks.wait(LONGEST)

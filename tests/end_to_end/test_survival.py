@@ -93,6 +93,7 @@ def test_a_full_disk_costs_no_checkpoint_and_not_the_run(job: SmallJob, tmp_path
     assert found["statuses"] == [0, 0]
     assert "cannot write the checkpoint: File too large" in found["output"]
     assert "free some space there" in found["output"]
+    assert "the run goes on, and saves again when it is due" in found["output"]
     assert found["ends"] == [2, 2]
     assert "cannot write the checkpoint: File too large" in found["end"]
     assert found["last"]
