@@ -24,8 +24,8 @@ from perl_megatron.errors import UserError
 from perl_megatron.evaluation.results_options import add_results_options
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
 from perl_megatron.launching import add_launch
-from perl_megatron.sweep.options import add_sweep
 from perl_megatron.plan.command import add_plan_options, run_plan
+from perl_megatron.sweep.options import add_sweep
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
