@@ -157,6 +157,7 @@ def test_a_dry_run_prints_and_leaves_nothing(job: list[str], tmp_path: Path, cap
             "there is no way to",
         ),
         (["torchrun", "--node-rank", "1"], "1 is not the rank of one of 1 machines"),
+        (["torchrun", "--job", "eval", "evaluation.ask=endpoint"], "2 processes would ask the endpoint for the same"),
         (["torchrun", "--job", "eval", "--resume"], "an evaluation is not resumed"),
     ],
 )
