@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -42,6 +43,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 
 ReturnToService=2
@@ -63,6 +65,13 @@ def slurm_obstacle() -> str | None:
 def find(name: str) -> str | None:
     """The program's path; daemons lie where users do not look."""
     return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
+
+
+def shares_of_cores(num_machines: int) -> list[set[int]]:
+    """Cores of this machine for each that it is taken for: as many as each of so many ranks has on one machine."""
+    cores = sorted(os.sched_getaffinity(0))
+    size = max(1, len(cores) // num_machines)
+    return [{cores[(number * size + index) % len(cores)] for index in range(size)} for number in range(num_machines)]
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,9 @@ def _start(cluster: SlurmCluster) -> None:
     key = root / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
-    cores = os.cpu_count() or 1
     lines = [
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cores} State=UNKNOWN"
-        for node in cluster.nodes
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={len(cores)} State=UNKNOWN"
+        for node, cores in zip(cluster.nodes, shares_of_cores(len(cluster.nodes)), strict=True)
     ]
     config = CONFIG.format(host=host, root=root, controller_port=free_port())
     (root / "slurm.conf").write_text(
@@ -130,8 +138,8 @@ def _start(cluster: SlurmCluster) -> None:
     munged = ("--force", "--key-file", key, "--socket", root / "munge.socket", "--pid-file", root / "munged.pid")
     _daemon(cluster, "munged", *munged, "--log-file", root / "munged.log", "--seed-file", root / "munge.seed")
     _daemon(cluster, "slurmctld", "-f", root / "slurm.conf")
-    for node in cluster.nodes:
-        _daemon(cluster, "slurmd", "-f", root / "slurm.conf", "-N", node)
+    for node, cores in zip(cluster.nodes, shares_of_cores(len(cluster.nodes)), strict=True):
+        _daemon(cluster, "slurmd", "-f", root / "slurm.conf", "-N", node, cores=cores)
     until = time.monotonic() + READY_SECONDS
     while (states := cluster.call("sinfo", "--Node", "--noheader", "--format=%T").split()) != ["idle"] * len(
         cluster.nodes
@@ -140,9 +148,16 @@ def _start(cluster: SlurmCluster) -> None:
         time.sleep(0.2)
 
 
-def _daemon(cluster: SlurmCluster, name: str, *arguments: object) -> None:
+def _daemon(cluster: SlurmCluster, name: str, *arguments: object, cores: set[int] | None = None) -> None:
     command = [find(name) or name, *map(str, arguments)]
-    result = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        command,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=None if cores is None else partial(os.sched_setaffinity, 0, cores),
+    )
     assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}\n{_logs(cluster.root)}"
 
 
