@@ -15,7 +15,7 @@ stop="$start.stop"
 
 asked=
 ask() {{  # the ranks finish their step if there is time, else they keep what they have; then they save
-    asked=$1
+    asked=${{asked:-$1}}
     : > "$stop"
 }}
 trap 'ask USR1' USR1  # the time of the job is over soon, or it is preempted
@@ -38,7 +38,7 @@ settings=(
 )
 {servers}
 srun "${{srun_options[@]}}" --nodes="$trainer_nodes" --ntasks="$trainer_nodes" --ntasks-per-node=1 --relative=0 \
-    --kill-on-bad-exit=0 --wait=120 \
+    --kill-on-bad-exit=0 --wait=300 \
     "${{python[@]}}" -m perl_megatron launch torchrun --job "$command" ${{resume[@]+"${{resume[@]}}"}} \
     --logs "$start" --stop-file "$stop" "$files/config.yaml" "${{settings[@]}}" &
 trainer=$!
@@ -51,7 +51,8 @@ until (( status <= 128 )); do  # a signal interrupts the wait
     status=$now
 done
 {servers_end}rm -f -- "$stop"
-if [[ $asked == USR1 && $status == "$stopped_status" && $requeue ]]; then
+job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+if [[ $asked == USR1 && $status == "$stopped_status" && $requeue && $job != *" JobState=CANCELLED "* ]]; then
     echo "queued again, to resume"
     scontrol requeue "$SLURM_JOB_ID"
 fi
