@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -91,27 +93,24 @@ def test_containers():
 def test_no_value_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each that a shell sees; the rest stays in the config file."""
     setup = tmp_path / "it's $(touch hit)"
-    setup.write_text("SEEN=yes\n")
+    setup.write_text("SEEN=yes python=mine $UNSET\n")
     monkeypatch.chdir(tmp_path)
     text = script(
         f"launch.setup_file={setup}",
         *("launch.container=apptainer", f"launch.container_image={HOSTILE}", f"launch.python={HOSTILE}"),
         *("run.directory=$(touch hit) `touch hit` it's", f"rollout.api_key_file={HOSTILE}", "launch.rollout_nodes=1"),
-        f"data.system_prompt={HOSTILE}",
+        *(f"data.system_prompt={HOSTILE}", f"launch.environment=[{json.dumps(f'VALUE={HOSTILE}')}]"),
     )
-    text = text.replace("#!/bin/bash", "cd " + str(tmp_path))
-    names = ("python", "run", "api_key_file", "SEEN")
-    python, run, key, seen = arrays(text, *names)
+    python, run, key, seen, value = arrays(text, "python", "run", "api_key_file", "SEEN", "VALUE")
     assert python[-2:] == [HOSTILE, HOSTILE]
     assert run == ["./$(touch hit) `touch hit` it's/mine"]
     assert key == [f"./{HOSTILE}"]
-    assert seen == ["yes"]
+    assert (seen, value) == (["yes"], [HOSTILE])
     assert [path.name for path in tmp_path.iterdir()] == [setup.name]
-    head = text.split("\nmapfile", maxsplit=1)[0]
+    # Slurm reads options up to the first line that is no comment.
+    before_code = takewhile(lambda line: line.startswith("#") or not line, text.splitlines())
     options = sbatch_options(load_config(None, ["model.path=m"]).config, JobFiles(Path("x")))
-    assert len([line for line in head.split("\nset -uo pipefail\n")[0].splitlines() if "SBATCH" in line]) == len(
-        options
-    )
+    assert len([line for line in before_code if "SBATCH" in line]) == len(options)
 
 
 def test_bash_reads_it():
