@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from perl_megatron.config.derive_launch import check_node_rank, check_slurm, endpoint_of, processes_per_node
+from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import LoadedConfig, load_config, save_resolved
 from perl_megatron.config.preset_source import preset_names
 from perl_megatron.config.schema import Config
@@ -47,6 +48,13 @@ def run_launch(options: argparse.Namespace, argv: list[str], *, check: Check) ->
     if options.job == "eval" and options.resume:
         raise UserError("an evaluation is not resumed", where="--resume --job eval", fix="leave --resume out")
     loaded = load_config(options.config, options.overrides)
+    evaluation, processes = loaded.config.evaluation, launched_processes(loaded.config)
+    if options.job == "eval" and evaluation.ask == "endpoint" and processes > 1:
+        raise UserError(
+            f"{processes} processes would ask the endpoint for the same",
+            where="evaluation.ask = endpoint, parallel",
+            fix="use `perl-megatron eval`, or leave parallel.* at 1",
+        )
     return _run_torchrun(options, loaded, check) if options.way == "torchrun" else _run_slurm(options, loaded, check)
 
 

@@ -1,4 +1,4 @@
-"""What README tells people to type exists and is well-formed; the end-to-end tests run the same commands."""
+"""What README and docs/cluster.md tell people to type is well-formed; the end-to-end tests run the same commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from perl_megatron.cli import parse
+from perl_megatron.config.derive_launch import check_slurm
 from perl_megatron.config.load import load_config
 from perl_megatron.data.permutation import apply_order, validate_contract
 from perl_megatron.types import AnswerRule, PermutationContract, Record
@@ -17,9 +18,10 @@ from perl_megatron.types import AnswerRule, PermutationContract, Record
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
 CODE = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+CLUSTER = re.findall(r"```(\w*)\n(.*?)```", (REPOSITORY / "docs" / "cluster.md").read_text(), re.DOTALL)
 COMMANDS = [
     shlex.split(line, comments=True)
-    for language, block in CODE
+    for language, block in [*CODE, *CLUSTER]
     if not language
     for line in block.splitlines()
     if line.strip()
@@ -39,6 +41,12 @@ def test_commands_exist(command: list[str]) -> None:
         assert command[0] in ("sh", "python", "pip", "tensorboard", "git", "cat"), command
         scripts = [part for part in command if part.endswith((".sh", ".py"))]
         assert all((REPOSITORY / script).is_file() for script in scripts)
+
+
+def test_the_example_of_a_slurm_job_is_valid(tmp_path: Path) -> None:
+    example = tmp_path / "job.yaml"
+    example.write_text("model: {path: m}\n" + next(block for language, block in CLUSTER if language == "yaml"))
+    check_slurm(load_config(example, [f"launch.setup_file={example}"]).config)
 
 
 def test_the_example_record_is_valid() -> None:

@@ -16,7 +16,11 @@ from perl_megatron.errors import UserError
 
 def main(file_descriptor: int) -> None:
     """Answer each item with (kind, value): 'value', 'refused' (a UserError) or 'failed' (a traceback's text)."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a run that is asked to stop still finishes its step
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # a run that is asked to stop still finishes its step
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(file_descriptor)
     try:

@@ -82,11 +82,12 @@ def render(config: Config, files: JobFiles, *, command: str, resume: bool) -> st
         "#!/bin/bash",
         "# Made by `perl-megatron launch slurm`, anew at every launch: change the config rather than this file.",
         *(f"#SBATCH {option}" for option in sbatch_options(config, files)),
-        "set -uo pipefail",
         "",
-        *(_assignment(name, value) for name, value in values.items()),
         *(f"export {_export(assignment)}" for assignment in launch.environment),
+        # Before the rest: it may use names as the script does, and not all such files stand `set -u`.
         *([f". {shlex.quote(_as_path(launch.setup_file))}"] if launch.setup_file is not None else []),
+        "set -uo pipefail",
+        *(_assignment(name, value) for name, value in values.items()),
         BODY.format(servers=SERVERS if with_servers else "", servers_end=SERVERS_END if with_servers else "").rstrip(),
     ]
     return "\n".join(parts) + "\n"

@@ -15,7 +15,7 @@ stop="$start.stop"
 
 asked=
 ask() {{  # the ranks finish their step if there is time, else they keep what they have; then they save
-    asked=$1
+    asked=${{asked:-$1}}
     : > "$stop"
 }}
 trap 'ask USR1' USR1  # the time of the job is over soon, or it is preempted
@@ -38,7 +38,7 @@ settings=(
 )
 {servers}
 srun "${{srun_options[@]}}" --nodes="$trainer_nodes" --ntasks="$trainer_nodes" --ntasks-per-node=1 --relative=0 \
-    --kill-on-bad-exit=1 \
+    --kill-on-bad-exit=0 --wait=300 \
     "${{python[@]}}" -m perl_megatron launch torchrun --job "$command" ${{resume[@]+"${{resume[@]}}"}} \
     --logs "$start" --stop-file "$stop" "$files/config.yaml" "${{settings[@]}}" &
 trainer=$!
@@ -51,7 +51,8 @@ until (( status <= 128 )); do  # a signal interrupts the wait
     status=$now
 done
 {servers_end}rm -f -- "$stop"
-if [[ $asked == USR1 && $status == "$stopped_status" && $requeue ]]; then
+job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+if [[ $asked == USR1 && $status == "$stopped_status" && $requeue && $job != *" JobState=CANCELLED "* ]]; then
     echo "queued again, to resume"
     scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -77,14 +78,22 @@ for (( number = 0; number < servers_per_node; number++ )); do
     fi
     "$@" --port $((port + number)) &
 done
-wait'
+trap : TERM  # this shell outlives its servers, which Slurm tells too: with a shell that ends first, they are killed
+until wait; do :; done'
 srun "${srun_options[@]}" --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
-    --relative="$trainer_nodes" --kill-on-bad-exit=0 --output="$start.servers-%n.log" \
+    --relative="$trainer_nodes" --kill-on-bad-exit=0 --job-name=servers --output="$start.servers-%n.log" \
     bash -c "$serve_node" serve_node "$servers_per_node" "$gpus_per_server" "$server_port" \
     "${python[@]}" -m perl_megatron serve "$files/config.yaml" --host 0.0.0.0 "rollout.api_key_file=$api_key_file" &
 servers=$!
 """
 
-SERVERS_END = r"""kill -TERM "$servers" 2> /dev/null
+SERVERS_END = r"""steps=$(squeue --steps --jobs="$SLURM_JOB_ID" --noheader --format='%i %j')
+step=$(sed -n 's/^ *\([^ ]*\) *servers *$/\1/p' <<< "$steps")
+[[ $step ]] && scancel --signal=TERM "$step"
+for (( second = 0; second < 20; second++ )); do
+    kill -0 "$servers" 2> /dev/null || break
+    sleep 1
+done
+kill "$servers" 2> /dev/null  # srun then kills what is left
 wait "$servers"
 """

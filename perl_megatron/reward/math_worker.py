@@ -87,7 +87,11 @@ def _fork(expected: str, given: str, cpu_seconds: float) -> int:
 def main() -> None:
     """Answer requests until the input ends."""
     logging.disable(logging.CRITICAL)  # math-verify warns of the time limits that are off here
-    for number in (signal.SIGINT, signal.SIGTERM):  # a run that is asked to stop still finishes its step
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # a run that is asked to stop still finishes its step
         signal.signal(number, signal.SIG_IGN)
     replies: Any = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints does not mix with the replies

@@ -32,6 +32,9 @@ def rank(mode: str, folder: Path) -> None:
                 time.sleep(0.05)
             time.sleep(1.5)  # the rest of the step
             say(folder, "stopped")
+    elif mode == "early":
+        say(folder, "ready")
+        time.sleep(600)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -51,7 +54,10 @@ def main() -> int:
             return 1
         return 0
     (folder / "launcher").write_text(str(os.getpid()))
-    return launch(sys.argv[1:], num_processes=2, log_dir=folder / "run" / "logs", program=[__file__])
+    stop_file = folder / "stop file"
+    return launch(
+        sys.argv[1:], num_processes=2, log_dir=folder / "run" / "logs", program=[__file__], stop_file=stop_file
+    )
 
 
 if __name__ == "__main__":

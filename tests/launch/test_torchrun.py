@@ -91,6 +91,33 @@ def test_the_second_interrupt_ends_everything_at_once(tmp_path):
     assert [pid for pid in pids(tmp_path) if alive(pid)] == []
 
 
+def test_what_every_process_is_told_lets_the_ranks_finish_their_step(tmp_path):
+    """As a batch system does it: the launcher, torchrun and the ranks, twice."""
+    process = start("stop", tmp_path)
+    wait_for(lambda: ready(tmp_path))
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(everyone) == 4
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for one in everyone:
+            one.send_signal(number)
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert sorted(path.name for path in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-1"]
+    assert "stopping after this step (SIGTERM)" in err
+
+
+def test_a_file_can_tell_the_ranks_and_before_the_first_step_nothing_is_lost(tmp_path):
+    process = start("early", tmp_path)
+    wait_for(lambda: ready(tmp_path))
+    (tmp_path / "stop file").touch()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopping after this step (SIGUSR1)" in err
+    assert "stopped before the first step" in err
+    assert [pid for pid in pids(tmp_path) if alive(pid)] == []
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
     process = start("stop", tmp_path)

@@ -83,7 +83,7 @@ def test_worker_that_is_ended_from_outside_is_replaced(worker):
 def test_request_to_stop_is_ignored(worker):
     assert worker.compare("1", "1.0") is True
     before = worker._process
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(before.pid, number)
     assert worker.compare("3", "3.0") is True
     assert worker._process is before

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ SlurmctldPort={controller_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge.socket
+AuthInfo=socket={root}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n
@@ -42,11 +43,12 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 
 ReturnToService=2
 MpiDefault=none
-KillWait=30
+KillWait=5
 MinJobAge=300
 PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
 """
@@ -63,6 +65,13 @@ def slurm_obstacle() -> str | None:
 def find(name: str) -> str | None:
     """The program's path; daemons lie where users do not look."""
     return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
+
+
+def shares_of_cores(num_machines: int) -> list[set[int]]:
+    """Cores of this machine for each that it is taken for: as many as each of so many ranks has on one machine."""
+    cores = sorted(os.sched_getaffinity(0))
+    size = max(1, len(cores) // num_machines)
+    return [{cores[(number * size + index) % len(cores)] for index in range(size)} for number in range(num_machines)]
 
 
 @dataclass(frozen=True)
@@ -104,20 +113,19 @@ def running_cluster(root: Path, num_nodes: int) -> Iterator[SlurmCluster]:
     try:
         _start(cluster)
         yield cluster
+        _cancel_all(cluster)
     finally:
         _end(cluster)
 
 
 def _start(cluster: SlurmCluster) -> None:
     root, host = cluster.root, socket.gethostname().split(".")[0]
-    root.chmod(0o755)  # munge refuses a socket that others could not reach
     key = root / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
-    cores = os.cpu_count() or 1
     lines = [
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cores} State=UNKNOWN"
-        for node in cluster.nodes
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={len(cores)} State=UNKNOWN"
+        for node, cores in zip(cluster.nodes, shares_of_cores(len(cluster.nodes)), strict=True)
     ]
     config = CONFIG.format(host=host, root=root, controller_port=free_port())
     (root / "slurm.conf").write_text(
@@ -126,11 +134,12 @@ def _start(cluster: SlurmCluster) -> None:
     (root / "state").mkdir()
     for node in cluster.nodes:
         (root / f"spool-{node}").mkdir()
-    munged = ("--key-file", key, "--socket", root / "munge.socket", "--pid-file", root / "munged.pid")
+    # By force, as other users do not reach its socket below this folder, and need not.
+    munged = ("--force", "--key-file", key, "--socket", root / "munge.socket", "--pid-file", root / "munged.pid")
     _daemon(cluster, "munged", *munged, "--log-file", root / "munged.log", "--seed-file", root / "munge.seed")
     _daemon(cluster, "slurmctld", "-f", root / "slurm.conf")
-    for node in cluster.nodes:
-        _daemon(cluster, "slurmd", "-f", root / "slurm.conf", "-N", node)
+    for node, cores in zip(cluster.nodes, shares_of_cores(len(cluster.nodes)), strict=True):
+        _daemon(cluster, "slurmd", "-f", root / "slurm.conf", "-N", node, cores=cores)
     until = time.monotonic() + READY_SECONDS
     while (states := cluster.call("sinfo", "--Node", "--noheader", "--format=%T").split()) != ["idle"] * len(
         cluster.nodes
@@ -139,9 +148,16 @@ def _start(cluster: SlurmCluster) -> None:
         time.sleep(0.2)
 
 
-def _daemon(cluster: SlurmCluster, name: str, *arguments: object) -> None:
+def _daemon(cluster: SlurmCluster, name: str, *arguments: object, cores: set[int] | None = None) -> None:
     command = [find(name) or name, *map(str, arguments)]
-    result = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        command,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=None if cores is None else partial(os.sched_setaffinity, 0, cores),
+    )
     assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}\n{_logs(cluster.root)}"
 
 
@@ -149,21 +165,28 @@ def _logs(root: Path) -> str:
     return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in sorted(root.glob("*.log")))
 
 
+def _cancel_all(cluster: SlurmCluster) -> None:
+    """Until Slurm knows that nothing of any job is left."""
+    cluster.call("scancel", "--user=root")
+    until = time.monotonic() + END_SECONDS
+    while cluster.call("squeue", "--noheader"):
+        assert time.monotonic() < until, f"{cluster.call('squeue')}\n{_logs(cluster.root)}"
+        time.sleep(0.2)
+
+
 def _end(cluster: SlurmCluster) -> None:
-    """The jobs first, then the daemons, then what a job may have left below them."""
-    subprocess.run(["scancel", "--user=root", "--full", "--signal=KILL"], env=cluster.environment, check=False)
-    daemons = [*_by_pid_file(cluster.root, "slurmd-*.pid"), *_by_pid_file(cluster.root, "slurmctld.pid")]
-    below = [child for daemon in daemons for child in daemon.children(recursive=True)]
-    for process in daemons:
-        process.send_signal(signal.SIGTERM)
-    psutil.wait_procs(daemons, timeout=END_SECONDS)
-    munged = _by_pid_file(cluster.root, "munged.pid")
-    for process in munged:
-        process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs([*daemons, *munged, *below, *_steps(cluster.root)], timeout=END_SECONDS)
-    for process in alive:
+    """By the daemons' pid files; munged last, which the others need to the end."""
+    for pattern in ("slurmd-*.pid", "slurmctld.pid", "munged.pid"):
+        daemons = _by_pid_file(cluster.root, pattern)
+        for process in daemons:
+            process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + END_SECONDS
+        while any(map(_is_running, daemons)) and time.monotonic() < until:
+            time.sleep(0.1)
+    left = _left(cluster)
+    for process in left:
         process.kill()
-    assert not alive, alive
+    assert not left, left
 
 
 def _by_pid_file(root: Path, pattern: str) -> Sequence[psutil.Process]:
@@ -171,10 +194,18 @@ def _by_pid_file(root: Path, pattern: str) -> Sequence[psutil.Process]:
     return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
 
 
-def _steps(root: Path) -> list[psutil.Process]:
-    """Slurm's own processes that watch over the steps of jobs; no child of a daemon, and known by their sockets."""
-    return [
-        process
-        for process in psutil.process_iter()
-        if process.name() == "slurmstepd" and process.environ().get("SLURM_CONF") == str(root / "slurm.conf")
-    ]
+def _left(cluster: SlurmCluster) -> list[psutil.Process]:
+    """Whatever has this cluster's configuration in its environment: daemons, Slurm's guards of job steps, and jobs."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"] and _is_running(process):
+                found.append(process)
+    return found
+
+
+def _is_running(process: psutil.Process) -> bool:
+    """A daemon's parent may not be one that looks after it when it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+
+from perl_megatron.config.derive_launch import (
+    check_node_rank,
+    check_slurm,
+    endpoint_of,
+    processes_per_node,
+    servers_per_node,
+    signal_seconds,
+)
+from perl_megatron.config.load import load_config
+from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
+
+EIGHT = ("parallel.tensor=4", "parallel.data=4", "launch.nodes=2", "launch.gpus_per_node=8")
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, ["model.path=m", *overrides]).config
+
+
+def test_processes_are_spread_evenly():
+    assert processes_per_node(config()) == 1
+    assert processes_per_node(config(*EIGHT)) == 8
+    assert processes_per_node(config("parallel.tensor=2")) == 2
+    with pytest.raises(UserError, match=r"6 processes .* do not go evenly on 4 machines"):
+        processes_per_node(config("parallel.tensor=2", "parallel.data=3", "launch.nodes=4"))
+    with pytest.raises(UserError, match="how many processes there are on 2 machines"):
+        processes_per_node(config("parallel.tensor=2", "launch.nodes=2"))
+
+
+def test_the_place_to_meet():
+    assert endpoint_of(config("launch.endpoint=node-1.cluster:29500").launch) == ("node-1.cluster", 29500)
+    assert endpoint_of(config("launch.endpoint=[fe80::1]:29500").launch) == ("fe80::1", 29500)
+    with pytest.raises(UserError, match="no place is set to meet at"):
+        endpoint_of(config().launch)
+    for wrong in ("host", "host:", ":1", "host:0", "host:70000", "host:port", "a b:1", "$(x):1"):
+        with pytest.raises(UserError, match="is not the place of a machine"):
+            endpoint_of(config(f"launch.endpoint={wrong}").launch)
+
+
+def test_ranks_of_machines():
+    static, c10d = config(*EIGHT).launch, config(*EIGHT, "launch.rendezvous=c10d").launch
+    check_node_rank(static, 1)
+    check_node_rank(c10d, None)
+    for rank, said in ((None, "no rank"), (2, "2 is not the rank"), (-1, "-1 is not the rank")):
+        with pytest.raises(UserError, match=f"{said} of one of 2 machines"):
+            check_node_rank(static, rank)
+    with pytest.raises(UserError, match="c10d gives out the ranks itself"):
+        check_node_rank(c10d, 0)
+
+
+def test_good_slurm_jobs(tmp_path: Path):
+    setup = tmp_path / "setup.sh"
+    setup.touch()
+    check_slurm(config(*EIGHT))
+    check_slurm(
+        config(
+            *(*EIGHT, "launch.partition=gpu,big", "launch.account=lab_1", "launch.qos=high", "launch.time=2-12:30"),
+            *("launch.sbatch_options=[--constraint=h100&ib, --exclusive, --mem=0]", f"launch.setup_file={setup}"),
+            *("launch.container=pyxis", "launch.container_image=nvcr.io#nvidia/pytorch:25.01"),
+            *("launch.container_mounts=[/data:/data, /scratch]", "launch.environment=[NCCL_DEBUG=INFO, EMPTY=]"),
+            *("launch.rollout_nodes=2", "rollout.tensor_parallel=4"),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said", "where"),
+    [
+        (("launch.gpus_per_node=4",), "2 × 4 GPUs are not the 16 processes of the layout", "launch.gpus_per_node = 4"),
+        (("launch.partition=gpu\n#SBATCH --uid=0",), "is no name of Slurm's", "launch.partition"),
+        (("launch.account=$(x)",), "is no name of Slurm's", "launch.account"),
+        (("launch.qos=a b",), "is no name of Slurm's", "launch.qos"),
+        (("launch.sbatch_options=[exclusive]",), "is no option of sbatch", "launch.sbatch_options"),
+        (('launch.sbatch_options=["--comment=a b"]',), "is no option of sbatch", "launch.sbatch_options"),
+        (('launch.sbatch_options=["--mem=1\\n#SBATCH --x"]',), "is no option of sbatch", "launch.sbatch_options"),
+        (("launch.sbatch_options=--nodes=3",), "--nodes is set by the section `launch`", "launch.sbatch_options"),
+        (("run.directory=a%b",), "Slurm cannot write logs below 'a%b'", "run.directory"),
+        (('run.directory=a"b',), "Slurm cannot write logs", "run.directory"),
+        (("launch.time=soon",), "'soon' is no time limit", "launch.time"),
+        (("launch.time=2:30",), "a job of 150 s would be told to end as it begins, 150 s before", "launch.time = 2:30"),
+        (("launch.time=1:0:0", "launch.grace_seconds=3600"), "a job of 3600 s", "launch.grace_seconds = 3600"),
+        (("launch.time=0-1", "launch.grace_seconds=3600"), "a job of 3600 s", "launch.time = 0-1"),
+        (("launch.environment=[1A=2]",), "'1A=2' does not set a variable", "launch.environment"),
+        (("launch.environment=[A]",), "'A' does not set a variable", "launch.environment"),
+        (('launch.environment=["A;x=2"]',), "does not set a variable", "launch.environment"),
+        (("launch.setup_file=nowhere.sh",), "the file does not exist", "launch.setup_file = nowhere.sh"),
+        (("launch.container=pyxis",), "there is no image to run", "launch.container = pyxis"),
+        (("launch.container_image=x.sif",), "an image needs something that runs it", "launch.container = none"),
+        (("launch.container_mounts=[/data]",), "there is no container to mount it in", "launch.container_mounts"),
+        (
+            ("launch.container=apptainer", "launch.container_image=x.sif", "launch.container_mounts=[data]"),
+            "'data' cannot be mounted",
+            "launch.container_mounts",
+        ),
+        (("launch.rollout_nodes=1", "rollout.engine=vllm"), "have the servers of the run", "rollout.engine = vllm"),
+        (("launch.rollout_nodes=1", "rollout.servers=http://a:1"), "have the servers of the run", "rollout.servers"),
+        (("launch.rollout_nodes=1", "rollout.tensor_parallel=3"), "servers over 3 GPUs", "rollout.tensor_parallel = 3"),
+    ],
+)
+def test_what_is_refused_before_anything_is_submitted(overrides: tuple[str, ...], said: str, where: str):
+    with pytest.raises(UserError) as error:
+        check_slurm(config(*EIGHT, *overrides))
+    assert said in error.value.what
+    assert where in (error.value.where or "")
+    assert error.value.fix
+
+
+def test_times():
+    assert signal_seconds(config("launch.grace_seconds=0.5").launch) == 31
+    for time in ("3", "2:31", "0:2:31", "0-0:3", "0-1", "1-0:0:0"):
+        check_slurm(config(f"launch.time={time}"))
+
+
+def test_servers_use_up_the_gpus():
+    assert servers_per_node(config()) == 1
+    assert servers_per_node(config("launch.gpus_per_node=8")) == 8
+    assert servers_per_node(config("launch.gpus_per_node=8", "rollout.tensor_parallel=4")) == 2
