@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, results, sweep, serve, plan, verify, verify-weights, triage, doctor.
+"""The command `perl-megatron`: train, sft, eval, results, sweep, serve, plan, verify(-weights), triage, replay, doctor.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -23,6 +23,7 @@ from perl_megatron.config.preset_source import preset_names
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.results_options import add_results_options
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
+from perl_megatron.replay.options import add_replay
 from perl_megatron.sweep.options import add_sweep
 
 
@@ -106,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", type=Path, metavar="FILE", help="write every row")
     add_triage(commands)
     add_sweep(commands, positive)
+    add_replay(commands)
     description = "results of benchmarks in the form of PeRL's table, the paper's rows beside them"
     results = commands.add_parser("results", help=description, description=description)
     results.set_defaults(handler=run_results)

@@ -20,7 +20,7 @@ from perl_megatron.types import Group
 
 def train(session: TrainingSession) -> None:
     """Run the session from where its last checkpoint left it until `run.steps`, or until it is asked to stop."""
-    config, actor = session.config, session.actor
+    config = session.config
     step, phases = session.restore(), session.phases
     if step == 0 and not session.stop_requested():
         session.evaluate(step)
@@ -42,7 +42,7 @@ def train(session: TrainingSession) -> None:
         weigh_by_importance(drawn.kept, config.algorithm)
         with phases("update"):
             updates = [
-                actor.update(lay_out(groups, config.algorithm))
+                session.update(step, lay_out(groups, config.algorithm))
                 for groups in mini_batches(drawn, config.algorithm.updates_per_step)
             ]
         step += 1
@@ -132,7 +132,7 @@ def supervise(session: SupervisedSession) -> None:
     step = session.restore()
     while step < session.total_steps and not session.stop_requested():
         with session.phases("update"):
-            metrics = session.actor.supervised_update(session.demonstrations())
+            metrics = session.update(step, session.demonstrations())
         step += 1
         session.log_supervised_step(step, metrics)
         session.save_if_due(step)

@@ -6,7 +6,7 @@ Every rank holds one and calls the same methods; only rank 0 writes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.runtime.collective import any_rank, gather_objects
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
+from perl_megatron.skipped import SkippedUpdates
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import EncodedPrompt, Record
@@ -32,6 +33,9 @@ from perl_megatron.types import EncodedPrompt, Record
 
 class Session:
     """What supervised and GRPO training share."""
+
+    supervised = False
+    """Whether the loss is cross-entropy."""
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class Session:
         self._loaded, self._resume, self._stop = loaded, resume, stop
         self._memory = memory
         self._saved_step = self._first_step = -1
+        self._skipped = SkippedUpdates(self.config, encoder.image, supervised=self.supervised, note=self._note)
         self._journal: Journal | None = None
         self.phases = Phases(self._show_phase)
         self.exit_status = 0
@@ -94,6 +99,15 @@ class Session:
     def stop_requested(self) -> bool:
         """Whether Ctrl-C or SIGTERM reached any rank; the same answer on all."""
         return self._stop.requested(any_rank)
+
+    def update(self, step: int, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
+        """One update of the policy, which has made ``step`` steps; a skipped one's batch is kept. UserError after many.
+
+        Returns what ``Actor.update`` does.
+        """
+        metrics = (self.actor.supervised_update if self.supervised else self.actor.update)(sequences)
+        self._skipped.follow(step, sequences, metrics)
+        return metrics
 
     def save_if_due(self, step: int) -> None:
         """Checkpoint every `run.save_every` steps."""
@@ -184,6 +198,9 @@ class Session:
     def _create_folder(self) -> None:
         RunFolder.create(self._loaded, resume=self._resume)
 
+    def _note(self, text: str) -> None:
+        self.journal.note(text)
+
     def _show_phase(self, name: str) -> None:
         if self._journal is not None:
             self._journal.phase(name)
@@ -194,6 +211,8 @@ class Session:
 
 class SupervisedSession(Session):
     """Imitation of demonstrations."""
+
+    supervised = True
 
     def demonstrations(self) -> list[TrainingSequence]:
         """The next batch, each question in its original order."""

@@ -5,8 +5,8 @@
         training_state.json                             schedule, step and the caller's ``extra``
         manifest.json                                   size and digest of every other file (``checkpoint/manifest.py``)
 
-torch_dist's own index is a pickle: continue only from checkpoints that you trust (the manifest protects against damage,
-not against malice).
+torch_dist's own index is a pickle. Before it is loaded, an unpickler that knows only the parts of an index reads it, and
+objects inside the checkpoint are read as `weights_only`: what would run code is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import queue
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -35,8 +36,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from perl_megatron.checkpoint.manifest import PendingCheckpoint, latest_checkpoint, verify_checkpoint
 from perl_megatron.checkpoint.state_buckets import keep_bucket_padding
 from perl_megatron.checkpoint.state_optimizer import fit_to_optimizer
+from perl_megatron.checkpoint.torch_dist_index import check_index
 from perl_megatron.errors import UserError
 from perl_megatron.model.policy import Policy
+from perl_megatron.runtime import environment
+from perl_megatron.runtime.collective import together
 
 __all__ = ["latest_checkpoint", "load_training_state", "save_training_state"]
 
@@ -96,11 +100,14 @@ def load_training_state(
         verify_checkpoint(checkpoint)
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     _refuse_other_settings(state.get("settings", {}), settings, checkpoint)
+    together(lambda: check_index(checkpoint))
     content, _ = _sharded(modules, optimizer, is_loading=True)
     try:
-        _keep_unsaved_extra_state(content, checkpoint)
-        loaded = dist_checkpointing.load(content, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
-    except (CheckpointException, CheckpointingException, KeyError) as error:
+        with environment.weights_only_loads():
+            _keep_unsaved_extra_state(content, checkpoint)
+            strategy = get_default_load_sharded_strategy(str(checkpoint))
+            loaded = dist_checkpointing.load(content, str(checkpoint), strategy)
+    except (CheckpointException, CheckpointingException, KeyError, UnpicklingError) as error:
         raise UserError(
             f"the checkpoint does not fit this policy: {error}",
             where=str(checkpoint),

@@ -23,7 +23,7 @@ MAY_CHANGE = frozenset(
         *("rollout.servers", "rollout.api_key_file", "rollout.weight_transfer", "rollout.shared_folder"),
         *("rollout.request_deadline", "rollout.health_deadline", "rollout.sync_deadline"),
         *("rollout.cpu_cache_gib", "filter.max_refills", "filter.skip_empty_steps", "supervised.steps", "actor"),
-        *("optimizer.learning_rate", "optimizer.min_learning_rate", "model.recompute"),
+        *("optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.max_skipped_updates", "model.recompute"),
     )
 )
 """Sections and keys that a resumed run may set otherwise than it began."""
@@ -116,6 +116,11 @@ class RunFolder:
     def rollouts(self) -> Path:
         """Recorded rollouts, a file for each step, and the images they saw."""
         return self.root / "rollouts"
+
+    @property
+    def skipped(self) -> Path:
+        """The batches of skipped updates, for `perl-megatron replay`."""
+        return self.root / "skipped"
 
     @property
     def groups(self) -> Path:
