@@ -5,8 +5,8 @@
         training_state.json                             schedule, step and the caller's ``extra``
         manifest.json                                   size and digest of every other file (``checkpoint/manifest.py``)
 
-torch_dist's own index is a pickle. Before it is loaded, an unpickler that knows only the parts of an index reads it, and
-objects inside the checkpoint are read as `weights_only`: what would run code is refused.
+torch_dist's own index is a pickle. Before it is loaded, an unpickler that knows only the parts of an index reads it;
+objects inside the checkpoint are read as `weights_only`. So what would run code is refused.
 """
 
 from __future__ import annotations

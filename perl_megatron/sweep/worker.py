@@ -156,12 +156,11 @@ class Worker:
             finished = [value for value in measured[section.metric].values() if value is not None]
             if len(finished) <= index:
                 raise RunFailedError(f"{run.folder.metrics} has no value of {section.metric}", user_error=True)
+            self._drop_weights(run)
             if index > 0:
                 steps = load_config(section.config, overrides).config.run.steps
                 trial.report(statistics.fmean(finished), (index + 1) * steps)
                 self._prune_if_due(trial)
-            if not self._sweep.workers.keep_weights:
-                run.drop_weights()
         return statistics.fmean(finished)
 
     def _watch(self, run: TrialRun, trial: optuna.Trial, *, reports: bool) -> None:
@@ -183,10 +182,17 @@ class Worker:
         except (_TakenAwayError, UpdateFinishedTrialError):
             run.kill()  # the other worker waits for it
             raise
-        except BaseException:
+        except BaseException as error:
             run.stop(self._sweep.workers.stop_seconds)
+            if isinstance(error, optuna.TrialPruned):
+                self._drop_weights(run)
             raise
         self._say(f"{name}: done, {self._measures[0].text} = {run.value(self._measures[0])}")
+
+    def _drop_weights(self, run: TrialRun) -> None:
+        """Of a run that will not be continued."""
+        if not self._sweep.workers.keep_weights:
+            run.drop_weights()
 
     def _prune_if_due(self, trial: optuna.Trial) -> None:
         if trial.should_prune():
