@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,11 +54,28 @@ def test_a_hostile_index_is_refused(actor: Actor, saved: Path, tmp_path: Path) -
     assert (tmp_path / "harm").exists()  # so the file was hostile
 
 
-@pytest.mark.parametrize("name", ["common.pt"])
-def test_a_hostile_object_is_refused(actor: Actor, saved: Path, tmp_path: Path, name: str) -> None:
+def test_a_hostile_common_file_is_refused(actor: Actor, saved: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(saved, tmp_path / "copy"))
-    assert (checkpoint / name).is_file()
-    torch.save({"optimizer": Hostile(tmp_path / "harm")}, checkpoint / name)
+    assert (checkpoint / "common.pt").is_file()
+    torch.save({"optimizer": Hostile(tmp_path / "harm")}, checkpoint / "common.pt")
+    with pytest.raises(UserError, match="does not fit"):
+        actor.restore(checkpoint, verify=False)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_hostile_object_among_the_tensors_is_refused(actor: Actor, saved: Path, tmp_path: Path) -> None:
+    """torch's reader of checkpoints asks for `weights_only=False` for objects. It is put at a data file's end."""
+    checkpoint = Path(shutil.copytree(saved, tmp_path / "copy"))
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    index, storage = next((index, at) for index, at in metadata.storage_data.items() if "_extra_state" in index.fqn)
+    payload = io.BytesIO()
+    torch.save(Hostile(tmp_path / "harm"), payload)
+    file = checkpoint / storage.relative_path
+    offset = file.stat().st_size
+    with file.open("ab") as data:
+        data.write(payload.getvalue())
+    metadata.storage_data[index] = replace(storage, offset=offset, length=len(payload.getvalue()))
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="does not fit"):
         actor.restore(checkpoint, verify=False)
     assert not (tmp_path / "harm").exists()
