@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import pickle
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from perl_megatron.data import image_store, images
 from perl_megatron.data.images import check_image, load_image
 from perl_megatron.data.records import DroppedRecord, parse_record
 from perl_megatron.errors import UserError
+from perl_megatron.preparation import table_images
 from perl_megatron.runtime.environment import weights_only_loads
 
 REPOSITORY = Path(__file__).parents[1]
@@ -140,3 +142,19 @@ def test_images_cannot_hide_a_bomb_in_their_texts(kind: str, tmp_path: Path) -> 
     path.write_bytes(content)
     with pytest.raises(UserError, match="cannot read the image"):
         check_image(path)
+
+
+def test_archives_are_bounded_before_they_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_images, "MAX_IMAGE_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.png", bytes(2**20 + 1))
+        archive.writestr("fine.png", bytes(2**20))
+    assert (tmp_path / "images.zip").stat().st_size < 2**14
+    reader = table_images.TableImages(None)
+    table = tmp_path / "table.parquet"
+    assert len(reader.read("fine.png", table)) == 2**20
+    with pytest.raises(UserError, match="is larger than"):
+        reader.read("bomb.png", table)
+    with pytest.raises(UserError, match="leaves the folder"):
+        reader.read("../secret.png", table)
+    reader.close()

@@ -102,12 +102,15 @@ def _inputs(sequences: Sequence[TrainingSequence], names: Sequence[str]) -> list
 
 
 def _weights(actor: Actor) -> list[Finding]:
-    """Under their published names, each once."""
-    return [
-        Finding("weight", name, _count(tensor, "numbers"))
-        for name, tensor in actor.weights()
-        if not torch.isfinite(tensor).all()
-    ]
+    """Under their published names, each once; with the rank where the replicas of the policy differ."""
+    mine = {name: _count(tensor, "numbers") for name, tensor in actor.weights() if not torch.isfinite(tensor).all()}
+    of_ranks = gather_objects(mine)
+    found: dict[str, Finding] = {}
+    for number, names in enumerate(of_ranks):
+        for name, detail in names.items():
+            same = all(other.get(name) == detail for other in of_ranks)
+            found.setdefault(name, Finding("weight", name, detail if same else f"rank {number}: {detail}"))
+    return list(found.values())
 
 
 @contextmanager

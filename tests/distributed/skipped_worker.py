@@ -44,10 +44,11 @@ def main(case: Path, out: Path) -> None:
         follower = SkippedUpdates(config, encoder.image, supervised=False, note=lambda text: None)
         report: dict[str, Any] = {}
         follower.follow(0, scored, actor.update(scored))
-        parameters = [parameter for chunk in actor.modules for parameter in chunk.parameters()]
+        named = {name: parameter for chunk in actor.modules for name, parameter in chunk.named_parameters()}
+        parameters = list(named.values())
         if rank() == 1:
             with torch.no_grad():
-                parameters[-1].view(-1)[0] = torch.inf
+                named["language_model.decoder.final_layernorm.weight"][0] = torch.inf
         before = [parameter.detach().clone() for parameter in parameters]
         metrics = actor.update(scored)
         report["skipped"] = gather_objects(metrics["skipped_updates"])

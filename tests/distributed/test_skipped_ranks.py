@@ -31,7 +31,11 @@ def test_all_ranks_skip_together(out: Path, name: str) -> None:
     assert f"{name}/skipped/step-000002" in first
     assert report["agree"]
     found = {what: detail for what, _, detail in reversed(report["findings"])}  # the first of each kind
-    assert found.keys() >= {"module output", "log-probability", "sequence gradient", "parameter gradient"}
+    assert found.keys() == {"weight", "module output", "log-probability", "sequence gradient", "parameter gradient"}
     assert found["module output"].startswith("rank 1:")
-    # With data parallelism the export reads rank 0's replica, which is whole.
-    assert ("weight" in found) == (name != "data")
+    weights = [(which, detail) for what, which, detail in report["findings"] if what == "weight"]
+    # A replica that differs from the others is told from a weight that is infinite everywhere. (Of tensor-parallel
+    # ranks the export takes rank 0's norm: that rank 1 has another one shows in its modules.)
+    replica = [("model.norm.weight", "rank 1: 0 NaN and 1 infinite of 24 numbers")]
+    whole = [("model.norm.weight", "0 NaN and 1 infinite of 24 numbers")]
+    assert weights == {"tensor": replica, "data": replica, "pipeline": whole}[name]

@@ -23,7 +23,7 @@ def test_a_run_that_overflows_ends_and_its_batch_is_replayed(job: SmallJob, tmp_
     assert [batch.name for batch in batches] == ["step-000002", "step-000003"]
     assert "2 updates in a row" in result.stderr
     assert all(str(batch) in result.stderr for batch in batches)
-    assert "skipped an update (loss nan" in result.stdout
+    assert "step 2: skipped an update (loss nan, gradient norm nan)" in result.stderr
 
     findings = tmp_path / "findings.json"
     command = [sys.executable, "-m", "perl_megatron", "replay", str(batches[0])]

@@ -17,6 +17,7 @@ from perl_megatron.sweep.check import check_sweep, measures
 from perl_megatron.sweep.command import SweepOptions, write_results
 from perl_megatron.sweep.command import run as run_command
 from perl_megatron.sweep.file_lock import FileLock
+from perl_megatron.sweep.storage import REFUSED
 from perl_megatron.sweep.study import open_study
 from perl_megatron.sweep.worker import VALUES
 
@@ -49,7 +50,9 @@ def fill(case: SweepCase) -> optuna.Study:
             trial.report(step / 3 + number / 10, step)
         trial.set_user_attr(VALUES, {"evaluation/accuracy": accuracies, "evaluation/flip_rate": {"0": 0.25, "1": None}})
         study.tell(trial, sum(accuracies.values()) / 2)
-    study.tell(study.ask(), state=TrialState.FAIL)
+    trial = study.ask()
+    trial.set_user_attr(REFUSED, True)
+    study.tell(trial, state=TrialState.FAIL)
     return study
 
 

@@ -10,8 +10,10 @@ import pytest
 from optuna.trial import TrialState
 from sweep_case import SweepCase, make_case, wait_until
 
+from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.results import read_results, to_markdown
 from perl_megatron.sweep.storage import point_of
+from perl_megatron.sweep.study import QUEUE_LOCK, open_study
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +86,19 @@ def test_a_worker_that_was_only_silent_gives_way(grid: SweepCase) -> None:
     assert states(grid) == {"COMPLETE": 3, "FAIL": 1}
     for point in range(3):
         assert [step for step, _ in grid.steps(point)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_a_worker_that_died_before_it_put_its_trial_back(grid: SweepCase) -> None:
+    """What is done next follows from the study alone, whenever a worker is killed."""
+    grid.sweep.folder.mkdir(parents=True)
+    study = open_study(grid.sweep, FileLock(grid.sweep.folder / QUEUE_LOCK))
+    study.tell(study.ask(), state=TrialState.FAIL)
+    study.ask()  # taken, and killed before the first heartbeat
+    status, output = grid.work()
+    assert status == 0, output
+    assert states(grid) == {"COMPLETE": 3, "FAIL": 2}
+    assert [len(grid.steps(point)) for point in range(3)] == [6, 6, 6]
 
 
 def test_two_workers_share_the_points(grid: SweepCase) -> None:
