@@ -21,8 +21,9 @@ POLL_SECONDS = 0.2
 
 
 def stop_with_parent() -> None:
-    """In a new child on Linux: get SIGTERM when the parent dies, even if by SIGKILL. A run then ends its step and writes
-    a checkpoint, which whoever takes its place goes on from.
+    """In a new child on Linux: get SIGTERM when the parent dies, even if by SIGKILL.
+
+    A run then ends its step and writes a checkpoint, which whoever takes its parent's place goes on from.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
