@@ -1,4 +1,4 @@
-"""The command `perl-megatron`: train, sft, eval, launch, sweep, results, serve, plan, verify and more.
+"""The command `perl-megatron`: train, sft, eval, launch, sweep, plan, replay and more.
 
 A command that needs several processes starts them itself through torchrun; under torchrun it is one of them.
 """
@@ -25,6 +25,7 @@ from perl_megatron.evaluation.results_options import add_results_options
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
 from perl_megatron.launching import add_launch
 from perl_megatron.plan.command import add_plan_options, run_plan
+from perl_megatron.replay.options import add_replay
 from perl_megatron.sweep.options import add_sweep
 
 
@@ -108,6 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", type=Path, metavar="FILE", help="write every row")
     add_triage(commands)
     add_sweep(commands, positive)
+    add_replay(commands)
     description = "results of benchmarks in the form of PeRL's table, the paper's rows beside them"
     results = commands.add_parser("results", help=description, description=description)
     results.set_defaults(handler=run_results)

@@ -20,7 +20,7 @@ from perl_megatron.types import Group
 
 def train(session: TrainingSession) -> None:
     """Run the session from where its last checkpoint left it until `run.steps`, or until it is asked to stop."""
-    config, actor = session.config, session.actor
+    config = session.config
     step, phases = session.restore(), session.phases
     if session.owes_evaluation(step) and not session.stop_requested():
         session.evaluate(step)
@@ -44,7 +44,7 @@ def train(session: TrainingSession) -> None:
         weigh_by_importance(drawn.kept, config.algorithm)
         with phases("update", **drawn.facts()):
             updates = [
-                actor.update(lay_out(groups, config.algorithm))
+                session.update(step, lay_out(groups, config.algorithm))
                 for groups in mini_batches(drawn, config.algorithm.updates_per_step)
             ]
         step += 1
@@ -134,7 +134,7 @@ def supervise(session: SupervisedSession) -> None:
     step = session.restore()
     while step < session.total_steps and not session.stop_requested():
         with session.phases("update", step=step, **session.position()):
-            metrics = session.actor.supervised_update(session.demonstrations())
+            metrics = session.update(step, session.demonstrations())
         step += 1
         session.log_supervised_step(step, metrics)
         session.save_if_due(step)

@@ -6,7 +6,7 @@ Every rank holds one and calls the same methods; only rank 0 writes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -31,6 +31,7 @@ from perl_megatron.runtime.collective import any_rank, gather_objects
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.runtime.watchdog import Watchdog
+from perl_megatron.skipped import SkippedUpdates
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.types import EncodedPrompt, Record
@@ -38,6 +39,9 @@ from perl_megatron.types import EncodedPrompt, Record
 
 class Session:
     """What supervised and GRPO training share."""
+
+    supervised = False
+    """Whether the loss is cross-entropy."""
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class Session:
         self._agreement = Agreement(self.config.deadlines.collective_timeout)
         self._watchdog = watchdog
         _check_metric(self.config.run.keep_best)
+        self._skipped = SkippedUpdates(self.config, encoder.image, supervised=self.supervised, note=self._note)
         self._journal: Journal | None = None
         self.phases = Phases(self._enter_phase, watchdog.leave)
         self.exit_status = 0
@@ -118,6 +123,15 @@ class Session:
     def stop_requested(self) -> bool:
         """Whether Ctrl-C, SIGTERM or SIGUSR1 reached any rank; the same answer on all."""
         return self._stop.requested(any_rank)
+
+    def update(self, step: int, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
+        """One update of the policy, which has made ``step`` steps; a skipped one's batch is kept. UserError after many.
+
+        Returns what ``Actor.update`` does.
+        """
+        metrics = (self.actor.supervised_update if self.supervised else self.actor.update)(sequences)
+        self._skipped.follow(step, sequences, metrics)
+        return metrics
 
     def save_if_due(self, step: int) -> None:
         """Checkpoint every `run.save_every` steps. A checkpoint that fails is reported, and the run goes on."""
@@ -250,6 +264,9 @@ class Session:
     def _create_folder(self) -> None:
         RunFolder.create(self._loaded, resume=self._resume)
 
+    def _note(self, text: str) -> None:
+        self.journal.note(text)
+
     def _enter_phase(self, name: str, facts: Mapping[str, Any]) -> None:
         """Watch it, show it, and make sure that all ranks are about to do the same."""
         self._watchdog.enter(name)
@@ -271,6 +288,8 @@ def _check_metric(name: str | None) -> None:
 
 class SupervisedSession(Session):
     """Imitation of demonstrations."""
+
+    supervised = True
 
     def demonstrations(self) -> list[TrainingSequence]:
         """The next batch, each question in its original order."""

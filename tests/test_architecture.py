@@ -29,10 +29,10 @@ FLOORS: list[set[str]] = [
     {"model"},
     {"checkpoint"},
     {"train", "rollout"},
-    {"evaluation", "verification", "triage", "preparation", "sweep"},
+    {"evaluation", "verification", "triage", "preparation", "sweep", "replay"},
     {"questions"},
     {
-        *("collect", "drawn", "step_metrics", "session", "loop", "build", "jobs", "serving", "ahead"),
+        *("collect", "drawn", "step_metrics", "session", "skipped", "loop", "build", "jobs", "serving", "ahead"),
         *("training_session", "evaluation_job", "step_in_progress", "launching"),
     },
     {"cli"},

@@ -73,6 +73,7 @@ def make_session(actor: NotingActor, drawn: Drawn, **algorithm: Any) -> SimpleNa
     return SimpleNamespace(
         config=config,
         actor=actor,
+        update=lambda step, sequences: actor.update(sequences),
         collector=SimpleNamespace(collect=lambda step, alpha: drawn),
         phases=lambda name, **facts: nullcontext(),
         position=dict,

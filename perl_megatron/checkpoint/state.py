@@ -5,8 +5,8 @@
         training_state.json                             schedule, step, model and the caller's ``extra``
         manifest.json                                   size and digest of every other file (``checkpoint/manifest.py``)
 
-torch_dist's own index is a pickle: continue only from checkpoints that you trust (the manifest protects against damage,
-not against malice).
+torch_dist's own index is a pickle. Before it is loaded, an unpickler that knows only the parts of an index reads it;
+objects inside the checkpoint are read as `weights_only`. So what would run code is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -35,8 +36,11 @@ from perl_megatron.checkpoint.retention import Retention, read_facts
 from perl_megatron.checkpoint.state_buckets import keep_bucket_padding
 from perl_megatron.checkpoint.state_optimizer import fit_to_optimizer
 from perl_megatron.checkpoint.state_parts import StateParts
+from perl_megatron.checkpoint.torch_dist_index import check_index
 from perl_megatron.errors import UserError
 from perl_megatron.model.policy import Policy
+from perl_megatron.runtime import environment
+from perl_megatron.runtime.collective import together
 
 __all__ = ["latest_checkpoint", "load_training_state", "newest_checkpoint", "prepare_training_state"]
 
@@ -133,11 +137,14 @@ def load_training_state(
         verify_checkpoint(checkpoint)
     state = _read_state(checkpoint)
     _refuse_other_settings(state.get("settings", {}), settings, checkpoint)
+    together(lambda: check_index(checkpoint))
     content, _ = _sharded(modules, optimizer, is_loading=True)
     try:
-        _keep_unsaved_extra_state(content, checkpoint)
-        loaded = dist_checkpointing.load(content, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
-    except (CheckpointException, CheckpointingException, KeyError) as error:
+        with environment.weights_only_loads():
+            _keep_unsaved_extra_state(content, checkpoint)
+            strategy = get_default_load_sharded_strategy(str(checkpoint))
+            loaded = dist_checkpointing.load(content, str(checkpoint), strategy)
+    except (CheckpointException, CheckpointingException, KeyError, UnpicklingError) as error:
         raise UserError(
             f"the checkpoint does not fit this policy: {error}",
             where=str(checkpoint),

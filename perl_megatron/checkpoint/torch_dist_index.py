@@ -71,6 +71,14 @@ def read_index(path: Path) -> dict[str, GlobalTensor]:
     }
 
 
+def check_index(path: Path) -> None:
+    """UserError where the index of a checkpoint is missing or damaged, or holds what is no part of an index.
+
+    To be called before megatron-core or torch read it: they unpickle whatever they find.
+    """
+    _load_index(path / INDEX)
+
+
 def load_chunk(chunk: Chunk, key: str, dtype: torch.dtype) -> torch.Tensor:
     """The chunk's values. Raises UserError naming tensor and file where they cannot be read or are something else."""
     try:

@@ -109,6 +109,9 @@ class OptimizerSection(Section):
     """Adam's ε."""
     clip_gradient: float = Field(default=1.0, ge=0)
     """Global gradient-norm bound (0: none)."""
+    max_skipped_updates: int = Field(default=5, ge=1)
+    """Updates whose loss or gradient is not finite are skipped, and their batches kept (`skipped/` in the run's folder,
+    for `perl-megatron replay`); so many in a row end the run."""
     distributed: bool = True
     """Shard the optimizer over data-parallel ranks."""
 

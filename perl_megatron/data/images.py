@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from perl_megatron.data.image_store import MAX_IMAGE_BYTES
 from perl_megatron.errors import UserError
 
 MERGED_PATCH = 28
@@ -55,8 +56,8 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
 def check_image(path: Path, content: bytes | None = None) -> None:
     """Decode the whole image and forget it; with ``content`` the image of these bytes, which came from ``path``.
 
-    Raises ``UserError`` (naming the file) where it is missing, corrupt, truncated, not an image, too large to be
-    decoded safely, or has an aspect ratio above 200.
+    Raises ``UserError`` (naming the file) where it is missing, corrupt, truncated, not an image, too large (in
+    bytes or pixels) to be decoded safely, or has an aspect ratio above 200.
     """
     image = _decode(path, content)
     _resized_sides(image, path, min_pixels=MERGED_PATCH**2, max_pixels=MAX_SOURCE_PIXELS)
@@ -91,11 +92,17 @@ def image_key(image: Image.Image) -> str:
 def _decode(path: Path, content: bytes | None = None) -> Image.Image:
     """The image with its pixels decoded and its EXIF rotation applied."""
     try:
+        num_bytes = path.stat().st_size if content is None else len(content)
+        if num_bytes > MAX_IMAGE_BYTES:
+            what = f"the image has {num_bytes} bytes, more than {MAX_IMAGE_BYTES}"
+            raise UserError(what, where=str(path), fix="reduce the image before training")
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             too_large = image.width * image.height > MAX_SOURCE_PIXELS
             if not too_large:
                 image.load()
                 return ImageOps.exif_transpose(image)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError("image file not found", where=str(path), fix="check the path in the record") from error
     except Image.DecompressionBombError:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 from perl_megatron.errors import UserError
-from perl_megatron.launch.supervise import die_with_parent
+from perl_megatron.launch.supervise import PR_SET_PDEATHSIG
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 POLL_SECONDS = 0.2
+
+
+def stop_with_parent() -> None:
+    """In a new child on Linux: get SIGTERM when the parent dies, even if by SIGKILL.
+
+    A run then ends its step and writes a checkpoint, which whoever takes its parent's place goes on from.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ def _start(command: Sequence[str], share: Share) -> subprocess.Popen[bytes]:
     devices = {} if share.devices is None else {DEVICES_VARIABLE: ",".join(share.devices)}
 
     def in_child() -> None:
-        die_with_parent()
+        stop_with_parent()
         os.sched_setaffinity(0, share.cores)  # a run uses as many threads as it may have cores
 
     return subprocess.Popen(

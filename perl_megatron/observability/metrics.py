@@ -45,7 +45,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("ratio_max", "1", "maximum of π_θ / π_old over response tokens"),
     Metric("gradient_norm", "1", "global 2-norm of the gradient before clipping"),
     Metric("learning_rate", "1", "learning rate of the step's last update"),
-    Metric("skipped_updates", "updates", "updates that were left out because their gradient was not finite"),
+    Metric("skipped_updates", "updates", "updates that were left out because their loss or gradient was not finite"),
     Metric("num_tokens", "tokens", "response tokens trained on"),
     Metric("num_sequences", "sequences", "responses trained on"),
     # What was drawn: over all sampled groups, dropped ones included

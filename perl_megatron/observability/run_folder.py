@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset(
         *("rollout.cpu_cache_gib", "rollout.questions_per_call", "launch", "actor"),
         *("filter.max_refills", "filter.skip_empty_steps", "supervised.steps"),
         *("optimizer.learning_rate", "optimizer.min_learning_rate", "model.recompute"),
+        "optimizer.max_skipped_updates",
     )
 )
 """Sections and keys that a resumed run may set otherwise than it began."""
@@ -143,6 +144,11 @@ class RunFolder:
     def rollouts(self) -> Path:
         """Recorded rollouts, a file for each step, and the images they saw."""
         return self.root / "rollouts"
+
+    @property
+    def skipped(self) -> Path:
+        """The batches of skipped updates, for `perl-megatron replay`."""
+        return self.root / "skipped"
 
     @property
     def groups(self) -> Path:

@@ -65,7 +65,7 @@ class EmbeddedEngine:
         self._cache_use, self._cached_tokens = CacheUse(), 0
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            model_path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            model_path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
         )
         self._model = model.eval().requires_grad_(False).to(self._device)
         self._dtype = dtype

@@ -88,7 +88,22 @@ def vllm_leaves_alone() -> Iterator[None]:
     It rewrites LOCAL_WORLD_SIZE (which torchrun set and the trainer reads) and adds libraries to LD_PRELOAD (which
     every process started later would load).
     """
-    names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
+    with _restored("LOCAL_WORLD_SIZE", "LD_PRELOAD"):
+        yield
+
+
+@contextlib.contextmanager
+def weights_only_loads() -> Iterator[None]:
+    """Within the block torch.load unpickles tensors and plain values only, whatever its caller asks for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    with _restored(name):
+        os.environ[name] = "1"
+        yield
+
+
+@contextlib.contextmanager
+def _restored(*names: str) -> Iterator[None]:
+    """The variables are afterwards what they were before."""
     before = {name: os.environ.get(name) for name in names}
     try:
         yield

@@ -13,7 +13,7 @@ from perl_megatron.config.sweep_file import Sweep
 from perl_megatron.errors import UserError
 from perl_megatron.sweep.measure import Measure
 
-MAX_CHECKED_POINTS = 1000
+MAX_CHECKED_POINTS = 200
 """Of a larger grid only so many points are checked whole; the others' values are checked one by one."""
 
 

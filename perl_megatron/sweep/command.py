@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from perl_megatron.config.sweep_file import Sweep, read_sweep
@@ -23,7 +21,7 @@ from perl_megatron.sweep import results
 from perl_megatron.sweep.check import check_sweep, num_processes
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.plots import write_plots
-from perl_megatron.sweep.storage import JOURNAL_NAME, point_of
+from perl_megatron.sweep.storage import JOURNAL_NAME, PREEMPTED, REFUSED, may_go_on, put_back, unfinished_points
 from perl_megatron.sweep.study import QUEUE_LOCK, open_study, read_study
 from perl_megatron.sweep.trial_run import TrialRun
 from perl_megatron.sweep.worker import Worker, failed_points
@@ -61,7 +59,7 @@ def run(options: SweepOptions) -> int:
             return Worker(sweep, stop).work()
     study = _prepare(sweep, retry_failed=options.retry_failed)
     statuses = [0]
-    if _is_open(study):  # if not, only the table is made again
+    if _is_open(sweep, study):  # if not, only the table is made again
         statuses = run_workers(command, workers=options.workers, processes=num_processes(sweep))
     study = read_study(sweep)
     write_results(sweep, study)
@@ -98,20 +96,22 @@ def _prepare(sweep: Sweep, *, retry_failed: bool) -> optuna.Study:
     study = open_study(sweep, queue)
     if retry_failed:
         queue.acquire(lambda: None)
-        failed = failed_points(study)
-        last = {point_of(trial): trial for trial in study.get_trials() if point_of(trial) in failed}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            for trial in last.values():
-                trial.system_attrs["retry_history"] = []  # counted anew
-                RetryHeartbeatStaleTrialCallback()(study, trial)
+        for point in failed_points(study, sweep.workers.retries):
+            trial = copy.deepcopy(unfinished_points(study)[point])
+            trial.system_attrs["retry_history"] = []  # counted anew
+            trial.user_attrs.update({REFUSED: False, PREEMPTED: 0})
+            put_back(study, trial)
     queue.close()
     return study
 
 
-def _is_open(study: optuna.Study) -> bool:
+def _is_open(sweep: Sweep, study: optuna.Study) -> bool:
+    """Whether there is anything left to do."""
     states = (TrialState.WAITING, TrialState.RUNNING)
-    return bool(study.get_trials(deepcopy=False, states=states))
+    interrupted = unfinished_points(study).values()
+    return bool(study.get_trials(deepcopy=False, states=states)) or any(
+        may_go_on(trial, sweep.workers.retries) for trial in interrupted
+    )
 
 
 def _submit(sweep: Sweep, command: Sequence[str], workers: int, *, dry_run: bool) -> int:
@@ -148,10 +148,10 @@ def _describe(sweep: Sweep) -> None:
 
 
 def _conclude(sweep: Sweep, study: optuna.Study, statuses: Sequence[int]) -> int:
-    failed = failed_points(study)
+    failed = failed_points(study, sweep.workers.retries)
     if EXIT_USER_ERROR in statuses:
         return EXIT_USER_ERROR  # the worker has said why
-    if _is_open(study):
+    if _is_open(sweep, study):
         print(f"the sweep is not finished; go on with: perl-megatron sweep {shlex.quote(str(sweep.path))}")
         return EXIT_STOPPED if EXIT_STOPPED in statuses else EXIT_FAILURE
     if failed:

@@ -1,4 +1,4 @@
-"""Where Optuna keeps the study, with heartbeats: a trial whose worker is silent is failed and put back into the queue.
+"""Where Optuna keeps the study, with heartbeats; and the queue: a trial whose worker is silent fails, and is put back.
 
 Databases have Optuna's own heartbeat. Its journal file has none; here it gets one through Optuna's own interface, so
 that `study.optimize` treats both alike.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
@@ -24,9 +23,9 @@ JOURNAL_NAME = "study.journal"
 SQLITE_TIMEOUT = 60.0
 """Seconds that a worker waits for another one's transaction."""
 PREEMPTED = "preempted"
-"""User attribute of a trial: how often its worker was asked to stop in the middle of it."""
-
-OnSilence = Callable[[optuna.Study, FrozenTrial], None]
+"""User attribute of a trial: how often its point's workers were asked to stop in the middle of it."""
+REFUSED = "refused"
+"""User attribute of a trial: its run cannot be done, and would fail again."""
 
 
 class JournalWithHeartbeat(JournalStorage, BaseHeartbeat):
@@ -38,9 +37,9 @@ class JournalWithHeartbeat(JournalStorage, BaseHeartbeat):
 
     _KEY = "heartbeat"
 
-    def __init__(self, path: str, *, interval: int, grace: int, on_silence: OnSilence):
+    def __init__(self, path: str, *, interval: int, grace: int):
         super().__init__(JournalFileBackend(path))
-        self._interval, self._grace, self._on_silence = interval, grace, on_silence
+        self._interval, self._grace = interval, grace
         self._seen: dict[int, tuple[int, float]] = {}
         """Running trial → its count, and when this reader saw it first."""
 
@@ -67,9 +66,8 @@ class JournalWithHeartbeat(JournalStorage, BaseHeartbeat):
         """Seconds."""
         return self._interval
 
-    def get_heartbeat_stale_trial_callback(self) -> OnSilence | None:
-        """What becomes of a silent trial."""
-        return self._on_silence
+    def get_heartbeat_stale_trial_callback(self) -> None:
+        """None: silent trials fail, and ``put_back_unfinished`` does the rest."""
 
 
 def open_storage(sweep: Sweep) -> RDBStorage | JournalWithHeartbeat:
@@ -77,8 +75,7 @@ def open_storage(sweep: Sweep) -> RDBStorage | JournalWithHeartbeat:
     workers, url = sweep.workers, sweep.sweep.storage
     if url is None or "://" not in url:
         path = sweep.folder / JOURNAL_NAME if url is None else url
-        on_silence = put_back_after(workers.retries)
-        return JournalWithHeartbeat(str(path), interval=workers.heartbeat, grace=workers.grace, on_silence=on_silence)
+        return JournalWithHeartbeat(str(path), interval=workers.heartbeat, grace=workers.grace)
     arguments = {"connect_args": {"timeout": SQLITE_TIMEOUT}} if url.startswith("sqlite:") else {"pool_pre_ping": True}
     try:
         with warnings.catch_warnings():
@@ -88,7 +85,6 @@ def open_storage(sweep: Sweep) -> RDBStorage | JournalWithHeartbeat:
                 engine_kwargs=arguments,
                 heartbeat_interval=workers.heartbeat,
                 grace_period=workers.grace,
-                heartbeat_stale_trial_callback=put_back_after(workers.retries),
             )
     except Exception as error:  # of SQLAlchemy, of the database's driver, or its absence
         raise UserError(
@@ -98,17 +94,33 @@ def open_storage(sweep: Sweep) -> RDBStorage | JournalWithHeartbeat:
         ) from error
 
 
-def put_back_after(retries: int) -> OnSilence:
-    """Puts a trial that ended without its fault back into the queue, at most so often; preemptions do not count."""
+def unfinished_points(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """Point → its last trial, where that one failed: nobody is at work on it, and nothing is in the queue."""
+    last = {point_of(trial): trial for trial in study.get_trials(deepcopy=False)}  # of a point, the later trials last
+    return {point: trial for point, trial in last.items() if trial.state == TrialState.FAIL}
 
-    def put_back(study: optuna.Study, trial: FrozenTrial) -> None:
-        ended = len(trial.system_attrs.get("retry_history", ())) + 1 - trial.user_attrs.get(PREEMPTED, 0)
-        if ended <= retries:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                RetryHeartbeatStaleTrialCallback()(study, trial)
 
-    return put_back
+def may_go_on(trial: FrozenTrial, retries: int) -> bool:
+    """Whether a failed trial's point is to be taken up again; preemptions do not count."""
+    ended = len(trial.system_attrs.get("retry_history", ())) + 1 - trial.user_attrs.get(PREEMPTED, 0)
+    return not trial.user_attrs.get(REFUSED, False) and ended <= retries
+
+
+def put_back(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Enqueue a trial that repeats this one: the same point, with the same values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+def put_back_unfinished(study: optuna.Study, retries: int) -> None:
+    """Enqueue all that may go on. Only who holds the lock of the queue calls this, so that nothing is enqueued twice.
+
+    What is done follows from the study alone: a worker that dies between a failure and this leaves it to the next one.
+    """
+    for trial in unfinished_points(study).values():
+        if may_go_on(trial, retries):
+            put_back(study, trial)
 
 
 def point_of(trial: FrozenTrial) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from perl_megatron.launch.failures import EXIT_STOPPED, EXIT_USER_ERROR
-from perl_megatron.launch.supervise import die_with_parent
+from perl_megatron.launch.sweep_workers import stop_with_parent
 from perl_megatron.observability.json_lines import read_rows
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.sweep.measure import Measure
@@ -81,7 +81,7 @@ class TrialRun:
                 pass_fds=(self._lock,),
                 # Ctrl-C reaches it through the worker only, once.
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - only a system call, no lock is taken
+                preexec_fn=stop_with_parent,  # noqa: PLW1509 - only a system call, no lock is taken
             )
         return continues
 

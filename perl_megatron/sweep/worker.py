@@ -20,7 +20,14 @@ from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.sweep.check import measures
 from perl_megatron.sweep.file_lock import FileLock
-from perl_megatron.sweep.storage import PREEMPTED, point_of, put_back_after
+from perl_megatron.sweep.storage import (
+    PREEMPTED,
+    REFUSED,
+    may_go_on,
+    point_of,
+    put_back_unfinished,
+    unfinished_points,
+)
 from perl_megatron.sweep.study import QUEUE_LOCK, make_sampler, open_study, suggest
 from perl_megatron.sweep.trial_run import RunFailedError, TrialRun
 
@@ -50,7 +57,6 @@ class Worker:
         self._holds_queue = False
         self._measures = measures(sweep)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._is_refused = False
 
     def work(self) -> int:
         """Until the queue is empty and no other worker's trial could come back to it.
@@ -76,7 +82,7 @@ class Worker:
                 time.sleep(IDLE_SECONDS)
         if self._stop.received is not None:
             return EXIT_STOPPED
-        return EXIT_FAILURE if failed_points(self._study) else 0
+        return EXIT_FAILURE if self._failed() else 0
 
     def _idle(self) -> None:
         if self._stop.received is not None:
@@ -91,7 +97,7 @@ class Worker:
         return self._study.get_trials(deepcopy=False, states=states)
 
     def _waiting(self) -> list[FrozenTrial]:
-        """The queue, with the trials of silent workers put back into it."""
+        """The queue, with all that was interrupted put back into it."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)
@@ -102,6 +108,7 @@ class Worker:
             if trial.user_attrs.get(BEGUN) != trial.number:
                 storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
                 storage.set_trial_user_attr(trial._trial_id, BEGUN, trial.number)
+        put_back_unfinished(self._study, self._sweep.workers.retries)
         return self._trials(TrialState.WAITING)
 
     def _take(self, first: FrozenTrial) -> None:
@@ -111,16 +118,13 @@ class Worker:
             self._study.optimize(
                 self._objective, n_trials=1, catch=(RunFailedError, _InterruptedError), callbacks=[self._after]
             )
-        except _TakenAwayError:
-            self._say("was silent for too long: another worker has its trial")
         except ValueError as error:
             # Optuna's words for an outcome of a trial that somebody else has ended meanwhile.
             if "Cannot tell" not in str(error):
                 raise
-            self._say(f"its trial was ended by another worker ({error})")
+            self._say("was silent for too long: another worker has its trial")
 
     def _objective(self, trial: optuna.Trial) -> float:
-        self._is_refused = False
         values = {domain.name: suggest(trial, domain) for domain in self._sweep.space}
         self._study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
         trial.set_user_attr(BEGUN, trial.number)
@@ -137,8 +141,8 @@ class Worker:
             trial.set_user_attr(PREEMPTED, frozen.user_attrs.get(PREEMPTED, 0) + 1)
             raise _InterruptedError from error
         except RunFailedError as error:
-            self._is_refused = error.user_error
             trial.set_user_attr(FAILURE, str(error))
+            trial.set_user_attr(REFUSED, error.user_error)
             raise
         finally:
             lock.close()
@@ -156,12 +160,11 @@ class Worker:
             finished = [value for value in measured[section.metric].values() if value is not None]
             if len(finished) <= index:
                 raise RunFailedError(f"{run.folder.metrics} has no value of {section.metric}", user_error=True)
+            self._drop_weights(run)
             if index > 0:
                 steps = load_config(section.config, overrides).config.run.steps
                 trial.report(statistics.fmean(finished), (index + 1) * steps)
                 self._prune_if_due(trial)
-            if not self._sweep.workers.keep_weights:
-                run.drop_weights()
         return statistics.fmean(finished)
 
     def _watch(self, run: TrialRun, trial: optuna.Trial, *, reports: bool) -> None:
@@ -183,10 +186,17 @@ class Worker:
         except (_TakenAwayError, UpdateFinishedTrialError):
             run.kill()  # the other worker waits for it
             raise
-        except BaseException:
+        except BaseException as error:
             run.stop(self._sweep.workers.stop_seconds)
+            if isinstance(error, optuna.TrialPruned):
+                self._drop_weights(run)
             raise
         self._say(f"{name}: done, {self._measures[0].text} = {run.value(self._measures[0])}")
+
+    def _drop_weights(self, run: TrialRun) -> None:
+        """Of a run that will not be continued."""
+        if not self._sweep.workers.keep_weights:
+            run.drop_weights()
 
     def _prune_if_due(self, trial: optuna.Trial) -> None:
         if trial.should_prune():
@@ -219,13 +229,20 @@ class Worker:
             self._say(f"{name}: pruned after {trial.last_step} steps")
         if trial.state != TrialState.FAIL:
             return
-        if not self._is_refused:
-            put_back_after(self._sweep.workers.retries)(study, trial)
-        outcome = "failed for good" if point_of(trial) in failed_points(study) else "is in the queue again"
+        retries = self._sweep.workers.retries
+        if not self._holds_queue:
+            self._queue.acquire(lambda: None)
+            self._holds_queue = True
+        put_back_unfinished(study, retries)
+        self._let_queue_go()
+        outcome = "is in the queue again" if may_go_on(trial, retries) else "failed for good"
         self._say(f"{name}: {outcome}. {trial.user_attrs.get(FAILURE, '')}")
 
+    def _failed(self) -> dict[int, str]:
+        return failed_points(self._study, self._sweep.workers.retries)
+
     def _check_failures(self) -> None:
-        failed = failed_points(self._study)
+        failed = self._failed()
         if len(failed) >= self._sweep.workers.max_failures:
             numbers = ", ".join(map(str, sorted(failed)))
             raise UserError(
@@ -239,12 +256,10 @@ class Worker:
         print(f"[{self._name}] {text}", flush=True)
 
 
-def failed_points(study: optuna.Study) -> dict[int, str]:
+def failed_points(study: optuna.Study, retries: int) -> dict[int, str]:
     """The points that no trial has carried out, nor will, and why the last one did not."""
-    failed: dict[int, str] = {}
-    for trial in study.get_trials(deepcopy=False):  # of a point, the later trials last
-        if trial.state == TrialState.FAIL:
-            failed[point_of(trial)] = trial.user_attrs.get(FAILURE, "its worker died")
-        else:
-            failed.pop(point_of(trial), None)
-    return failed
+    return {
+        point: trial.user_attrs.get(FAILURE, "its worker died")
+        for point, trial in unfinished_points(study).items()
+        if not may_go_on(trial, retries)
+    }

@@ -106,16 +106,19 @@ class Actor:
 
         Returns global metrics: ``loss`` = ``policy_loss`` + β ``kl`` (weighted sums), means over tokens ``entropy``,
         ``clip_fraction_low/high/dual`` and ``ratio_mean``, ``ratio_max``, ``gradient_norm`` (before clipping),
-        ``learning_rate``, ``num_tokens``, ``num_sequences``, and ``skipped_updates`` (1 where the gradient was not
-        finite and the weights stayed as they were).
+        ``learning_rate``, ``num_tokens``, ``num_sequences``, and ``skipped_updates`` (1 where loss or gradient was not
+        finite on any rank, and the weights stayed as they were on all).
         """
-        limit = self.config.rollout.max_response_tokens
-        loss = PolicyLoss(sequences, self.config.algorithm, self._topology, max_response_tokens=limit)
-        return self._step(sequences, loss)
+        return self._step(sequences, self._policy_loss(sequences))
 
     def supervised_update(self, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
         """One optimizer step of mean token cross-entropy over the responses; metrics as in ``update``, fewer."""
         return self._step(sequences, SupervisedLoss(sequences))
+
+    def gradients(self, sequences: Sequence[TrainingSequence], *, supervised: bool = False) -> dict[str, float]:
+        """The sums of the loss and ``gradient_norm``, as in an update; the gradients stay in the buffers, unapplied."""
+        loss = SupervisedLoss(sequences) if supervised else self._policy_loss(sequences)
+        return self._step(sequences, loss, apply=False)
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor), one at a time, on every rank; to be read before the policy changes.
@@ -183,7 +186,11 @@ class Actor:
             f"vision {sizes.vision_depth} layers of {sizes.vision_hidden_size}"
         )
 
-    def _step(self, sequences: Sequence[TrainingSequence], loss: Loss) -> dict[str, float]:
+    def _policy_loss(self, sequences: Sequence[TrainingSequence]) -> PolicyLoss:
+        limit = self.config.rollout.max_response_tokens
+        return PolicyLoss(sequences, self.config.algorithm, self._topology, max_response_tokens=limit)
+
+    def _step(self, sequences: Sequence[TrainingSequence], loss: Loss, *, apply: bool = True) -> dict[str, float]:
         num_tokens = sum(len(sequence.response) for sequence in sequences)
         assert num_tokens > 0, "an update needs response tokens"
 
@@ -194,7 +201,9 @@ class Actor:
         self.optimizer.zero_gradients()
         results = self._schedule.run(sequences, micro_batch_loss, forward_only=False)
         metrics = add_up(loss.names, [sums for _, sums in results], self._topology)
-        outcome = self.optimizer.step()
+        if not apply:
+            return metrics | {"gradient_norm": self.optimizer.gradient_norm()}
+        outcome = self.optimizer.step(loss=metrics["loss"])
         return {
             **{name: value / num_tokens if name in TOKEN_MEANS else value for name, value in metrics.items()},
             "gradient_norm": outcome.gradient_norm,

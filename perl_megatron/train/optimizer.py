@@ -29,12 +29,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.utils import get_model_config
 
 from perl_megatron.config.schema import OptimizerSection
-from perl_megatron.errors import UserError
 from perl_megatron.model.vision_shares import gradient_group
 from perl_megatron.train import parts
-
-MAX_CONSECUTIVE_SKIPS = 5
-"""So many updates in a row without a finite gradient end the run: the weights themselves are then beyond repair."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class StepOutcome:
     """What one optimizer step did; the same on every rank."""
 
     skipped: bool
-    """The gradient was not finite: weights, moments and learning rate are as they were."""
+    """Loss or gradient was not finite: weights, moments and learning rate are as they were."""
     gradient_norm: float
     """Global 2-norm before clipping."""
     learning_rate: float
@@ -81,7 +77,6 @@ class Optimizer:
             override_opt_param_scheduler=True,
         )
         self._section = section
-        self._consecutive_skips = 0
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers before the first micro-batch of a step."""
@@ -89,25 +84,20 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self) -> StepOutcome:
-        """Clip and apply the reduced gradients, unless they are not finite (then nothing changes).
+    def gradient_norm(self) -> float:
+        """Global 2-norm of the reduced gradients, on every rank; not finite where one of them is not on any rank."""
+        self.megatron.prepare_grads()
+        return float(self.megatron.get_grad_norm())
+
+    def step(self, *, loss: float) -> StepOutcome:
+        """Clip and apply the reduced gradients, unless they or the global loss are not finite (then nothing changes).
 
         The k-th applied step (from 1) has the schedule's rate at k: the first is never 0, warm-up ends at its last
-        step with the full rate, and the last step of a decay has the minimum. Raises UserError after
-        ``MAX_CONSECUTIVE_SKIPS`` skipped steps in a row.
+        step with the full rate, and the last step of a decay has the minimum.
         """
-        self.megatron.prepare_grads()
-        gradient_norm = float(self.megatron.get_grad_norm())
-        if not math.isfinite(gradient_norm):
-            self._consecutive_skips += 1
-            if self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-                raise UserError(
-                    f"{MAX_CONSECUTIVE_SKIPS} updates in a row had a gradient that is not finite",
-                    where=f"optimizer.learning_rate = {self._section.learning_rate}",
-                    fix="continue from an older checkpoint with a lower learning rate, or set optimizer.clip_gradient",
-                )
+        gradient_norm = self.gradient_norm()
+        if not (math.isfinite(gradient_norm) and math.isfinite(loss)):
             return StepOutcome(skipped=True, gradient_norm=gradient_norm, learning_rate=self.learning_rate)
-        self._consecutive_skips = 0
         self.scheduler.step(1)
         self.megatron.step()
         return StepOutcome(skipped=False, gradient_norm=gradient_norm, learning_rate=self.learning_rate)

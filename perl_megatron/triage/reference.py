@@ -81,7 +81,7 @@ class Reference:
         self._weights_dtype, self._distribution = weights_dtype, distribution
         self._device = platform.device()
         model: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            model_path, dtype=self._dtype, attn_implementation="sdpa", local_files_only=True
+            model_path, dtype=self._dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
         )
         self._model = model.eval().requires_grad_(False).to(self._device)
         self._tied = bool(model.config.tie_word_embeddings)

@@ -1,4 +1,4 @@
-"""A real sweep of the demo's task with two workers, one of which is killed in the middle of a run."""
+"""A real sweep of the demo's task: two workers, two processes a run; one worker is killed in the middle of a run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def worker_of(sweep: psutil.Process, folder: Path) -> psutil.Process:
 @pytest.mark.slow
 def test_a_killed_worker_loses_nothing(job: SmallJob, tmp_path: Path) -> None:
     overrides = [
-        *(*SMALL, "run.save_every=1", "evaluation.every=2", "parallel.tensor=1", "rollout.engine=embedded"),
+        *(*SMALL, "run.save_every=1", "evaluation.every=2", "rollout.engine=embedded"),
         *(f"data.train={job.data / 'train.jsonl'}", f"data.evaluation={job.data / 'heldout.jsonl'}"),
     ]
     path = tmp_path / "sweep.yaml"

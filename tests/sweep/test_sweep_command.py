@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import statistics
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from sweep_case import SweepCase, make_case
 
@@ -17,7 +21,8 @@ from perl_megatron.sweep.check import check_sweep, measures
 from perl_megatron.sweep.command import SweepOptions, write_results
 from perl_megatron.sweep.command import run as run_command
 from perl_megatron.sweep.file_lock import FileLock
-from perl_megatron.sweep.study import open_study
+from perl_megatron.sweep.storage import REFUSED
+from perl_megatron.sweep.study import make_sampler, open_study, suggest
 from perl_megatron.sweep.worker import VALUES
 
 SPACE = """
@@ -49,7 +54,9 @@ def fill(case: SweepCase) -> optuna.Study:
             trial.report(step / 3 + number / 10, step)
         trial.set_user_attr(VALUES, {"evaluation/accuracy": accuracies, "evaluation/flip_rate": {"0": 0.25, "1": None}})
         study.tell(trial, sum(accuracies.values()) / 2)
-    study.tell(study.ask(), state=TrialState.FAIL)
+    trial = study.ask()
+    trial.set_user_attr(REFUSED, True)
+    study.tell(trial, state=TrialState.FAIL)
     return study
 
 
@@ -151,3 +158,34 @@ def test_a_measure_is_one_number_of_a_run(case: SweepCase) -> None:
         case.path.write_text(text.replace("seeds:", f"metric: evaluation/accuracy{name}\n  seeds:"))
         assert measures(case.sweep)[0].of(rows) == value
     assert measures(case.sweep)[0].of([{"step": 0, "evaluation/accuracy": None}]) is None
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_tpe_looks_where_values_are_good(case: SweepCase) -> None:
+    """The first ten points are random ones; others know them."""
+    case.path.write_text(
+        case.path.read_text().replace("sampler: random", "sampler: tpe").replace("trials: 3", "trials: 30")
+    )
+    sweep = case.sweep
+    sweep.folder.mkdir(parents=True)
+    study = open_study(sweep, FileLock(sweep.folder / "queue.lock"))
+    distances = []
+    for number in range(sweep.num_trials):
+        study.sampler = make_sampler(sweep, number)
+        trial = study.ask()
+        assert trial.number == number
+        rate = suggest(trial, sweep.space[0])
+        assert isinstance(rate, float)
+        distances.append(abs(math.log10(rate) + 4))
+        study.tell(trial, -distances[-1])
+    assert len(set(distances)) == 30
+    assert statistics.fmean(distances[20:]) < statistics.fmean(distances[:10]) / 2
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_the_study_is_one_that_other_tools_read(case: SweepCase) -> None:
+    """As optuna-dashboard opens it: a plain journal file."""
+    fill(case)
+    storage = JournalStorage(JournalFileBackend(str(case.sweep.folder / "study.journal")))
+    study = optuna.load_study(study_name="case", storage=storage)
+    assert study.best_trial.user_attrs[VALUES]["evaluation/accuracy"] == {"0": 0.6, "1": 0.8}

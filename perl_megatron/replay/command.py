@@ -1,0 +1,86 @@
+"""`perl-megatron replay`: the batch of a skipped update, computed again by the trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from perl_megatron.checkpoint.manifest import list_checkpoints
+from perl_megatron.config.schema import Config
+from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.errors import UserError
+from perl_megatron.observability.run_folder import RunFolder
+from perl_megatron.replay.findings import Findings, examine
+from perl_megatron.runtime import platform, topology
+from perl_megatron.train.actor import Actor
+from perl_megatron.train.skipped_batch import SkippedBatch, load_batch
+
+
+class BatchEncoder(PromptEncoder):
+    """The checkpoint's encoder, with the pixels that the batch was computed from."""
+
+    def __init__(self, model_path: Path, pixels: Mapping[str, np.ndarray]):
+        super().__init__(model_path, system_prompt="")
+        self._kept = pixels
+
+    def _pixels_of(self, key: str) -> np.ndarray:
+        return self._kept[key]
+
+
+def run(config: Config, folder: RunFolder, path: Path, *, checkpoint: Path | None, json_file: Path | None) -> bool:
+    """Print the findings and write the file; whether all numbers are finite. Collective."""
+    batch = load_batch(path)
+    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=config.run.collective_timeout)
+    platform.set_threads()
+    try:
+        weights, remark = choose_weights(folder, batch, checkpoint)
+        if weights is not None and (weights / "config.json").is_file():
+            config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights})})
+            weights = None
+        encoder = BatchEncoder(config.model.path, batch.pixels)
+        actor = Actor(config, place, encoder, total_steps=1)
+        if weights is not None:
+            actor.restore(weights)
+        findings = examine(actor, batch, encoder.decode)
+    finally:
+        topology.shutdown()
+    if place.rank == 0:
+        show(findings, batch, remark)
+        if json_file is not None:
+            content = {"batch": str(path), "weights": remark, **findings.as_dict()}
+            json_file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return findings.finite
+
+
+def choose_weights(folder: RunFolder, batch: SkippedBatch, given: Path | None) -> tuple[Path | None, str]:
+    """The checkpoint to restore (None: `model.path`), and how its weights relate to those of the batch."""
+    if given is not None:
+        if not given.is_dir():
+            raise UserError("the checkpoint does not exist", where=f"--checkpoint {given}", fix="give its folder")
+        return given, str(given)
+    steps = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder.checkpoints)}
+    step = max((number for number in steps if number <= batch.step), default=0)
+    exact = step == batch.step
+    about = "the batch's own" if exact else f"the batch's had made {batch.step} steps: the outcome may be another one"
+    return steps.get(step), f"weights after {step} steps; {about}"
+
+
+def show(findings: Findings, batch: SkippedBatch, weights: str) -> None:
+    """For a person."""
+    console = Console(width=120)
+    metrics = ", ".join(f"{name} {batch.metrics[name]:g}" for name in ("loss", "gradient_norm"))
+    console.print(f"{len(batch.sequences)} sequences, skipped with {metrics}", highlight=False)
+    console.print(f"weights: {weights}", highlight=False)
+    again = f"loss {findings.loss}, gradient norm {findings.gradient_norm}"
+    console.print(f"computed again: {again}", highlight=False)
+    table = Table(title="not finite", show_header=True)
+    for column in ("what", "which", "detail"):
+        table.add_column(column, overflow="fold")
+    for finding in findings.all:
+        table.add_row(finding.what, finding.which, finding.detail)
+    console.print(table if findings.all else "all numbers are finite with these weights")

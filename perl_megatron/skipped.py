@@ -1,0 +1,77 @@
+"""Updates whose loss or gradient was not finite: their batches are kept for `perl-megatron replay`; many end a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL.Image import Image
+
+from perl_megatron.checkpoint.manifest import on_rank_zero
+from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
+from perl_megatron.observability.run_folder import RunFolder
+from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.train.skipped_batch import save_batch
+
+KEPT = 10
+"""Batches of the newest skipped updates; they hold images."""
+
+
+class SkippedUpdates:
+    """Follows the updates of a run. Every rank has one and is given the same.
+
+    Args:
+        config: of the run.
+        image_of: the resized image of a content hash.
+        supervised: whether the loss is cross-entropy.
+        note: tells a person something.
+    """
+
+    def __init__(
+        self, config: Config, image_of: Callable[[str], Image], *, supervised: bool, note: Callable[[str], None]
+    ):
+        self._config, self._image_of = config, image_of
+        self._supervised, self._note = supervised, note
+        self._folder = RunFolder.of(config).skipped
+        self._in_a_row: list[Path] = []
+        self._last_step, self._updates = -1, 0
+
+    def follow(self, step: int, sequences: Sequence[TrainingSequence], metrics: Mapping[str, float]) -> None:
+        """After an update by weights that have made ``step`` steps. Collective.
+
+        Raises UserError, on all ranks, after `optimizer.max_skipped_updates` skipped ones in a row.
+        """
+        self._updates = self._updates + 1 if step == self._last_step else 1
+        self._last_step = step
+        if not metrics["skipped_updates"]:
+            self._in_a_row.clear()
+            return
+        name = f"step-{step + 1:06d}" + (f"-{self._updates}" if self._updates > 1 else "")
+        path = self._folder / name
+        on_rank_zero(lambda: self._keep(path, step, sequences, metrics))
+        self._in_a_row.append(path)
+        limit = self._config.optimizer.max_skipped_updates
+        if len(self._in_a_row) >= limit:
+            folders = "\n  ".join(map(str, self._in_a_row))
+            raise UserError(
+                f"{limit} updates in a row had a loss or gradient that is not finite",
+                where=f"optimizer.max_skipped_updates = {limit}; their batches:\n  {folders}",
+                fix=f"`perl-megatron replay {self._in_a_row[0]}` says which sequences and tensors it comes from; then "
+                "resume with a lower learning rate, or from an older checkpoint",
+            )
+
+    def _keep(self, path: Path, step: int, sequences: Sequence[TrainingSequence], metrics: Mapping[str, float]) -> None:
+        what = f"loss {metrics['loss']:g}, gradient norm {metrics['gradient_norm']:g}"
+        about = {"step": step, "supervised": self._supervised, "seed": self._config.run.seed, "metrics": metrics}
+        try:
+            save_batch(path, sequences, lambda key: np.asarray(self._image_of(key)), **about)
+            for old in sorted(self._folder.glob("step-*"))[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            # Training can go on without it.
+            self._note(f"step {step + 1}: skipped an update ({what}); its batch cannot be kept: {error.strerror}")
+            return
+        self._note(f"step {step + 1}: skipped an update ({what}); its batch is in {path}")

@@ -1,0 +1,154 @@
+"""Real infinities in a tiny policy's batch and weights, and what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from actor_case import make_case, make_config, make_encoder, make_sequences, with_log_probs
+
+from perl_megatron.config.schema import ParallelConfig
+from perl_megatron.data.processor import PromptEncoder
+from perl_megatron.errors import UserError
+from perl_megatron.observability.run_folder import RunFolder
+from perl_megatron.replay.command import BatchEncoder, choose_weights
+from perl_megatron.replay.findings import Findings, examine
+from perl_megatron.runtime import topology as layout
+from perl_megatron.train.actor import Actor
+from perl_megatron.train.batch import TrainingSequence
+from perl_megatron.train.skipped_batch import SkippedBatch, load_batch, save_batch
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("case")
+    make_case(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[layout.Topology]:
+    yield layout.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
+    layout.shutdown()
+
+
+@pytest.fixture(scope="module")
+def encoder(case: Path) -> PromptEncoder:
+    return make_encoder(case)
+
+
+@pytest.fixture
+def sequences(case: Path, encoder: PromptEncoder) -> list[TrainingSequence]:
+    return make_sequences(case, encoder)
+
+
+@pytest.fixture
+def start(case: Path, place: layout.Topology, encoder: PromptEncoder) -> Callable[..., Actor]:
+    return lambda other=None: Actor(make_config(case), place, other or encoder, total_steps=10)
+
+
+def batch_of(actor: Actor, sequences: Sequence[TrainingSequence], **changes: Any) -> SkippedBatch:
+    """The scored sequences; of the fourth one some fields are others."""
+    scored = with_log_probs(sequences, actor.log_probs(sequences), actor.reference_log_probs(sequences), noise=0.1)
+    scored[3] = replace(scored[3], **changes)
+    return SkippedBatch(tuple(scored), {}, 0, False, 0, {})
+
+
+def found(findings: Findings, what: str) -> list[str]:
+    return [finding.which for finding in findings.all if finding.what == what]
+
+
+def decode(ids: Sequence[int]) -> str:
+    return "text"
+
+
+def test_a_batch_that_is_finite(start: Callable[..., Actor], sequences: list[TrainingSequence]) -> None:
+    actor = start()
+    findings = examine(actor, batch_of(actor, sequences), decode)
+    assert findings.finite
+    assert not findings.all
+    assert findings.as_dict()["loss"] == findings.loss
+
+
+@pytest.mark.parametrize(
+    "changes", [{"advantage": float("nan")}, {"logprob_old": None}], ids=["advantage", "log-probability"]
+)
+def test_one_sequence_is_named(
+    start: Callable[..., Actor], sequences: list[TrainingSequence], changes: dict[str, Any]
+) -> None:
+    actor = start()
+    if "logprob_old" in changes:
+        changes = {"logprob_old": np.full(len(sequences[3].response), np.nan, np.float32)}
+    findings = examine(actor, batch_of(actor, sequences, **changes), decode)
+    assert not findings.finite
+    for what in ("input", "sequence gradient"):
+        (name,) = found(findings, what)
+        assert name.startswith("sequence 3: ")
+    assert not found(findings, "weight")
+    assert not found(findings, "module output")
+    assert not found(findings, "log-probability")
+    assert findings.as_dict()["loss"] == "nan"
+    # The bounds of the ratio cut the gradient of a NaN to 0: the loss alone shows it.
+    assert bool(found(findings, "parameter gradient")) == ("advantage" in changes)
+
+
+def test_a_weight_is_named_with_the_first_module_that_shows_it(
+    start: Callable[..., Actor], sequences: list[TrainingSequence]
+) -> None:
+    actor = start()
+    batch = batch_of(actor, sequences)
+    with torch.no_grad():
+        actor.modules[0].get_parameter(_vision_bias(actor))[0] = torch.inf
+    findings = examine(actor, batch, decode)
+    (weight,) = found(findings, "weight")
+    assert weight.startswith("visual.")
+    modules = found(findings, "module output")
+    assert modules
+    assert "vision" in modules[0]
+    without_images = {index for index, one in enumerate(batch.sequences) if not one.prompt.image_keys}
+    bad = {int(name.split(":")[0].removeprefix("sequence ")) for name in found(findings, "sequence gradient")}
+    assert bad == set(range(len(batch.sequences))) - without_images
+
+
+def _vision_bias(actor: Actor) -> str:
+    """A bias of the vision tower."""
+    return next(name for name, _ in actor.modules[0].named_parameters() if "vision" in name and name.endswith("bias"))
+
+
+def test_the_pixels_are_those_of_the_batch(
+    start: Callable[..., Actor], sequences: list[TrainingSequence], encoder: PromptEncoder, case: Path, tmp_path: Path
+) -> None:
+    """The image files may be gone: the batch brings what it was computed from, and gives the same numbers."""
+    actor = start()
+    batch = batch_of(actor, sequences)
+    path = tmp_path / "step-000001"
+    about = {"step": 0, "supervised": False, "seed": 0, "metrics": {}}
+    save_batch(path, batch.sequences, lambda key: np.asarray(encoder.image(key)), **about)
+    read = load_batch(path)
+    again = examine(start(BatchEncoder(case / "policy", read.pixels)), read, decode)
+    before = examine(actor, batch, decode)
+    assert (again.loss, again.gradient_norm) == (before.loss, before.gradient_norm)
+
+
+def test_the_weights_are_the_newest_that_are_not_too_new(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    batch = SkippedBatch((), {}, 12, False, 0, {})
+    assert choose_weights(folder, batch, None)[0] is None
+    for step in (4, 8, 12, 16):
+        (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    path, remark = choose_weights(folder, batch, None)
+    assert path is not None
+    assert path.name == "step-00000012"
+    assert "the batch's own" in remark
+    path.rmdir()
+    path, remark = choose_weights(folder, batch, None)
+    assert path is not None
+    assert path.name == "step-00000008"
+    assert "had made 12 steps" in remark
+    with pytest.raises(UserError, match="does not exist"):
+        choose_weights(folder, batch, tmp_path / "nowhere")
