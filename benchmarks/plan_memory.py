@@ -46,6 +46,7 @@ def measure(name: str, folder: Path, recompute: str) -> dict[str, Any]:
     from actor_cases import CASES as ACTOR_CASES
     from actor_cases import make_inputs
 
+    from perl_megatron import jobs  # noqa: F401 - all that a job imports
     from perl_megatron.batching.cost import CostModel
     from perl_megatron.batching.work import views_of
     from perl_megatron.runtime import topology
@@ -81,7 +82,7 @@ def measure(name: str, folder: Path, recompute: str) -> dict[str, Any]:
         views_of([sequences[index].prompt for index in part], [len(sequences[index].response) for index in part])
         for part in plan
     ]
-    return planned(config, folder, micro_batches) | {"growth": peak - before, "whole": peak}
+    return planned(config, folder, micro_batches) | {"before": before, "growth": peak - before, "whole": peak}
 
 
 def _numbers(folder: Path) -> Any:
