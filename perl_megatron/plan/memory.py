@@ -63,13 +63,21 @@ class StageMemory:
     """In host memory: the reference policy's weights."""
 
     @property
+    def throughout(self) -> float:
+        """Of what never goes."""
+        static = self.static.parameters + self.static.gradients + self.static.optimizer
+        return static + self.process + self.engine + self.lost
+
+    @property
+    def update_peak(self) -> float:
+        """Of the device during an update."""
+        training = self.activations + self.vision_activations + self.work
+        return self.throughout + max(training, self.optimizer_step)
+
+    @property
     def peak(self) -> float:
         """Of the device."""
-        static = self.static.parameters + self.static.gradients + self.static.optimizer
-        training = self.activations + self.vision_activations + self.work
-        return (
-            static + self.process + self.engine + self.lost + max(training, self.synchronization, self.optimizer_step)
-        )
+        return max(self.update_peak, self.throughout + self.synchronization)
 
     def as_json(self) -> dict[str, Any]:
         """All numbers, with ``peak``."""

@@ -1,7 +1,7 @@
-"""What ranks of a layout really hold, as JSON: `rank_bytes_worker.py FOLDER CASES`, CASES being a JSON list of cases.
+"""What ranks of a layout really hold, as JSON: `rank_bytes_worker.py CASES`, CASES being a JSON file with a list.
 
-A case: `model` (a config.json's folder), `settings` (overrides), `world_size`, `ranks`, and `meta`: whether tensors have
-no memory. One process is one rank after the other, through the product's own start of the layout, policy and optimizer;
+A case: `model` (a config.json's folder), `settings` (overrides), `world_size`, `ranks`, and `meta`: whether tensors
+have no memory. One process is one rank after the other, through the product's own start of layout, policy, optimizer;
 the process group is torch's fake one, in which nothing is sent. Without `meta` the optimizer makes a step, so that its
 state is there. Gives for each rank its place, the numbers of each parameter, and bytes.
 """
