@@ -122,6 +122,7 @@ class Session:
 
     def stop_requested(self) -> bool:
         """Whether Ctrl-C, SIGTERM or SIGUSR1 reached any rank; the same answer on all."""
+        self._agree("whether to stop")
         return self._stop.requested(any_rank)
 
     def update(self, step: int, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
@@ -273,7 +274,11 @@ class Session:
         if self._journal is not None:
             self._journal.phase(name)
         if self.phases.depth == 1:
-            self._agreement.compare({"phase": name, "updates": self.actor.num_updates, **facts})
+            self._agree(name, facts)
+
+    def _agree(self, what: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Make sure that all ranks are about to do the same; DivergedError on all of them where they are not."""
+        self._agreement.compare({"phase": what, "updates": self.actor.num_updates, **(facts or {})})
 
     def _conclude(self) -> None:
         """What a finished run leaves besides its policy."""

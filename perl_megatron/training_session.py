@@ -111,7 +111,10 @@ class TrainingSession(Session):
 
     def evaluate(self, step: int) -> None:
         """Held-out accuracy and flip rate of π_θ, unless measured at this step already."""
-        if not self.evaluation_records or any_rank(self.journal.has(step, "evaluation/accuracy")):
+        if not self.evaluation_records:
+            return
+        self._agree("whether to evaluate", {"step": step})
+        if any_rank(self.journal.has(step, "evaluation/accuracy")):
             return
         with self.saved_on_user_error(step), self.phases("evaluate", step=step):
             self.await_rollouts(step)

@@ -315,6 +315,7 @@ def test_a_run_that_is_stopped_saves_and_waits_for_no_servers() -> None:
     session.collector, session.total_steps = ahead_of(scripted, engine), 4
     session._is_exhausted = False
     session.engine, session._journal = engine, SimpleNamespace(note=lambda text: None, close=lambda: None)
+    session._writer = SimpleNamespace(close=lambda: None)
     session.save = lambda step: order.append((step, session.progress()))
     engine.close = lambda: order.append("closed")
     session.collector.collect(0, 0.0)

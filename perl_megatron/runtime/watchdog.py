@@ -64,7 +64,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._store: dist.Store | None = None
         if world_size > 1:
-            store = dist.distributed_c10d._get_default_store().clone()
+            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             self._store = dist.PrefixStore(f"watchdog-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def __enter__(self) -> Watchdog:

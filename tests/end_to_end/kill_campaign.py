@@ -68,7 +68,9 @@ def resize(job: Specification, expected: dict[str, Any]) -> None:
     left = rows(job.runs / name / "metrics.jsonl")
     assert [row["step"] for row in left] == [row["step"] for row in expected["metrics"]]
     for row, other in zip(left, expected["metrics"], strict=True):
-        far = [key for key in other if not math.isclose(row[key], other[key], rel_tol=1e-3, abs_tol=1e-5)]
+        # Each rank's engine has a cache of its own, so its hits depend on the number of ranks.
+        alike = [key for key in other if not key.startswith("rollout/")]
+        far = [key for key in alike if not math.isclose(row[key], other[key], rel_tol=1e-3, abs_tol=1e-5)]
         assert not far, (row["step"], {key: (row[key], other[key]) for key in far})
 
 

@@ -73,7 +73,7 @@ def test_a_rank_that_stalls_ends_the_job(job: SmallJob, tmp_path: Path) -> None:
     ("fault", "differs"),
     [
         ("other_rewards", ("phase 'log_probs'", "  reward: ")),
-        ("skips_a_save", ('  phase: "save" on rank 0; "generate" on rank 1',)),
+        ("skips_a_save", ('  phase: "save" on rank 0; "whether to stop" on rank 1',)),
     ],
 )
 def test_ranks_that_diverge_are_told_so(job: SmallJob, tmp_path: Path, fault: str, differs: tuple[str, ...]) -> None:

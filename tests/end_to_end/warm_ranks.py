@@ -67,8 +67,10 @@ class WarmRanks:
     def running(self) -> bool:
         """Whether a rank has not ended yet; keeps the statuses of those that have."""
         for rank, pid in enumerate(self.pids):
-            if rank not in self.statuses and os.waitpid(pid, os.WNOHANG)[0]:
-                self.statuses[rank] = self._status(rank)
+            if rank not in self.statuses:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.statuses[rank] = os.waitstatus_to_exitcode(status)
         return len(self.statuses) < len(self.pids)
 
     def wait(self, seconds: float) -> list[int]:
@@ -91,11 +93,7 @@ class WarmRanks:
                 time.sleep(pause)
         for rank in order:
             if rank not in self.statuses:
-                os.waitpid(self.pids[rank], 0)
-                self.statuses[rank] = -signal.SIGKILL
-
-    def _status(self, rank: int) -> int:
-        return self._board[2 * WRITING - 1 - rank]
+                self.statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(self.pids[rank], 0)[1])
 
     def _fork(self, rank: int, argv: list[str], num_ranks: int, port: int, log: Path, prepare: Any) -> int:
         pid = os.fork()
@@ -122,8 +120,7 @@ class WarmRanks:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            self._board[2 * WRITING - 1 - rank] = status & 255
-            os._exit(status & 255)
+            os._exit(status)
 
     def _take_notes(self, rank: int) -> None:
         board, enter, write = self._board, Phases.__call__, BackgroundWriter._run

@@ -15,6 +15,7 @@ from test_agreement import run_ranks
 
 import perl_megatron
 from perl_megatron.config.deadline_section import DeadlinesConfig
+from perl_megatron.launch.failures import DIRECTORY_VARIABLE, first_failure
 from perl_megatron.runtime.watchdog import Watchdog
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
@@ -80,3 +81,16 @@ def test_one_process(how: str) -> None:
         assert "phase 'update' took longer than deadlines.update = 1 s (on rank 0)" in result.stderr
     else:
         assert "Timeout" in result.stderr
+
+
+def test_the_launcher_is_told(tmp_path: Path) -> None:
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", DIRECTORY_VARIABLE: str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, str(WORKER), "alone"], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 1
+    failure = first_failure(tmp_path)
+    assert failure is not None
+    assert not failure.user_error
+    assert "phase 'update' took longer than deadlines.update = 1 s (on rank 0)" in failure.text
+    assert "in stall_here" in failure.text
