@@ -30,7 +30,7 @@ def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
     try:
         if command == "eval":
             return evaluation_job.by_engine(config, place)
-        with StopRequest() as stop:
+        with StopRequest(last=True) as stop:
             session = _run_session(command, loaded, place, resume=resume, stop=stop, memory=memory)
         if place.rank == 0:
             _say_where_to_look(session)
