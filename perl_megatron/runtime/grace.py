@@ -32,7 +32,7 @@ class Grace:
         self._took: dict[str, float] = {}
 
     def learn(self, times: Mapping[str, float]) -> None:
-        """Take note of what a step and its phases took (`seconds/PHASE`, `seconds/step`), and a checkpoint beside it."""
+        """Take note of what a step, its phases and a checkpoint took: metrics `seconds/…` and `save/…`."""
         self._took |= {name: seconds for name, seconds in times.items() if name.startswith(("seconds/", "save/"))}
 
     def is_over_before_step(self, elapsed: float) -> bool:
