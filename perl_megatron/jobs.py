@@ -34,7 +34,7 @@ def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
         if command == "eval":
             return evaluation_job.by_engine(config, place)
         watchdog = Watchdog(config.deadlines.of_phases(), rank=place.rank, world_size=place.world_size)
-        with watchdog, StopRequest() as stop:
+        with watchdog, StopRequest(last=True) as stop:
             session = _run_session(command, loaded, place, resume=resume, stop=stop, memory=memory, watchdog=watchdog)
         if place.rank == 0:
             _say_where_to_look(session)

@@ -174,7 +174,7 @@ class TrainingSession(Session):
         if short is not None and not self._is_warned:
             self._is_warned = True
             self.journal.note(
-                f"'{short[0]}' with a checkpoint may take {short[1]:.0f} s, longer than launch.grace_seconds = "
+                f"'{short[0]}' with a checkpoint may take {short[1]:.1f} s, longer than launch.grace_seconds = "
                 f"{self.config.launch.grace_seconds:g}: a run that is told to end in it loses its steps since the last"
             )
 

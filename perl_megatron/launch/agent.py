@@ -22,7 +22,8 @@ def main() -> None:
     """Be `python -m torch.distributed.run` with the same arguments."""
     for number in DEAF_TO:
         signal.signal(number, _ignore)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = PARENT_DIED.name
+    # torchrun's option --signals-to-handle, which older ones do not have; it would set handlers of its own.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = PARENT_DIED.name
     sys.argv[0] = "torchrun"
     runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
 

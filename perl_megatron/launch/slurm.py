@@ -57,7 +57,7 @@ def render(config: Config, files: JobFiles, *, command: str, resume: bool) -> st
     launch = config.launch
     with_servers = launch.rollout_nodes > 0
     key = config.rollout.api_key_file or files.key
-    values = {
+    values: dict[str, str | Path | Sequence[str]] = {
         "python": _python(config),
         "srun_options": _srun_options(config),
         "files": files.root,

@@ -43,13 +43,11 @@ srun "${{srun_options[@]}}" --nodes="$trainer_nodes" --ntasks="$trainer_nodes" -
     --logs "$start" --stop-file "$stop" "$files/config.yaml" "${{settings[@]}}" &
 trainer=$!
 
-status=129
-until (( status <= 128 )); do  # a signal interrupts the wait
-    wait "$trainer"
-    now=$?
-    (( now == 127 )) && break  # it has ended, by a signal
-    status=$now
+while kill -0 "$trainer" 2> /dev/null; do
+    wait "$trainer"  # which a signal to this script interrupts
 done
+wait "$trainer"
+status=$?
 {servers_end}rm -f -- "$stop"
 job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
 if [[ $asked == USR1 && $status == "$stopped_status" && $requeue && $job != *" JobState=CANCELLED "* ]]; then

@@ -35,7 +35,8 @@ class BatchEncoder(PromptEncoder):
 def run(config: Config, folder: RunFolder, path: Path, *, checkpoint: Path | None, json_file: Path | None) -> bool:
     """Print the findings and write the file; whether all numbers are finite. Collective."""
     batch = load_batch(path)
-    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=config.deadlines.collective_timeout)
+    timeout = config.deadlines.collective_timeout
+    place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=timeout)
     platform.set_threads()
     try:
         weights, remark = choose_weights(folder, batch, checkpoint)

@@ -32,8 +32,8 @@ class Grace:
         self._took: dict[str, float] = {}
 
     def learn(self, times: Mapping[str, float]) -> None:
-        """Take note of what a step and its phases took: `seconds/PHASE` and `seconds/step` (``Phases.take``)."""
-        self._took |= {name: seconds for name, seconds in times.items() if name.startswith("seconds/")}
+        """Take note of what a step, its phases and a checkpoint took: metrics `seconds/…` and `save/…`."""
+        self._took |= {name: seconds for name, seconds in times.items() if name.startswith(("seconds/", "save/"))}
 
     def is_over_before_step(self, elapsed: float) -> bool:
         """Whether the step that began ``elapsed`` seconds ago would end too late for a checkpoint after it.
@@ -62,12 +62,15 @@ class Grace:
 
         None where all would: the update with the log-probabilities before it, and with ``sampling`` a step's sampling.
         """
-        save = self._took.get("seconds/save", 0.0)
         for name, phases in (("generate", ("generate",)), ("update", TRAINING)):
-            seconds = MARGIN * sum(self._took.get(f"seconds/{phase}", 0.0) for phase in phases) + save
+            seconds = MARGIN * sum(self._took.get(f"seconds/{phase}", 0.0) for phase in phases) + self._checkpoint()
             if seconds > self._seconds and (sampling or name == "update"):
                 return name, seconds
         return None
 
     def _leaves(self, seconds: float) -> bool:
-        return MARGIN * seconds + self._took.get("seconds/save", 0.0) <= self.seconds_left()
+        return MARGIN * seconds + self._checkpoint() <= self.seconds_left()
+
+    def _checkpoint(self) -> float:
+        """What the last one took, in the training's time and beside it; the last of a run is waited for."""
+        return self._took.get("seconds/save", 0.0) + self._took.get("save/background_seconds", 0.0)

@@ -15,9 +15,14 @@ class StopRequest:
     """Context manager: the first of ``STOP_SIGNALS`` becomes a request, a further SIGINT raises KeyboardInterrupt.
 
     Main thread only. The handlers that were there before come back at the end.
+
+    Args:
+        last: the process ends after the block. Requests that come then, as they may reach the machines of a run one
+            after the other, are ignored (but Ctrl-C): they would kill it where it only has to take its leave.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, last: bool = False) -> None:
+        self._last = last
         self._received: signal.Signals | None = None
         self._received_at = 0.0
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
@@ -31,7 +36,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._last and number != signal.SIGINT else handler)
 
     @property
     def received(self) -> signal.Signals | None:

@@ -26,7 +26,7 @@ def rank(mode: str, folder: Path) -> None:
     if mode == "stop":
         assert launcher_pid() == int((folder / "launcher").read_text())
         (folder / "run").mkdir(exist_ok=True)
-        with StopRequest() as stop:
+        with StopRequest(last=True) as stop:
             say(folder, "ready")
             while not stop.requested():
                 time.sleep(0.05)

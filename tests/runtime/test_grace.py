@@ -69,5 +69,7 @@ def test_a_period_that_is_too_short_is_told_before_it_begins():
     grace.learn({**STEP, "seconds/generate": 6.0})
     assert grace.too_short_for(sampling=True) == ("generate", 9.5)
     assert grace.too_short_for(sampling=False) is None
-    grace.learn({"seconds/update": 4.0})
+    grace.learn({"seconds/update": 3.0, "save/background_seconds": 1.5})
+    assert grace.too_short_for(sampling=False) == ("update", 8.5)
+    grace.learn({"seconds/update": 4.0, "save/background_seconds": 0.0})
     assert grace.too_short_for(sampling=False) == ("update", 8.25)

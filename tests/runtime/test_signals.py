@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.runtime.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -24,6 +24,19 @@ def test_a_second_interrupt_interrupts():
         assert stop.received == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_comes_too_late_does_not_kill_a_process_that_takes_its_leave():
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with StopRequest(last=True):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_ranks_agree():
