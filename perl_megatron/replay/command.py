@@ -65,8 +65,11 @@ def choose_weights(folder: RunFolder, batch: SkippedBatch, given: Path | None) -
         return given, str(given)
     steps = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder.checkpoints)}
     step = max((number for number in steps if number <= batch.step), default=0)
-    exact = step == batch.step
-    about = "the batch's own" if exact else f"the batch's had made {batch.step} steps: the outcome may be another one"
+    more = f" and {batch.update - 1} updates" if batch.update > 1 else ""
+    exact = step == batch.step and not more
+    about = (
+        "the batch's own" if exact else f"the batch's had made {batch.step} steps{more}: they may give other numbers"
+    )
     return steps.get(step), f"weights after {step} steps; {about}"
 
 
