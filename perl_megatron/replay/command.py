@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from perl_megatron.replay.findings import Findings, examine
 from perl_megatron.runtime import platform, topology
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.skipped_batch import SkippedBatch, load_batch
+
+MAX_SHOWN = 6
+"""Findings of a kind that are printed."""
 
 
 class BatchEncoder(PromptEncoder):
@@ -84,6 +88,10 @@ def show(findings: Findings, batch: SkippedBatch, weights: str) -> None:
     table = Table(title="not finite", show_header=True)
     for column in ("what", "which", "detail"):
         table.add_column(column, overflow="fold")
-    for finding in findings.all:
-        table.add_row(finding.what, finding.which, finding.detail)
+    for _, group in itertools.groupby(findings.all, key=lambda finding: finding.what):
+        alike = list(group)
+        for finding in alike[:MAX_SHOWN]:
+            table.add_row(finding.what, finding.which, finding.detail)
+        if len(alike) > MAX_SHOWN:
+            table.add_row("", f"… and {len(alike) - MAX_SHOWN} more (--json has them)", "")
     console.print(table if findings.all else "all numbers are finite with these weights")
