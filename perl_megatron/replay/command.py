@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from perl_megatron.checkpoint.manifest import list_checkpoints
 from perl_megatron.config.schema import Config
@@ -91,7 +92,9 @@ def show(findings: Findings, batch: SkippedBatch, weights: str) -> None:
     for _, group in itertools.groupby(findings.all, key=lambda finding: finding.what):
         alike = list(group)
         for finding in alike[:MAX_SHOWN]:
-            table.add_row(finding.what, finding.which, finding.detail)
+            table.add_row(
+                *map(Text, (finding.what, finding.which, finding.detail))
+            )  # no markup: responses hold anything
         if len(alike) > MAX_SHOWN:
             table.add_row("", f"… and {len(alike) - MAX_SHOWN} more (--json has them)", "")
     console.print(table if findings.all else "all numbers are finite with these weights")

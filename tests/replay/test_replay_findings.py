@@ -16,8 +16,8 @@ from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.observability.run_folder import RunFolder
-from perl_megatron.replay.command import BatchEncoder, choose_weights
-from perl_megatron.replay.findings import Findings, examine
+from perl_megatron.replay.command import MAX_SHOWN, BatchEncoder, choose_weights, show
+from perl_megatron.replay.findings import Finding, Findings, examine
 from perl_megatron.runtime import topology as layout
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
@@ -154,3 +154,13 @@ def test_the_weights_are_the_newest_that_are_not_too_new(tmp_path: Path) -> None
     assert "had made 12 steps" in remark
     with pytest.raises(UserError, match="does not exist"):
         choose_weights(folder, batch, tmp_path / "nowhere")
+
+
+def test_what_is_printed_may_hold_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [Finding("sequence gradient", f"sequence {number}: '[/red]'", "nan") for number in range(MAX_SHOWN + 3)]
+    metrics = {"loss": float("nan"), "gradient_norm": 1.0}
+    show(Findings(tuple(found), float("nan"), 1.0), SkippedBatch((), {}, 12, 1, False, 0, metrics), "the weights")
+    printed = capsys.readouterr().out
+    assert "[/red]" in printed
+    assert "… and 3 more" in printed
+    assert "skipped with loss nan, gradient_norm 1" in printed
