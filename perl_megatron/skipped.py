@@ -65,9 +65,9 @@ class SkippedUpdates:
 
     def _keep(self, path: Path, step: int, sequences: Sequence[TrainingSequence], metrics: Mapping[str, float]) -> None:
         what = f"loss {metrics['loss']:g}, gradient norm {metrics['gradient_norm']:g}"
-        about = {"step": step, "supervised": self._supervised, "seed": self._config.run.seed, "metrics": metrics}
+        about = {"step": step, "update": self._updates, "supervised": self._supervised, "metrics": metrics}
         try:
-            save_batch(path, sequences, lambda key: np.asarray(self._image_of(key)), **about)
+            save_batch(path, sequences, self._pixels, seed=self._config.run.seed, **about)
             for old in sorted(self._folder.glob("step-*"))[:-KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
@@ -75,3 +75,6 @@ class SkippedUpdates:
             self._note(f"step {step + 1}: skipped an update ({what}); its batch cannot be kept: {error.strerror}")
             return
         self._note(f"step {step + 1}: skipped an update ({what}); its batch is in {path}")
+
+    def _pixels(self, key: str) -> np.ndarray:
+        return np.asarray(self._image_of(key))

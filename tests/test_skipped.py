@@ -50,7 +50,8 @@ def test_only_skipped_updates_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert f"perl-megatron replay {folder / 'step-000004'}" in str(error.value.fix)
     assert notes[0] == f"step 1: skipped an update (loss nan, gradient norm inf); its batch is in {folder}/step-000001"
     batch = load_batch(folder / "step-000005-2")
-    assert (batch.step, batch.seed, batch.metrics["gradient_norm"]) == (4, 9, float("inf"))
+    assert (batch.step, batch.update, batch.seed) == (4, 2, 9)
+    assert batch.metrics["gradient_norm"] == float("inf")
     assert batch.pixels["key"][0, 0].tolist() == [255, 0, 0]
 
 

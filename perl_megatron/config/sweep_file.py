@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -155,7 +155,9 @@ def _read_domains(path: Path) -> dict[str, tuple[Domain, str]]:
                 raise UserError(f"`{key}` holds {what}", where=where, fix="see docs/sweep.md")
             entries = yaml_source.items(node, str(path))
             if key == ARMS_KEY:
-                arms = {name: _arm(name, value, f"{path}:{yaml_source.line(at)}") for name, at, value in entries}
+                arms: dict[Choice, tuple[str, ...]] = {
+                    name: _arm(name, value, f"{path}:{yaml_source.line(at)}") for name, at, value in entries
+                }
                 found[ARM] = Domain(ARM, "choice", choices=arms), where
             else:
                 for name, at, value in entries:
@@ -225,7 +227,7 @@ def _checked(name: str, interval: Interval, given: Mapping[str, Any], where: str
     types = {annotation, *get_args(annotation)}
     if not types & {int, float} or bool in types:
         raise refuse("is no number, so it has no interval", f"give a list of values: {name}: [first, second]")
-    kind = "float" if float in types else "int"
+    kind: Literal["int", "float"] = "float" if float in types else "int"
     bounds = [given[key] for key in ("low", "high", "step") if given.get(key) is not None]
     if kind == "int" and not all(type(bound) is int for bound in bounds):
         raise refuse(f"takes whole numbers, not {bounds}", "write whole numbers")
@@ -235,5 +237,12 @@ def _checked(name: str, interval: Interval, given: Mapping[str, Any], where: str
         raise refuse(f"low = {interval.low:g} has no logarithm", "raise it above 0, or leave `log` out")
     if interval.step is not None and (interval.log or interval.points is not None):
         raise refuse("`step` goes with neither `log` nor `points`", "leave one out")
-    shape = {"step": interval.step, "log": interval.log, "points": interval.points}
-    return Domain(name, "float" if kind == "float" else "int", low=interval.low, high=interval.high, **shape)
+    return Domain(
+        name,
+        kind,
+        low=interval.low,
+        high=interval.high,
+        step=interval.step,
+        log=interval.log,
+        points=interval.points,
+    )

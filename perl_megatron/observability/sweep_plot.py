@@ -45,7 +45,8 @@ def plot_points(panels: Sequence[tuple[str, Sequence[PlottedPoint]]], path: Path
 
 def save_axes(axes: Axes, path: Path) -> None:
     """Write the figure that a library has drawn into, without any display."""
-    figure = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     FigureCanvasAgg(figure)
     figure.set_size_inches(9, 5)
     figure.savefig(path, dpi=100, bbox_inches="tight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from perl_megatron.checkpoint.manifest import list_checkpoints
 from perl_megatron.config.schema import Config
@@ -19,6 +21,9 @@ from perl_megatron.replay.findings import Findings, examine
 from perl_megatron.runtime import platform, topology
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.skipped_batch import SkippedBatch, load_batch
+
+MAX_SHOWN = 6
+"""Findings of a kind that are printed."""
 
 
 class BatchEncoder(PromptEncoder):
@@ -66,8 +71,11 @@ def choose_weights(folder: RunFolder, batch: SkippedBatch, given: Path | None) -
         return given, str(given)
     steps = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder.checkpoints)}
     step = max((number for number in steps if number <= batch.step), default=0)
-    exact = step == batch.step
-    about = "the batch's own" if exact else f"the batch's had made {batch.step} steps: the outcome may be another one"
+    more = f" and {batch.update - 1} updates" if batch.update > 1 else ""
+    exact = step == batch.step and not more
+    about = (
+        "the batch's own" if exact else f"the batch's had made {batch.step} steps{more}: they may give other numbers"
+    )
     return steps.get(step), f"weights after {step} steps; {about}"
 
 
@@ -82,6 +90,12 @@ def show(findings: Findings, batch: SkippedBatch, weights: str) -> None:
     table = Table(title="not finite", show_header=True)
     for column in ("what", "which", "detail"):
         table.add_column(column, overflow="fold")
-    for finding in findings.all:
-        table.add_row(finding.what, finding.which, finding.detail)
+    for _, group in itertools.groupby(findings.all, key=lambda finding: finding.what):
+        alike = list(group)
+        for finding in alike[:MAX_SHOWN]:
+            table.add_row(
+                *map(Text, (finding.what, finding.which, finding.detail))
+            )  # no markup: responses hold anything
+        if len(alike) > MAX_SHOWN:
+            table.add_row("", f"… and {len(alike) - MAX_SHOWN} more (--json has them)", "")
     console.print(table if findings.all else "all numbers are finite with these weights")

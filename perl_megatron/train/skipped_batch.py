@@ -37,6 +37,8 @@ class SkippedBatch:
     """Content hash → uint8 [height, width, 3] of every image of the prompts."""
     step: int
     """Steps that the weights had made."""
+    update: int
+    """Which update of the next step this was, from 1: the weights had made those before it too."""
     supervised: bool
     """Whether the loss was cross-entropy."""
     seed: int
@@ -71,6 +73,7 @@ def save_batch(
     description = {
         "format": FORMAT,
         "step": about["step"],
+        "update": about["update"],
         "supervised": about["supervised"],
         "seed": about["seed"],
         "metrics": metrics,
@@ -101,7 +104,8 @@ def load_batch(folder: Path) -> SkippedBatch:
         sequences = tuple(_sequence(tensors, index, prompts[prompt]) for index, prompt in enumerate(about["sequences"]))
         pixels = {key: tensors[f"image/{key}"] for keys in about["prompts"] for key in keys}
         metrics = {name: float(value) for name, value in about["metrics"].items()}
-        return SkippedBatch(sequences, pixels, about["step"], about["supervised"], about["seed"], metrics)
+        own = {name: about[name] for name in ("step", "update", "supervised", "seed")}
+        return SkippedBatch(sequences, pixels, metrics=metrics, **own)
     except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

@@ -36,6 +36,6 @@ def test_all_ranks_skip_together(out: Path, name: str) -> None:
     weights = [(which, detail) for what, which, detail in report["findings"] if what == "weight"]
     # A replica that differs from the others is told from a weight that is infinite everywhere. (Of tensor-parallel
     # ranks the export takes rank 0's norm: that rank 1 has another one shows in its modules.)
-    replica = [("model.norm.weight", "rank 1: 0 NaN and 1 infinite of 24 numbers")]
-    whole = [("model.norm.weight", "0 NaN and 1 infinite of 24 numbers")]
+    replica = [("model.norm.weight", "rank 1: 0 NaN and 1 infinite of 128 numbers")]
+    whole = [("model.norm.weight", "0 NaN and 1 infinite of 128 numbers")]
     assert weights == {"tensor": replica, "data": replica, "pipeline": whole}[name]

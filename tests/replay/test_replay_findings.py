@@ -16,8 +16,8 @@ from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.observability.run_folder import RunFolder
-from perl_megatron.replay.command import BatchEncoder, choose_weights
-from perl_megatron.replay.findings import Findings, examine
+from perl_megatron.replay.command import MAX_SHOWN, BatchEncoder, choose_weights, show
+from perl_megatron.replay.findings import Finding, Findings, examine
 from perl_megatron.runtime import topology as layout
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
@@ -56,7 +56,7 @@ def batch_of(actor: Actor, sequences: Sequence[TrainingSequence], **changes: Any
     """The scored sequences; of the fourth one some fields are others."""
     scored = with_log_probs(sequences, actor.log_probs(sequences), actor.reference_log_probs(sequences), noise=0.1)
     scored[3] = replace(scored[3], **changes)
-    return SkippedBatch(tuple(scored), {}, 0, False, 0, {})
+    return SkippedBatch(tuple(scored), {}, 0, 1, False, 0, {})
 
 
 def found(findings: Findings, what: str) -> list[str]:
@@ -127,7 +127,7 @@ def test_the_pixels_are_those_of_the_batch(
     actor = start()
     batch = batch_of(actor, sequences)
     path = tmp_path / "step-000001"
-    about = {"step": 0, "supervised": False, "seed": 0, "metrics": {}}
+    about = {"step": 0, "update": 1, "supervised": False, "seed": 0, "metrics": {}}
     save_batch(path, batch.sequences, lambda key: np.asarray(encoder.image(key)), **about)
     read = load_batch(path)
     again = examine(start(BatchEncoder(case / "policy", read.pixels)), read, decode)
@@ -137,7 +137,7 @@ def test_the_pixels_are_those_of_the_batch(
 
 def test_the_weights_are_the_newest_that_are_not_too_new(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    batch = SkippedBatch((), {}, 12, False, 0, {})
+    batch = SkippedBatch((), {}, 12, 1, False, 0, {})
     assert choose_weights(folder, batch, None)[0] is None
     for step in (4, 8, 12, 16):
         (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
@@ -145,6 +145,8 @@ def test_the_weights_are_the_newest_that_are_not_too_new(tmp_path: Path) -> None
     assert path is not None
     assert path.name == "step-00000012"
     assert "the batch's own" in remark
+    remark = choose_weights(folder, replace(batch, update=3), None)[1]
+    assert "had made 12 steps and 2 updates" in remark
     path.rmdir()
     path, remark = choose_weights(folder, batch, None)
     assert path is not None
@@ -152,3 +154,13 @@ def test_the_weights_are_the_newest_that_are_not_too_new(tmp_path: Path) -> None
     assert "had made 12 steps" in remark
     with pytest.raises(UserError, match="does not exist"):
         choose_weights(folder, batch, tmp_path / "nowhere")
+
+
+def test_what_is_printed_may_hold_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [Finding("sequence gradient", f"sequence {number}: '[/red]'", "nan") for number in range(MAX_SHOWN + 3)]
+    metrics = {"loss": float("nan"), "gradient_norm": 1.0}
+    show(Findings(tuple(found), float("nan"), 1.0), SkippedBatch((), {}, 12, 1, False, 0, metrics), "the weights")
+    printed = capsys.readouterr().out
+    assert "[/red]" in printed
+    assert "… and 3 more" in printed
+    assert "skipped with loss nan, gradient_norm 1" in printed
