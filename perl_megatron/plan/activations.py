@@ -101,7 +101,7 @@ def _vision(
     patches = size.patches if is_sharded else size.patches / parallel.tensor
     width, ffn = patches * numbers.vision_hidden_size, patches * numbers.vision_ffn_size
     cells = patches / numbers.vision_merge_size**2
-    pixels = SINGLE * size.patches * numbers.vision_patch_values
+    pixels = float(SINGLE * size.patches * numbers.vision_patch_values)
     if wide != SINGLE:
         pixels += wide * patches * numbers.vision_patch_values
     norms = 6 if modules == "torch" else 4
