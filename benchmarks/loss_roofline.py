@@ -14,28 +14,14 @@ import math
 from dataclasses import dataclass
 
 from perl_megatron.kernels.triton_settings import ROWS_OF_SPLIT, TILE
+from perl_megatron.plan import gpus as plan_gpus
+from perl_megatron.plan.gpus import Gpu
 
 HALF, SINGLE = 2, 4
 """Bytes of a bfloat16 and of a float32 number."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Peaks by the maker's data sheet."""
-
-    name: str
-    flops: float
-    """bfloat16, dense, in float32 sums; per second."""
-    bandwidth: float
-    """Bytes per second."""
-
-
-GPUS = [
-    Gpu("A100 SXM 80 GB", 312e12, 2.039e12),
-    Gpu("H100 SXM", 989e12, 3.35e12),
-    Gpu("B200", 2250e12, 8.0e12),
-    Gpu("MI300X", 1307e12, 5.3e12),
-]
+GPUS = [plan_gpus.GPUS[key] for key in ("a100-80g", "h100-80g", "b200", "mi300x")]
 MODELS = {"3B": (2048, 151_936, 1), "7B": (3584, 152_064, 1), "32B": (5120, 152_064, 4), "72B": (8192, 152_064, 8)}
 """Hidden size, rows of the output weight, tensor-parallel size."""
 

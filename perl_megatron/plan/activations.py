@@ -10,7 +10,7 @@ without it 1:
 | two norms: input, (input · 1/rms), output | 6H/t' | 4H/t' |
 | queries, result of the attention, input of its output product | 3Q/t | 3Q/t |
 | keys and values, in packed rows gathered for prompts and for each response | 2K/t a key | 2K/t a key, (Q + 3K)/t |
-| the same in padded rows | (Q + 3K)/t | (Q + 3K)/t |
+| the same in padded rows, where the result is the input of the product | 3K/t | 3K/t |
 | gate and up, SiLU, up + 0, their product | 5F/t | 5F/t |
 | log-sum-exp of the attention, float32 | h/t | h/t |
 
@@ -81,7 +81,7 @@ def _layer(config: Config, numbers: ArchitectureNumbers, size: MicroBatchSize, m
             attention += query + 3 * key
     else:
         # Context ranks gather the keys and values of all, and torch's take a mask of numbers with them.
-        attention = 4 * query + 3 * key + (2 * key * context if context > 1 else 0)
+        attention = 3 * query + 3 * key + (2 * key * context if context > 1 else 0)
     before_attention = 3 * query + 3 * key
     whole = wide * (norms + attention + 5 * ffn) + sums
     gradients = wide * (4 * ffn + 2 * hidden)
@@ -101,7 +101,7 @@ def _vision(
     patches = size.patches if is_sharded else size.patches / parallel.tensor
     width, ffn = patches * numbers.vision_hidden_size, patches * numbers.vision_ffn_size
     cells = patches / numbers.vision_merge_size**2
-    pixels = SINGLE * size.patches * numbers.vision_patch_values
+    pixels = float(SINGLE * size.patches * numbers.vision_patch_values)
     if wide != SINGLE:
         pixels += wide * patches * numbers.vision_patch_values
     norms = 6 if modules == "torch" else 4
@@ -116,7 +116,9 @@ def _vision(
     work = gradients + (whole - kept if config.model.recompute != "none" else 0)
     # The merger: norm, cells in order, two products with GELU between.
     features = wide * size.image_tokens * numbers.vision_out_hidden_size
-    merger = wide * (norms // 2 * width + width + 2 * width / tensor)
+    merger = wide * (
+        (norms // 2 - 1) * width + width + 2 * width / tensor
+    )  # the norm's output goes when it is in order
     merger += 2 * wide * cells * numbers.vision_out_hidden_size
     if "vision" in trained:
         return pixels + numbers.vision_depth * kept + merger + features, work
@@ -130,7 +132,8 @@ def _head(config: Config, numbers: ArchitectureNumbers, size: MicroBatchSize, mo
     hidden = numbers.hidden_size
     tokens, outputs = size.tokens / parallel.context, size.outputs / parallel.context
     sharded = parallel.tensor if parallel.sequence else 1
-    kept = wide * ((3 if modules == "torch" else 2) * tokens * hidden / sharded + outputs * hidden)
+    # The norm's output goes when those of the outputs are taken from it.
+    kept = wide * ((2 if modules == "torch" else 1) * tokens * hidden / sharded + outputs * hidden)
     if parallel.sequence:
         kept += wide * tokens * hidden  # gathered again for the loss
     rows = padded_vocabulary(numbers, parallel.tensor) // parallel.tensor

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
 from perl_megatron.config.schema import Config
 from perl_megatron.plan.engine import EngineMemory
@@ -35,16 +34,17 @@ class Remark:
 def advise(
     config: Config,
     derived: Derived,
-    numbers: ArchitectureNumbers,
     gpu: Gpu,
     device_bytes: float,
     stages: Sequence[StageMemory],
     engine: EngineMemory,
     time: StepTime,
+    *,
+    without_full_recomputation: float,
 ) -> list[Remark]:
-    """All remarks, what cannot run first."""
+    """All remarks, what cannot run first. ``without_full_recomputation``: the peak with `model.recompute=selective`."""
     remarks = [
-        *_memory(config, derived, device_bytes, stages),
+        *_memory(config, derived, device_bytes, stages, without_full_recomputation),
         *_engine(config, derived, engine),
         *_layout(config, derived, gpu, stages, time),
         *_images(config, derived),
@@ -57,7 +57,13 @@ def cannot_run(remarks: Sequence[Remark]) -> list[Remark]:
     return [remark for remark in remarks if remark.level == "cannot run"]
 
 
-def _memory(config: Config, derived: Derived, device_bytes: float, stages: Sequence[StageMemory]) -> Iterator[Remark]:
+def _memory(
+    config: Config,
+    derived: Derived,
+    device_bytes: float,
+    stages: Sequence[StageMemory],
+    without_full_recomputation: float,
+) -> Iterator[Remark]:
     worst = max(stages, key=lambda stage: stage.peak)
     ranks = derived.world_size // derived.pipeline_size
     where = f"ranks {worst.stage * ranks} to {(worst.stage + 1) * ranks - 1} (pipeline stage {worst.stage})"
@@ -72,13 +78,13 @@ def _memory(config: Config, derived: Derived, device_bytes: float, stages: Seque
             f"{where} need {share:.0%} of a device: the assumptions below decide whether it fits",
             "; ".join(_ways_to_less(config, derived, worst)[:2]),
         )
-    elif worst.activations and config.model.recompute == "full" and worst.peak < 0.5 * device_bytes:
+    elif config.model.recompute == "full" and without_full_recomputation < FULL * device_bytes:
         yield Remark(
             "recomputes with memory left",
             "wasteful",
-            f"a third more arithmetic in the language model's updates, while {1 - worst.peak / device_bytes:.0%} of "
-            "every device is free",
-            "try model.recompute=selective or none, or a larger actor.micro_batch_tokens",
+            "a third more arithmetic in the language model's updates, while with selective recomputation "
+            f"{without_full_recomputation / device_bytes:.0%} of the fullest device would be taken",
+            "model.recompute=selective",
         )
 
 
@@ -108,7 +114,7 @@ def _ways_to_less(config: Config, derived: Derived, worst: StageMemory) -> list[
 def _engine(config: Config, derived: Derived, engine: EngineMemory) -> Iterator[Remark]:
     rollout = config.rollout
     if derived.engine == "embedded":
-        if derived.world_size > 1 or numbers_are_large(engine):
+        if derived.world_size > 1 or _is_large(engine):
             yield Remark(
                 "slow engine",
                 "wasteful",
@@ -141,7 +147,7 @@ def _engine(config: Config, derived: Derived, engine: EngineMemory) -> Iterator[
         )
 
 
-def numbers_are_large(engine: EngineMemory) -> bool:
+def _is_large(engine: EngineMemory) -> bool:
     """Whether the embedded engine's model is one that vLLM should run."""
     return engine.weights > GIB
 

@@ -16,7 +16,6 @@ rings send them: an all-gather or reduce-scatter of S bytes over n ranks sends (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -150,8 +149,3 @@ def sync_seconds(
         to_disk = config.rollout.weight_transfer == "disk"
         seconds += 2 * model / (assumptions.disk_gb * 1e9) if to_disk else links.network_seconds(model)
     return model, seconds
-
-
-def summed(rows: Sequence[Traffic]) -> float:
-    """Bytes of all kinds."""
-    return sum(row.bytes_sent for row in rows)

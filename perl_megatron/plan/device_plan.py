@@ -83,6 +83,8 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
         response_tokens=workload.response_tokens,
     )
     stages = plan_memory(config, derived, numbers, workload, gpu, assumptions, engine=engine.colocated)
+    lighter = config.model_copy(update={"model": config.model.model_copy(update={"recompute": "selective"})})
+    without = plan_memory(lighter, derived, numbers, workload, gpu, assumptions, engine=engine.colocated)
     time = Roofline(config, derived, numbers, workload, gpu, assumptions).step(engine)
     return DevicePlan(
         device=device,
@@ -91,5 +93,16 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
         stages=tuple(stages),
         engine=engine,
         time=time,
-        remarks=tuple(advise(config, derived, numbers, gpu, device.memory, stages, engine, time)),
+        remarks=tuple(
+            advise(
+                config,
+                derived,
+                gpu,
+                device.memory,
+                stages,
+                engine,
+                time,
+                without_full_recomputation=max(stage.peak for stage in without),
+            )
+        ),
     )

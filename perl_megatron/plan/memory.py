@@ -192,7 +192,7 @@ def plan_memory(
             numbers,
             stage,
             (workload.with_images, workload.text_only),
-            micro_batches=workload.micro_batches,
+            micro_batches=workload.most_micro_batches,
             modules=modules_on(gpu, config),
             process=GIB * gib,
             engine=engine,

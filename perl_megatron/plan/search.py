@@ -19,7 +19,7 @@ LONGEST_SEQUENCES = (1, 2, 4)
 """Micro-batches of so many of the longest sequences are tried, beside those of the config."""
 MAX_VIRTUAL = 4
 FULLEST, FRACTION_STEP = 0.95, 0.05
-"""A colocated engine's share of a device is lowered in such steps until a device is not fuller than that."""
+"""No device is to be fuller than that; a colocated engine's share is lowered in such steps until none is."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ def _fitted(
     """The candidate with its plan, a colocated engine lowered to what is free; None where it does not fit."""
     plan = make_device_plan(candidate, derived, numbers, device)
     excess = _fullest(plan) / device.memory - FULLEST
-    if plan.obstacles and derived.engine == "vllm" and excess > 0:
+    if derived.engine == "vllm" and excess > 0:
         fraction = math.floor((candidate.rollout.gpu_memory_fraction - excess) / FRACTION_STEP) * FRACTION_STEP
         if fraction <= 0:
             return None
         rollout = candidate.rollout.model_copy(update={"gpu_memory_fraction": round(fraction, 2)})
         candidate = candidate.model_copy(update={"rollout": rollout})
         plan = make_device_plan(candidate, derived, numbers, device)
-    return None if plan.obstacles else (candidate, plan)
+    return None if plan.obstacles or _fullest(plan) > FULLEST * device.memory else (candidate, plan)
 
 
 def _divisors(number: int) -> list[int]:

@@ -12,15 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from perl_megatron.batching.cost import CostModel
-from perl_megatron.batching.micro_batches import most_micro_batches
-from perl_megatron.batching.work import ViewWork
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
-from perl_megatron.config.layout import micro_batch_multiple
 from perl_megatron.config.load import DEFAULT
 from perl_megatron.config.schema import Config
 from perl_megatron.config.yaml_source import dump_scalar
+from perl_megatron.plan.workload import longest_update
 
 WIDTH = 110
 _SHARED = {
@@ -71,27 +68,6 @@ def make_plan(
         },
         "ranks": [rank_place(derived, rank) for rank in range(derived.world_size)],
     }
-
-
-def longest_update(config: Config, derived: Derived, architecture: ArchitectureNumbers) -> int:
-    """Micro-batches of a data-parallel rank in an update where every prompt and response is as long as it may be.
-
-    No two questions of it are equal: their responses would share a prompt.
-    """
-    # Conditioned on view 0's prompt, all responses of a group share it.
-    share_prompt = config.algorithm.loss_view == "original" and derived.rollouts_per_step > 0
-    data, num_rollouts = config.data, derived.group_size if share_prompt else derived.rollouts_per_view
-    responses = (derived.max_sequence_tokens - data.max_prompt_tokens,) * num_rollouts
-    # An image-pad token is a merged cell of patches, so the prompt's length bounds all images together.
-    images = (("all", architecture.vision_merge_size**2 * data.max_prompt_tokens),)
-    return most_micro_batches(
-        ViewWork(tuple(range(num_rollouts)), data.max_prompt_tokens, responses, images),
-        derived.sequences_per_update // num_rollouts,
-        CostModel(architecture, config.actor.sharing),
-        token_budget=config.actor.micro_batch_tokens,
-        data_size=derived.data_size,
-        multiple=micro_batch_multiple(config.parallel),
-    )
 
 
 def rank_place(derived: Derived, rank: int) -> dict[str, Any]:

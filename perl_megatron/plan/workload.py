@@ -78,6 +78,8 @@ class Workload:
     """Means."""
     micro_batches: int
     """Of each data-parallel rank in an update of mean groups."""
+    most_micro_batches: int
+    """Of each data-parallel rank in an update of the longest."""
     with_images: MicroBatchSize
     """The largest micro-batch of prompts that are images throughout."""
     text_only: MicroBatchSize
@@ -116,8 +118,30 @@ def make_workload(config: Config, derived: Derived, numbers: ArchitectureNumbers
         prompt_tokens=prompt,
         response_tokens=response,
         micro_batches=micro_batches,
+        most_micro_batches=longest_update(config, derived, numbers),
         with_images=_largest(largest, most, cost, config),
         text_only=_largest(replace(largest, images=()), most, cost, config),
+    )
+
+
+def longest_update(config: Config, derived: Derived, architecture: ArchitectureNumbers) -> int:
+    """Micro-batches of a data-parallel rank in an update where every prompt and response is as long as it may be.
+
+    No two questions of it are equal: their responses would share a prompt.
+    """
+    # Conditioned on view 0's prompt, all responses of a group share it.
+    share_prompt = config.algorithm.loss_view == "original" and derived.rollouts_per_step > 0
+    data, num_rollouts = config.data, derived.group_size if share_prompt else derived.rollouts_per_view
+    responses = (derived.max_sequence_tokens - data.max_prompt_tokens,) * num_rollouts
+    # An image-pad token is a merged cell of patches, so the prompt's length bounds all images together.
+    images = (("all", architecture.vision_merge_size**2 * data.max_prompt_tokens),)
+    return most_micro_batches(
+        ViewWork(tuple(range(num_rollouts)), data.max_prompt_tokens, responses, images),
+        derived.sequences_per_update // num_rollouts,
+        CostModel(architecture, config.actor.sharing),
+        token_budget=config.actor.micro_batch_tokens,
+        data_size=derived.data_size,
+        multiple=micro_batch_multiple(config.parallel),
     )
 
 
