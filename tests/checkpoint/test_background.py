@@ -62,9 +62,13 @@ class Gate:
         self._may.set()
 
 
+@pytest.mark.parametrize("distributed", [True, False])
 def test_what_is_written_is_the_state_of_the_time_of_the_copy(
-    actor, case, topology, encoder, sequences, writer, tmp_path
+    distributed, case, topology, encoder, sequences, writer, tmp_path
 ):
+    """Where the optimizer is not distributed, its states are no parts of larger buffers, which are copied anyway."""
+    config = make_config(case, optimizer={"distributed": distributed})
+    actor = Actor(config, topology, encoder, total_steps=10)
     actor.supervised_update(sequences)
     before = weights_of(actor)
     gate = Gate(actor.prepare_save(tmp_path, 1, {"cursor": 7}, Retention()))
@@ -76,7 +80,7 @@ def test_what_is_written_is_the_state_of_the_time_of_the_copy(
     gate.open()
     writer.wait()
     assert set(writer.take_times()) == {"save/background_seconds", "save/background_cpu_seconds"}
-    resumed = Actor(make_config(case), topology, encoder, total_steps=10)
+    resumed = Actor(config, topology, encoder, total_steps=10)
     assert resumed.restore(list_checkpoints(tmp_path)[0]) == {"cursor": 7}
     assert all(np.array_equal(value, before[name]) for name, value in weights_of(resumed).items())
     assert [resumed.supervised_update(sequences) for _ in range(2)] == expected
