@@ -12,6 +12,7 @@ import pytest
 from perl_megatron.cli import parse
 from perl_megatron.config.derive_launch import check_slurm
 from perl_megatron.config.load import load_config
+from perl_megatron.config.sweep_file import read_sweep
 from perl_megatron.data.permutation import apply_order, validate_contract
 from perl_megatron.types import AnswerRule, PermutationContract, Record
 
@@ -32,7 +33,9 @@ COMMANDS = [
 def test_commands_exist(command: list[str]) -> None:
     if command[0] == "perl-megatron":
         options = parse(command[1:])
-        if "config" in vars(options):
+        if command[1] == "sweep":
+            read_sweep(REPOSITORY / options.config, options.overrides)
+        elif "config" in vars(options):
             load_config(REPOSITORY / options.config, options.overrides)
     elif command[0] == "make":
         targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
