@@ -222,7 +222,10 @@ def _is_list(info: FieldInfo) -> bool:
     return get_origin(info.annotation) is tuple
 
 
-RETIRED = {"optimizer.micro_batch_sequences": "micro-batches are bounded in tokens, by actor.micro_batch_tokens"}
+RETIRED = {
+    "optimizer.micro_batch_sequences": "micro-batches are bounded in tokens, by actor.micro_batch_tokens",
+    "run.collective_timeout": "every phase has a deadline of its own, in the section deadlines",
+}
 """Keys of earlier versions, which run folders of theirs still have, and what came in their place."""
 
 
