@@ -33,6 +33,8 @@ class DeadlinesConfig(Section):
     """One evaluation on the held-out questions."""
     export: float = Field(default=3600.0, gt=0)
     """Writing the final policy."""
+    between: float = Field(default=1800.0, gt=0)
+    """From the end of one of these to the beginning of the next: writing logs, agreeing on whether to stop."""
 
     @property
     def collective_timeout(self) -> float:

@@ -30,6 +30,8 @@ ANSWER_SECONDS = 5.0
 """So long is waited for the stacks of the other ranks."""
 HELD_SECONDS = 15.0
 """So long after its deadline a rank whose interpreter is held ends by itself."""
+BETWEEN = "between"
+"""What is watched from the end of a phase to the beginning of the next one: writing logs, asking whether to stop."""
 _WAITING = ("torch/distributed/", "megatron/core/distributed/", "megatron/core/pipeline_parallel/p2p_communication")
 """Files that a rank is in while it waits for others."""
 
@@ -49,7 +51,7 @@ class Watchdog:
     """Context manager: from its beginning to its end the phases of this process are watched.
 
     Args:
-        deadlines: phase → seconds that it may take; phases that are not named are not watched.
+        deadlines: phase → seconds that it may take, or ``BETWEEN``; what is not named is not watched.
         rank: this process's.
         world_size: number of processes; with several the process group has been initialised.
     """
@@ -90,14 +92,21 @@ class Watchdog:
     def enter(self, name: str) -> None:
         """A phase begins; ``leave`` ends it."""
         self._num_entered += 1
-        self._phases = [*self._phases, _Entered(name, time.monotonic(), self._deadlines.get(name, float("inf")))]
+        self._phases = [*self._open(), self._entered(name)]
         self._arm()
 
     def leave(self) -> None:
         """The innermost phase is over."""
         self._last = self._phases[-1].name
-        self._phases = self._phases[:-1]
+        self._phases = self._phases[:-1] or [self._entered(BETWEEN)]
         self._arm()
+
+    def _entered(self, name: str) -> _Entered:
+        return _Entered(name, time.monotonic(), self._deadlines.get(name, float("inf")))
+
+    def _open(self) -> list[_Entered]:
+        """The phases that have been entered and not left."""
+        return [entered for entered in self._phases if entered.name != BETWEEN]
 
     def _arm(self) -> None:
         left = [entered.since + entered.deadline - time.monotonic() for entered in self._phases]
@@ -165,7 +174,7 @@ class Watchdog:
         innermost = traceback.extract_stack(frames[self._main])[-3:] if self._main in frames else []
         now = time.monotonic()
         return {
-            "phases": [[entered.name, now - entered.since] for entered in self._phases],
+            "phases": [[entered.name, now - entered.since] for entered in self._open()],
             "last": self._last,
             "num_entered": self._num_entered,
             "waits_for_others": any(part in frame.filename for frame in innermost for part in _WAITING),

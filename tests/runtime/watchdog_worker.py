@@ -30,11 +30,12 @@ def stall_here():
         time.sleep(60)
 
 
-with Watchdog({"update": 1.0, "generate": 50.0}, rank=rank, world_size=world_size) as watchdog:
+deadlines = {"update": 1.0, "generate": 50.0} | ({module.BETWEEN: 1.0} if how == "between" else {})
+with Watchdog(deadlines, rank=rank, world_size=world_size) as watchdog:
     with watchdog.phase("generate"):
         if world_size > 1:
             dist.all_reduce(torch.zeros(1))
-    if how == "elsewhere" and rank == 1:
+    if how == "between" or (how == "elsewhere" and rank == 1):
         stall_here()
     with watchdog.phase("update"):
         if rank == 1 or world_size == 1:
