@@ -31,7 +31,7 @@ SETTINGS = (
 def test_a_run_is_preempted_queued_again_and_gives_the_numbers_of_an_uninterrupted_one(
     job: SmallJob, tmp_path: Path
 ) -> None:
-    """On two nodes. The signal is what Slurm sends before the end of a job's time; it may come at any moment of a step."""
+    """On two nodes. The signal is what Slurm sends before a job's time is over; it may come at any moment of a step."""
     whole = job.run("train", "train.yaml", "run.name=not_in_slurm", *SETTINGS)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     expected, run = job.work / "runs" / "not_in_slurm", job.work / "runs" / "in_slurm"
