@@ -64,8 +64,8 @@ class TrainingSession(Session):
         """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""
         self.journal.groups(step, ledger_rows(drawn))
         self.journal.rollouts(step, drawn.kept, drawn.dropped)
-        times = self.phases.take()
-        self._learn(times)
+        times, saved = self.phases.take(), self.save_times()
+        self._learn({**times, **saved})
         sampled = sum(len(rollout.token_ids) for group in drawn.groups for rollout in group.rollouts)
         self.journal.step(
             step,
@@ -76,7 +76,7 @@ class TrainingSession(Session):
                 **staleness_metrics(drawn.kept, step),
                 **drawn.cache_use.metrics(),
                 **self._sync_metrics,
-                **self.save_times(),
+                **saved,
                 **times,
                 "throughput/tokens_per_second": sampled / times["seconds/step"],
             },

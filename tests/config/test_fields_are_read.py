@@ -11,8 +11,8 @@ PACKAGE = Path(perl_megatron.__file__).parent
 NOT_READERS = {PACKAGE / "config" / "derive.py", *(PACKAGE / "plan").glob("*.py")}
 """Checking a value, or showing it, is not using it."""
 USED_BY_DERIVE = {"updates_per_step", "engine", "data", "tensor", "pipeline", "tensor_parallel"}
-"""These reach the rest of the program as numbers of `Derived`; deadlines are read by the names of their phases, of which
-tests/runtime/test_watchdog.py has the list."""
+"""These reach the rest of the program as numbers of `Derived`. (Deadlines are read by the names of their phases, which
+tests/runtime/test_watchdog.py compares.)"""
 
 
 def test_every_field_is_read_somewhere():
