@@ -37,12 +37,12 @@ from perl_megatron.runtime import platform  # noqa: E402
 platform.install()  # before anything imports megatron-core or transformers
 
 import torch.distributed as dist  # noqa: E402
+from group_step import no_step  # noqa: E402
 from group_step_cases import Case, Shape, make_encoder, make_group, write_case  # noqa: E402
 
 from perl_megatron.config.schema import Config  # noqa: E402
 from perl_megatron.runtime import topology  # noqa: E402
 from perl_megatron.train.actor import Actor  # noqa: E402
-from perl_megatron.train.optimizer import StepOutcome  # noqa: E402
 
 SHAPE = Shape(256, 1376, 4, 8, 160, 428, 4, 2, (1,), 2000, kv_heads=2)
 """Two stages of four language layers; the vision tower and the output layer are small, so that stages are alike."""
@@ -104,7 +104,7 @@ def work(job: Job, folder: Path, repeats: int) -> dict[str, float] | None:
     sequences = [one for number in range(job.questions) for one in make_group(job.case, folder, encoder, number)]
     actor = Actor(config, place, encoder, total_steps=repeats + 1)
     if not job.optimizer:
-        actor.optimizer.step = _no_step  # type: ignore[method-assign]
+        actor.optimizer.step = no_step  # type: ignore[method-assign]
     seconds = []
     for _ in range(repeats + 1):
         dist.barrier()
@@ -114,10 +114,6 @@ def work(job: Job, folder: Path, repeats: int) -> dict[str, float] | None:
         seconds.append(time.perf_counter() - begin)
     topology.shutdown()
     return {"seconds": statistics.median(seconds[1:])} if place.rank == 0 else None
-
-
-def _no_step() -> StepOutcome:
-    return StepOutcome(skipped=False, gradient_norm=0.0, learning_rate=0.0)
 
 
 def run(name: str, job: Job, folder: Path, options: argparse.Namespace) -> float:

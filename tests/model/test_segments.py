@@ -76,4 +76,4 @@ def test_tiny_config_matches_the_architecture_used_here(tmp_path):
 
     hf_config(tied=False).save_pretrained(tmp_path)
     vision = read_architecture(tmp_path).vision
-    assert (vision.window_size, vision.head_dim, vision.patch_values) == (VISION.window_size, 20, 1176)
+    assert (vision.window_size, vision.head_dim, vision.patch_values) == (VISION.window_size, 40, 1176)
