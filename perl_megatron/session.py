@@ -131,7 +131,11 @@ class Session:
         Returns what ``Actor.update`` does.
         """
         metrics = (self.actor.supervised_update if self.supervised else self.actor.update)(sequences)
-        self._skipped.follow(step, sequences, metrics)
+        try:
+            self._skipped.follow(step, sequences, metrics)
+        except UserError:  # on all ranks, so that the checkpoint that is being written can be completed
+            self._await_save()
+            raise
         return metrics
 
     def save_if_due(self, step: int) -> None:

@@ -127,6 +127,8 @@ class TrainingSession(Session):
     def finish(self, step: int) -> None:
         """As every session; evaluates the final policy first."""
         if self.is_complete(step):
+            if self.stop_requested():
+                self.save(step)  # the evaluation may outlast the grace period
             self.evaluate(step)
         super().finish(step)
         self._keep_step_in_progress()
@@ -152,6 +154,8 @@ class TrainingSession(Session):
         left = together(lambda: read_step(file, **begin, encode=self.encoder.encode))
         if all(gather_objects(left is not None)) and left is not None:
             self.collector.go_on_with(left)
+        elif self.topology.rank == 0:
+            file.unlink(missing_ok=True)  # of another beginning
 
     def _keep_step_in_progress(self) -> None:
         """Let a resumed run go on with the groups of the step that was interrupted, if one was."""

@@ -182,7 +182,10 @@ def _publish(temporary: Path, target: Path, retention: Retention) -> None:
     if replaced.exists() and replaced.name.startswith(TEMPORARY):
         shutil.rmtree(replaced)
     for old in retention.superfluous(target):
-        delete_checkpoint(old)
+        try:
+            delete_checkpoint(old)
+        except OSError as error:  # the new one is complete all the same
+            logger.warning("%s could not be deleted: %s", old, error)
 
 
 def _write(path: Path, text: str) -> None:

@@ -92,9 +92,13 @@ def load_sections(
     return values, {key: settings[key].origin if key in settings else DEFAULT for key in config_fields(schema)}
 
 
+RESOLVED = "# Every value of this run, with the place that set it."
+"""The first line of what ``save_resolved`` writes."""
+
+
 def save_resolved(loaded: LoadedConfig, path: Path) -> None:
     """Write the whole config as YAML, each value's origin as a comment. Loading the file gives an equal config."""
-    lines = ["# Every value of this run, with the place that set it."]
+    lines = [RESOLVED]
     for section_name in Config.model_fields:
         lines.append(f"{section_name}:")
         section = getattr(loaded.config, section_name)
@@ -197,6 +201,8 @@ def _read_value(
     for name, key_node, value_node in yaml_source.items(node, where):
         dotted = f"{key}.{name}"
         place = origin if origin == COMMAND_LINE else f"{where}:{yaml_source.line(key_node)}"
+        if dotted in RETIRED and _is_resolved(where):
+            continue  # a run of an earlier version goes on with what came in its place
         if dotted not in fields:
             raise _unknown_key(dotted, schema, place)
         settings[dotted] = _Setting(_field_value(fields[dotted], value_node, where), place)
@@ -227,6 +233,14 @@ RETIRED = {
     "run.collective_timeout": "every phase has a deadline of its own, in the section deadlines",
 }
 """Keys of earlier versions, which run folders of theirs still have, and what came in their place."""
+
+
+def _is_resolved(where: str) -> bool:
+    """Whether a run wrote the file."""
+    if where == COMMAND_LINE:
+        return False
+    with open(where, encoding="utf-8") as file:
+        return file.readline().rstrip("\n") == RESOLVED
 
 
 def _unknown_key(key: str, schema: type[BaseModel], origin: str) -> UserError:

@@ -37,8 +37,8 @@ settings=(
     "launch.endpoint=$(address "${{hosts[0]}}"):$((first_port + SLURM_JOB_ID % num_ports))"
 )
 {servers}
-srun "${{srun_options[@]}}" --nodes="$trainer_nodes" --ntasks="$trainer_nodes" --ntasks-per-node=1 --relative=0 \
-    --kill-on-bad-exit=0 --wait=300 \
+srun ${{srun_options[@]+"${{srun_options[@]}}"}} --nodes="$trainer_nodes" --ntasks="$trainer_nodes" \
+    --ntasks-per-node=1 --relative=0 --kill-on-bad-exit=0 --wait=300 \
     "${{python[@]}}" -m perl_megatron launch torchrun --job "$command" ${{resume[@]+"${{resume[@]}}"}} \
     --logs "$start" --stop-file "$stop" "$files/config.yaml" "${{settings[@]}}" &
 trainer=$!
@@ -48,13 +48,15 @@ while kill -0 "$trainer" 2> /dev/null; do
 done
 wait "$trainer"
 status=$?
-{servers_end}rm -f -- "$stop"
+rm -f -- "$stop"
 job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+# A job that is preempted with a grace time gets no signal of its own: its steps get SIGTERM.
+[[ $job == *" PreemptTime="[0-9]* ]] && asked=USR1
 if [[ $asked == USR1 && $status == "$stopped_status" && $requeue && $job != *" JobState=CANCELLED "* ]]; then
     echo "queued again, to resume"
     scontrol requeue "$SLURM_JOB_ID"
 fi
-exit "$status"
+{servers_end}exit "$status"
 """
 
 SERVERS = r"""
@@ -78,7 +80,7 @@ for (( number = 0; number < servers_per_node; number++ )); do
 done
 trap : TERM  # this shell outlives its servers, which Slurm tells too: with a shell that ends first, they are killed
 until wait; do :; done'
-srun "${srun_options[@]}" --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
+srun ${srun_options[@]+"${srun_options[@]}"} --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
     --relative="$trainer_nodes" --kill-on-bad-exit=0 --job-name=servers --output="$start.servers-%n.log" \
     bash -c "$serve_node" serve_node "$servers_per_node" "$gpus_per_server" "$server_port" \
     "${python[@]}" -m perl_megatron serve "$files/config.yaml" --host 0.0.0.0 "rollout.api_key_file=$api_key_file" &

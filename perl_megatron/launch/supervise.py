@@ -125,9 +125,10 @@ class _Tail:
         self._directory, self._pattern, self._console = directory, pattern, console
         self._path: Path | None = None
         self._offset = 0
+        self._earlier = set(directory.glob(pattern))  # of another launch that kept its logs here
 
     def forward(self) -> None:
-        self._path = self._path or next(iter(self._directory.glob(self._pattern)), None)
+        self._path = self._path or next(iter(set(self._directory.glob(self._pattern)) - self._earlier), None)
         if self._path is None:
             return
         with self._path.open("rb") as file:

@@ -109,7 +109,8 @@ def launch(
         require_free_port(master_port)
     staging = logs or Path(tempfile.mkdtemp(prefix="perl-megatron-logs-"))
     failures = staging / "failures"
-    failures.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(failures, ignore_errors=True)  # of an earlier launch with the same `logs`
+    failures.mkdir(parents=True)
     with (staging / "torchrun.log").open("wb") as agent_log:
         agent = subprocess.Popen(
             torchrun_command([*program, *argv], num_processes, staging, rendezvous, master_port),
@@ -154,8 +155,11 @@ class _Logs:
         self.link()
         if self._final is None or not self._final.is_symlink():
             return self._staging
-        self._final.unlink()
-        shutil.move(self._staging, self._final)
+        try:
+            self._final.unlink()
+            shutil.move(self._staging, self._final)
+        except OSError:  # a full disk: how the job ended is still told
+            return self._staging
         return self._final
 
 

@@ -33,7 +33,10 @@ class Grace:
 
     def learn(self, times: Mapping[str, float]) -> None:
         """Take note of what a step, its phases and a checkpoint took: metrics `seconds/…` and `save/…`."""
-        self._took |= {name: seconds for name, seconds in times.items() if name.startswith(("seconds/", "save/"))}
+        took = {name: seconds for name, seconds in times.items() if name.startswith(("seconds/", "save/"))}
+        if "seconds/step" in took:
+            took["seconds/step"] -= took.get("seconds/save", 0.0)  # the last step's checkpoint
+        self._took |= took
 
     def is_over_before_step(self, elapsed: float) -> bool:
         """Whether the step that began ``elapsed`` seconds ago would end too late for a checkpoint after it.
@@ -42,8 +45,7 @@ class Grace:
         """
         if self.seconds_left() == math.inf:
             return False
-        # The checkpoint of the last step belongs to the next one's time.
-        step = self._took.get("seconds/step", math.inf) - self._took.get("seconds/save", 0.0)
+        step = self._took.get("seconds/step", math.inf)
         training = sum(self._took.get(f"seconds/{phase}", 0.0) for phase in TRAINING)
         return not self._leaves(max(step - elapsed, training))
 

@@ -76,7 +76,7 @@ def test_what_is_written_is_the_state_of_the_time_of_the_copy(
     expected = [actor.supervised_update(sequences) for _ in range(2)]  # in place, while nothing is written yet
     assert any(not np.array_equal(value, before[name]) for name, value in weights_of(actor).items())
     assert list_checkpoints(tmp_path) == []
-    assert writer.is_busy
+    assert writer.take_times() == {}, "it is not written yet"
     gate.open()
     writer.wait()
     assert set(writer.take_times()) == {"save/background_seconds", "save/background_cpu_seconds"}

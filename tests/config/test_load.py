@@ -179,3 +179,15 @@ def test_a_key_of_an_earlier_version_is_told_from_a_misspelt_one(tmp_path):
     with pytest.raises(UserError, match=r"no setting any more: .* actor\.micro_batch_tokens") as caught:
         load_config(file)
     assert caught.value.fix == "remove the line"
+
+
+def test_a_run_of_an_earlier_version_can_go_on(tmp_path):
+    file = tmp_path / "config.yaml"
+    save_resolved(load_config(None, ["model.path=policy", "run.steps=7"]), file)
+    text = file.read_text()
+    assert "run:\n" in text
+    file.write_text(text.replace("run:\n", "run:\n  collective_timeout: 1800.0  # default\n"))
+    assert load_config(file).config.run.steps == 7
+    file.write_text(text.replace("run:\n", "run:\n  colective_timeout: 1800.0  # default\n"))
+    with pytest.raises(UserError, match="unknown key"):
+        load_config(file)
