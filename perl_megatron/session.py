@@ -112,6 +112,7 @@ class Session:
         )
         if self._resume and checkpoint is None:
             self.journal.note("no checkpoint was written yet: the run begins anew")
+        self._skipped.forget_after(step)
         return step
 
     @property

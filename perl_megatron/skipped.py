@@ -55,26 +55,47 @@ class SkippedUpdates:
         self._in_a_row.append(path)
         limit = self._config.optimizer.max_skipped_updates
         if len(self._in_a_row) >= limit:
-            folders = "\n  ".join(map(str, self._in_a_row))
+            kept = self._in_a_row[-KEPT:]
+            folders = "\n  ".join(map(str, kept))
             raise UserError(
                 f"{limit} updates in a row had a loss or gradient that is not finite",
                 where=f"optimizer.max_skipped_updates = {limit}; their batches:\n  {folders}",
-                fix=f"`perl-megatron replay {self._in_a_row[0]}` says which sequences and tensors it comes from; then "
+                fix=f"`perl-megatron replay {kept[0]}` says which sequences and tensors it comes from; then "
                 "resume with a lower learning rate, or from an older checkpoint",
             )
+
+    def forget_after(self, step: int) -> None:
+        """Where a run goes on from ``step``: removes the batches of later steps. Collective.
+
+        The run makes those steps again, and their new checkpoints would pass for the old batches' weights.
+        """
+        on_rank_zero(lambda: self._forget(step), what="the folder of skipped updates")
 
     def _keep(self, path: Path, step: int, sequences: Sequence[TrainingSequence], metrics: Mapping[str, float]) -> None:
         what = f"loss {metrics['loss']:g}, gradient norm {metrics['gradient_norm']:g}"
         about = {"step": step, "update": self._updates, "supervised": self._supervised, "metrics": metrics}
         try:
-            save_batch(path, sequences, self._pixels, seed=self._config.run.seed, **about)
-            for old in sorted(self._folder.glob("step-*"))[:-KEPT]:
+            save_batch(path, sequences, self._pixels, **about)
+            # By age: a run that was resumed from an older checkpoint may have newer batches of earlier steps.
+            for old in sorted(self._folder.glob("step-*"), key=_age)[:-KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
+        except (OSError, UserError) as error:
             # Training can go on without it.
-            self._note(f"step {step + 1}: skipped an update ({what}); its batch cannot be kept: {error.strerror}")
+            reason = error.what if isinstance(error, UserError) else error
+            self._note(f"step {step + 1}: skipped an update ({what}); its batch cannot be kept: {reason}")
             return
         self._note(f"step {step + 1}: skipped an update ({what}); its batch is in {path}")
 
+    def _forget(self, step: int) -> None:
+        later = [path for path in self._folder.glob("step-*") if int(path.name.split("-")[1]) > step]
+        for path in later:
+            shutil.rmtree(path, ignore_errors=True)
+        if later:
+            self._note(f"removed {len(later)} batches of skipped updates after step {step}: those steps are made anew")
+
     def _pixels(self, key: str) -> np.ndarray:
         return np.asarray(self._image_of(key))
+
+
+def _age(path: Path) -> tuple[int, str]:
+    return path.stat().st_mtime_ns, path.name

@@ -20,8 +20,8 @@ def render_array(
 ) -> str:
     """The batch script. ``command`` is one worker's, an argument each; nothing in it is read by the shell.
 
-    A task whose worker was asked to stop (preemption, time limit) is queued again by Slurm. Raises UserError for an
-    option that is none of sbatch's.
+    A task whose worker was asked to stop (preemption, time limit) is queued again by Slurm, unless it was cancelled.
+    Raises UserError for an option that is none of sbatch's.
     """
     for option in options:
         if not option.startswith("--") or not option.isprintable():
@@ -46,7 +46,10 @@ def render_array(
         "# A signal ends `wait` at once (status above 128); the worker is still ending its step.",
         'while kill -0 "$worker" 2>/dev/null; do wait $worker; status=$?; done',
         f'if [ "$status" -eq {EXIT_STOPPED} ]; then',
-        '    scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        '    task="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        "    # scancel sends the same signal as a preemption.",
+        '    job=$(scontrol --oneliner show job "$task")',
+        '    if [ "${job#* JobState=CANCELLED }" = "$job" ]; then scontrol requeue "$task"; fi',
         "fi",
         'exit "$status"',
     ]

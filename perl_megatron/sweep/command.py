@@ -13,6 +13,7 @@ import optuna
 from optuna.trial import TrialState
 
 from perl_megatron.config.sweep_file import Sweep, read_sweep
+from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
 from perl_megatron.launch.sweep_array import render_array, submit
 from perl_megatron.launch.sweep_workers import run_workers
@@ -43,6 +44,9 @@ class SweepOptions:
 
 def run(options: SweepOptions) -> int:
     """Do it; returns the exit status: 0, 1 where points have failed, 75 where the sweep was interrupted."""
+    if options.retry_failed and (options.worker or options.results):
+        fix = "leave out --worker and --results: --retry-failed puts the points into the queue, for all workers"
+        raise UserError("nothing would be begun again", where="--retry-failed", fix=fix)
     sweep = read_sweep(options.path, options.overrides)
     if options.results:
         write_results(sweep, read_study(sweep))
@@ -50,7 +54,7 @@ def run(options: SweepOptions) -> int:
     check_sweep(sweep)
     command = [sys.executable, "-m", "perl_megatron", "sweep", str(options.path), "--worker", *options.overrides]
     if options.slurm is not None:
-        return _submit(sweep, command, options.slurm, dry_run=options.dry_run)
+        return _submit(sweep, command, options)
     if options.dry_run:
         _describe(sweep)
         return 0
@@ -114,19 +118,19 @@ def _is_open(sweep: Sweep, study: optuna.Study) -> bool:
     )
 
 
-def _submit(sweep: Sweep, command: Sequence[str], workers: int, *, dry_run: bool) -> int:
+def _submit(sweep: Sweep, command: Sequence[str], options: SweepOptions) -> int:
     script = render_array(
         command,
-        workers=workers,
+        workers=options.slurm or 1,
         name=sweep.sweep.name,
         folder=sweep.folder,
         options=sweep.slurm.options,
         setup=sweep.slurm.setup,
     )
-    if dry_run:
+    if options.dry_run:
         print(script, end="")
         return 0
-    _prepare(sweep, retry_failed=False)
+    _prepare(sweep, retry_failed=options.retry_failed)
     path = sweep.folder / "workers.sbatch"
     path.write_text(script, encoding="utf-8")
     print(submit(path))

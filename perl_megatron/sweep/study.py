@@ -8,10 +8,10 @@ finished by then.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from perl_megatron.config.load import config_fields, load_config
 from perl_megatron.config.sweep_domain import Choice, Domain
@@ -25,6 +25,30 @@ SETTINGS = "settings"
 QUEUE_LOCK = "queue.lock"
 SEED_STRIDE = 1_000_003
 """A prime between the sampler's seeds of two points, so that no two sweeps with near seeds share points."""
+
+
+class Asha(optuna.pruners.SuccessiveHalvingPruner):
+    """Optuna's, which does not count a point again for each time that it was interrupted.
+
+    An interrupted trial keeps its rungs, and the one that repeats it has them too.
+    """
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether the trial is to end now."""
+        return super().prune(cast("optuna.Study", _WithoutFailed(study)), trial)
+
+
+class _WithoutFailed:
+    """A study as a pruner sees it: all of it but the trials that failed."""
+
+    def __init__(self, study: optuna.Study):
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *, deepcopy: bool) -> list[FrozenTrial]:
+        return [trial for trial in self._study.get_trials(deepcopy=deepcopy) if trial.state != TrialState.FAIL]
 
 
 def open_study(sweep: Sweep, queue: FileLock) -> optuna.Study:
@@ -47,6 +71,7 @@ def open_study(sweep: Sweep, queue: FileLock) -> optuna.Study:
         if SETTINGS in study.user_attrs:
             _check_same(study.user_attrs[SETTINGS], settings, sweep)
         else:
+            _check_new(sweep)
             study.set_user_attr(SETTINGS, settings)
         _enqueue_missing(study, sweep)
     finally:
@@ -93,7 +118,7 @@ def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
     pruner = sweep.pruner
     if pruner.kind == "none":
         return optuna.pruners.NopPruner()
-    return optuna.pruners.SuccessiveHalvingPruner(
+    return Asha(
         min_resource=pruner.min_steps, reduction_factor=pruner.reduction_factor, bootstrap_count=pruner.min_trials
     )
 
@@ -119,6 +144,15 @@ def shared_settings(sweep: Sweep) -> dict[str, Any]:
         **{f"config: {key}": value for key, value in values.items()},
     }
     return json.loads(json.dumps(agreed))
+
+
+def _check_new(sweep: Sweep) -> None:
+    if any(sweep.folder.glob("point-*")):
+        raise UserError(
+            "the sweep's study is new, but its folder holds the runs of another one",
+            where=str(sweep.folder),
+            fix="go on with that study (sweep.storage), give this sweep another sweep.name, or remove point-*",
+        )
 
 
 def _check_same(began: dict[str, Any], now: dict[str, Any], sweep: Sweep) -> None:

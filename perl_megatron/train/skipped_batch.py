@@ -5,6 +5,7 @@ Prompts are kept once each, with their images by content hash; a sequence names 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -41,8 +41,6 @@ class SkippedBatch:
     """Which update of the next step this was, from 1: the weights had made those before it too."""
     supervised: bool
     """Whether the loss was cross-entropy."""
-    seed: int
-    """run.seed: all random draws follow from it and the step."""
     metrics: Mapping[str, float]
     """What the update returned; numbers that are not finite included."""
 
@@ -67,15 +65,12 @@ def save_batch(
                 tensors[f"sequence/{index}/{name}"] = value
     for key in sorted({key for prompt in prompts for key in prompt.image_keys}):
         tensors[f"image/{key}"] = pixels(key)
-    # Nothing in a training step draws from torch's own generator; kept all the same, should a layer begin to.
-    tensors["torch_random_state"] = torch.get_rng_state().numpy()
     metrics = {name: value if math.isfinite(value) else repr(value) for name, value in about["metrics"].items()}
     description = {
         "format": FORMAT,
         "step": about["step"],
         "update": about["update"],
         "supervised": about["supervised"],
-        "seed": about["seed"],
         "metrics": metrics,
         "prompts": [list(prompt.image_keys) for prompt in prompts],
         "sequences": [number[id(sequence.prompt)] for sequence in sequences],
@@ -83,10 +78,15 @@ def save_batch(
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, fresh / TENSORS)
-    (fresh / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier start of this run
-    fresh.rename(folder)
+    try:
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, fresh / TENSORS)
+        (fresh / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start of this run
+        fresh.rename(folder)
+    except SafetensorError as error:  # a full disk, in its own words
+        raise OSError(errno.EIO, str(error)) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # where not all of it could be written
 
 
 def load_batch(folder: Path) -> SkippedBatch:
@@ -104,7 +104,7 @@ def load_batch(folder: Path) -> SkippedBatch:
         sequences = tuple(_sequence(tensors, index, prompts[prompt]) for index, prompt in enumerate(about["sequences"]))
         pixels = {key: tensors[f"image/{key}"] for keys in about["prompts"] for key in keys}
         metrics = {name: float(value) for name, value in about["metrics"].items()}
-        own = {name: about[name] for name in ("step", "update", "supervised", "seed")}
+        own = {name: about[name] for name in ("step", "update", "supervised")}
         return SkippedBatch(sequences, pixels, metrics=metrics, **own)
     except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):

@@ -19,10 +19,13 @@ def render(tmp_path: Path, command: list[str], **options: object) -> str:
     return render_array(command, **{**given, **options})  # type: ignore[arg-type]
 
 
-def run(script: str, tmp_path: Path) -> subprocess.Popen[str]:
-    """The script in bash, with an `scontrol` that notes what it is asked."""
+def run(script: str, tmp_path: Path, state: str = "RUNNING") -> subprocess.Popen[str]:
+    """The script in bash, with an `scontrol` that notes what it is asked, and knows the task's state."""
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+        f'[ "$1" = requeue ] || echo "JobId=13 ArrayJobId=12 JobName=CANCELLED JobState={state} Reason=None"\n'
+    )
     scontrol.chmod(0o755)
     (tmp_path / "script").write_text(script)
     environment = {
@@ -43,17 +46,21 @@ def test_nothing_of_the_config_is_read_by_the_shell(tmp_path: Path) -> None:
     assert not (tmp_path / "asked").exists()
 
 
-def test_a_worker_that_was_asked_to_stop_is_queued_again(tmp_path: Path) -> None:
-    """Slurm sends SIGTERM to the batch shell alone; the worker gets it, and may take its time."""
+SHOW = "--oneliner show job 12_1\n"
+
+
+@pytest.mark.parametrize(("state", "asked"), [("RUNNING", SHOW + "requeue 12_1\n"), ("CANCELLED", SHOW)])
+def test_a_worker_that_was_asked_to_stop_is_queued_again(tmp_path: Path, state: str, asked: str) -> None:
+    """Slurm sends SIGTERM to the batch shell alone; the worker gets it, and may take its time. So does `scancel`."""
     worker = "trap 'sleep 1; exit 75' TERM; touch ready; while :; do sleep 0.1; done"
-    process = run(render(tmp_path, ["sh", "-c", f"cd {tmp_path}; {worker}"]), tmp_path)
+    process = run(render(tmp_path, ["sh", "-c", f"cd {tmp_path}; {worker}"]), tmp_path, state)
     deadline = time.monotonic() + 20
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 75
-    assert (tmp_path / "asked").read_text() == "requeue 12_1\n"
+    assert (tmp_path / "asked").read_text() == asked
 
 
 def test_the_head_has_the_users_options(tmp_path: Path) -> None:

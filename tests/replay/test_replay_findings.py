@@ -56,7 +56,7 @@ def batch_of(actor: Actor, sequences: Sequence[TrainingSequence], **changes: Any
     """The scored sequences; of the fourth one some fields are others."""
     scored = with_log_probs(sequences, actor.log_probs(sequences), actor.reference_log_probs(sequences), noise=0.1)
     scored[3] = replace(scored[3], **changes)
-    return SkippedBatch(tuple(scored), {}, 0, 1, False, 0, {})
+    return SkippedBatch(tuple(scored), {}, 0, 1, False, {})
 
 
 def found(findings: Findings, what: str) -> list[str]:
@@ -137,7 +137,7 @@ def test_the_pixels_are_those_of_the_batch(
 
 def test_the_weights_are_the_newest_that_are_not_too_new(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    batch = SkippedBatch((), {}, 12, 1, False, 0, {})
+    batch = SkippedBatch((), {}, 12, 1, False, {})
     assert choose_weights(folder, batch, None)[0] is None
     for step in (4, 8, 12, 16):
         (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
@@ -159,7 +159,7 @@ def test_the_weights_are_the_newest_that_are_not_too_new(tmp_path: Path) -> None
 def test_what_is_printed_may_hold_anything(capsys: pytest.CaptureFixture[str]) -> None:
     found = [Finding("sequence gradient", f"sequence {number}: '[/red]'", "nan") for number in range(MAX_SHOWN + 3)]
     metrics = {"loss": float("nan"), "gradient_norm": 1.0}
-    show(Findings(tuple(found), float("nan"), 1.0), SkippedBatch((), {}, 12, 1, False, 0, metrics), "the weights")
+    show(Findings(tuple(found), float("nan"), 1.0), SkippedBatch((), {}, 12, 1, False, metrics), "the weights")
     printed = capsys.readouterr().out
     assert "[/red]" in printed
     assert "… and 3 more" in printed

@@ -22,7 +22,7 @@ from perl_megatron.sweep.command import SweepOptions, write_results
 from perl_megatron.sweep.command import run as run_command
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.storage import REFUSED
-from perl_megatron.sweep.study import make_sampler, open_study, suggest
+from perl_megatron.sweep.study import Asha, make_sampler, open_study, suggest
 from perl_megatron.sweep.worker import VALUES
 
 SPACE = """
@@ -149,6 +149,41 @@ def test_failed_points_are_begun_again_on_request(case: SweepCase, monkeypatch: 
     assert run_command(SweepOptions(case.path, (), retry_failed=True)) == 75
     last = case.study.get_trials()[-1]
     assert (last.state, last.number, last.system_attrs["failed_trial"]) == (TrialState.WAITING, 3, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_failed_points_are_begun_again_by_slurms_workers(case: SweepCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(case)
+    monkeypatch.setattr("perl_megatron.sweep.command.submit", lambda _: "Submitted batch job 12")
+    assert run_command(SweepOptions(case.path, (), slurm=2, retry_failed=True)) == 0
+    assert case.study.get_trials()[-1].state == TrialState.WAITING
+    for options in (
+        SweepOptions(case.path, (), worker=True, retry_failed=True),
+        SweepOptions(case.path, (), results=True, retry_failed=True),
+    ):
+        with pytest.raises(UserError, match="nothing would be begun again"):
+            run_command(options)
+
+
+def test_a_new_study_does_not_take_the_runs_of_an_old_one(case: SweepCase) -> None:
+    (case.sweep.folder / "point-0000" / "seed-0").mkdir(parents=True)
+    for _ in range(2):  # what the first attempt has made does not hide them from the second
+        with pytest.raises(UserError, match="holds the runs of another one"):
+            open_study(case.sweep, FileLock(case.sweep.folder / "queue.lock"))
+
+
+def test_asha_does_not_count_interruptions() -> None:
+    """The best of three goes on, though a point that was better was interrupted three times."""
+    pruner = Asha(min_resource=1, reduction_factor=2)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    rungs = [(0.1, TrialState.COMPLETE), (0.2, TrialState.COMPLETE), *[(0.9, TrialState.FAIL)] * 3]
+    for value, state in rungs:
+        attributes = {"completed_rung_0": value}
+        ended = None if state == TrialState.FAIL else value
+        study.add_trial(optuna.create_trial(state=state, value=ended, system_attrs=attributes))
+    trial = study.ask()
+    trial.report(0.5, 1)
+    assert not trial.should_prune()
 
 
 def test_a_measure_is_one_number_of_a_run(case: SweepCase) -> None:

@@ -51,9 +51,9 @@ def batches(draw: st.DrawFn) -> list[TrainingSequence]:
 def test_it_comes_back_as_it_was(sequences: list[TrainingSequence], loss: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "skipped" / "step-000003"
-        save_batch(path, sequences, pixels, step=2, update=3, supervised=False, seed=5, metrics={"loss": loss})
+        save_batch(path, sequences, pixels, step=2, update=3, supervised=False, metrics={"loss": loss})
         batch = load_batch(path)
-    assert (batch.step, batch.update, batch.supervised, batch.seed) == (2, 3, False, 5)
+    assert (batch.step, batch.update, batch.supervised) == (2, 3, False)
     np.testing.assert_equal(batch.metrics["loss"], loss)
     assert len(batch.sequences) == len(sequences)
     for read, written in zip(batch.sequences, sequences, strict=True):
@@ -75,9 +75,7 @@ def test_what_is_no_batch_is_named(tmp_path: Path) -> None:
     assert str(tmp_path) in str(error.value)
     prompt = EncodedPrompt(np.arange(3), (0, 1, 2), (), np.zeros((0, 3), np.int64), ())
     path = tmp_path / "step-000001"
-    save_batch(
-        path, [TrainingSequence(prompt, np.arange(2))], pixels, step=0, update=1, supervised=True, seed=0, metrics={}
-    )
+    save_batch(path, [TrainingSequence(prompt, np.arange(2))], pixels, step=0, update=1, supervised=True, metrics={})
     assert sorted(file.name for file in path.iterdir()) == [DESCRIPTION, TENSORS]
     content = (path / TENSORS).read_bytes()
     (path / TENSORS).write_bytes(content[:-5])
