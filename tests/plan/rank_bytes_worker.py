@@ -84,7 +84,7 @@ def measure(case: dict[str, Any], rank: int) -> dict[str, Any]:
     optimizer = Optimizer(config.optimizer, modules, total_steps=1)
     if not case["meta"]:
         optimizer.zero_gradients()
-        optimizer.step()
+        optimizer.step(loss=0.0)
     parameters = [parameter for module in modules for parameter in module.parameters()]
     buffers = [buffer for chunk in optimizer.chunks for buffer in chunk.buffers]
     result = {
