@@ -43,7 +43,7 @@ head's width is a multiple of 8 (16 and 40), as the fused attention of GPUs need
 NUM_LAYERS = 4
 """Two pipeline stages of two virtual stages each divide it; stages of unequal length may need more (`--layers`)."""
 
-MICRO_BATCH_TOKENS = 230
+MICRO_BATCH_TOKENS = 220
 """So that a step has several micro-batches: one of them with views of the same images, one without images."""
 
 TIMEOUT_SECONDS = 300.0
