@@ -48,8 +48,9 @@ class TrainingSession(Session):
         self.collector.await_rollouts(lambda: self.sync_weights(step))
 
     def sync_weights(self, step: int) -> None:
-        """Bring π_θ after ``step`` steps into the engine, which then samples as π_old."""
+        """Bring π_θ after ``step`` steps into the engine, which then is awake and samples as π_old."""
         if self._synced_step == step:
+            self.engine.wake()
             return
         report = self.engine.update_weights(self.actor.weights(), version=step)
         self._synced_step = step
@@ -59,6 +60,12 @@ class TrainingSession(Session):
             "sync/tensors": float(report.num_tensors),
             "sync/attest_seconds": report.attest_seconds,
         }
+
+    def rest_engine(self, step: int) -> None:
+        """Let a colocated engine give its device memory to the trainer; ``sync_weights`` wakes it."""
+        if self.config.rollout.sleep_mode:
+            with self.phases("sync", step=step):
+                self.engine.sleep()
 
     def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
         """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""

@@ -29,6 +29,7 @@ class ScriptedEngine:
         self.brought: list[threading.Thread] = []
         self.is_given_up = threading.Event()
         self.give_up = self.is_given_up.set
+        self.wake = lambda: None
         self.bring_again: Callable[[], None] = lambda: self.brought.append(threading.current_thread())
 
 
