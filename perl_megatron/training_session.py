@@ -52,6 +52,7 @@ class TrainingSession(Session):
         if self._synced_step == step:
             self.engine.wake()
             return
+        self._let_engine_sleep()  # where it has just been started: its cache must not be there beside the buckets
         report = self.engine.update_weights(self.actor.weights(), version=step)
         self._synced_step = step
         self._sync_metrics = {
@@ -63,9 +64,12 @@ class TrainingSession(Session):
 
     def rest_engine(self, step: int) -> None:
         """Let a colocated engine give its device memory to the trainer; ``sync_weights`` wakes it."""
+        with self.phases("sync", step=step):
+            self._let_engine_sleep()
+
+    def _let_engine_sleep(self) -> None:
         if self.config.rollout.sleep_mode:
-            with self.phases("sync", step=step):
-                self.engine.sleep()
+            self.engine.sleep()
 
     def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
         """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""

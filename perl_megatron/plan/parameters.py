@@ -74,6 +74,16 @@ def total_count(numbers: ArchitectureNumbers) -> int:
     return count(chunk_parameters(numbers, ParallelConfig(), 0))
 
 
+def decoded_count(numbers: ArchitectureNumbers) -> int:
+    """Numbers that a token is multiplied by when it is decoded.
+
+    The language part, of which an input embedding that is not the output layer too gives a row only.
+    """
+    whole = chunk_parameters(numbers, ParallelConfig(), 0)
+    lookup = 0 if numbers.tied_embeddings else numbers.vocabulary_size * numbers.hidden_size
+    return count(whole, {"language"}) - lookup
+
+
 def padded_vocabulary(numbers: ArchitectureNumbers, tensor: int) -> int:
     """The vocabulary filled up to a multiple of the tensor-parallel size."""
     return -(-numbers.vocabulary_size // tensor) * tensor
