@@ -66,7 +66,7 @@ def test_on_a_cpu_nothing_is_given_back():
     ("settings", "phase", "way"),
     [
         ((*VLLM,), "generate", "rollout.gpu_memory_fraction below 0.25"),
-        ((*VLLM, "rollout.sleep_mode=false"), "weight sync", "rollout.sleep_mode=true"),
+        ((*VLLM, "rollout.sleep_mode=false"), "update", "rollout.sleep_mode=true"),
         (("rollout.engine=server", "rollout.servers=http://a:1"), "update", "model.recompute=full"),
         ((*VLLM, "rollout.gpu_memory_fraction=0.04", "rollout.sync_bucket_mib=65536"), "weight sync",
          "a smaller rollout.sync_bucket_mib"),

@@ -30,10 +30,8 @@ def plan_of(*settings, world_size=1, numbers=TINY, gpu=H100, **assumed):
 def test_the_attention_alone_pair_by_pair(sharing):
     """A pair of a query and a key takes a product of head size twice, of 2 operations each, for every head."""
     view, prompt = ViewWork((0, 1), 7, (3, 5), (("a", 16), ("b", 80))), 7
-    if sharing == "full":
-        rows = [(0, prompt), (prompt, 2), (prompt, 4)]
-    else:
-        rows = [(0, 12), (0, 12)]  # padded to the longer one
+    # Padded rows are as long as the longer one.
+    rows = [(0, prompt), (prompt, 2), (prompt, 4)] if sharing == "full" else [(0, 12), (0, 12)]
     pairs = sum(sum(behind + own + 1 for own in range(tokens)) for behind, tokens in rows)
     flops = CostModel(TINY, sharing, backward=False).attention_flops([view])
     assert flops.prompt + flops.response + flops.padding == pairs * TINY.num_layers * 4 * TINY.num_heads * TINY.head_dim
