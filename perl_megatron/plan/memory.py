@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
-from perl_megatron.config.schema import Config
+from perl_megatron.config.schema import Config, OptimizerSection, ParallelConfig
 from perl_megatron.plan.activations import SINGLE, Activations, Modules, activations, bytes_of_number
 from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.buffers import Bucket, buckets, buffer_size, largest_optimized
@@ -117,12 +118,24 @@ class StageMemory:
 
 def static_memory(config: Config, derived: Derived, numbers: ArchitectureNumbers, stage: int) -> Static:
     """Exact bytes of a rank of a stage."""
-    wide, distributed = bytes_of_number(config), config.optimizer.distributed
-    sharded_over = derived.data_size * derived.context_size
-    trained = trained_parts(config.optimizer)
+    replicas = derived.data_size * derived.context_size
+    return _static_memory(config.parallel, config.optimizer, numbers, stage, replicas, bytes_of_number(config))
+
+
+@lru_cache(maxsize=4096)
+def _static_memory(
+    parallel: ParallelConfig,
+    optimizer: OptimizerSection,
+    numbers: ArchitectureNumbers,
+    stage: int,
+    sharded_over: int,
+    wide: int,
+) -> Static:
+    """Kept, as a search asks for the same again and again."""
+    distributed, trained = optimizer.distributed, trained_parts(optimizer)
     parameters = gradients = optimized = 0
-    for chunk in range(derived.virtual_pipeline_size):
-        of_chunk = chunk_parameters(numbers, config.parallel, stage, chunk)
+    for chunk in range(parallel.virtual_pipeline):
+        of_chunk = chunk_parameters(numbers, parallel, stage, chunk)
         found: Sequence[Bucket] = buckets(
             [one for one in of_chunk if one.part in trained], sharded_over, distributed=distributed
         )
@@ -131,7 +144,7 @@ def static_memory(config: Config, derived: Derived, numbers: ArchitectureNumbers
         parameters += wide * ((size if distributed else count(of_chunk, trained)) + frozen)
         gradients += SINGLE * size
         optimized += largest_optimized(found, sharded_over, distributed=distributed)
-    own = stage_parameters(numbers, config.parallel, stage)
+    own = stage_parameters(numbers, parallel, stage)
     return Static(
         num_parameters=count(own),
         num_trained=count(own, trained),
