@@ -115,7 +115,7 @@ def _engine(plan: DevicePlan) -> Table:
     table.add_row("weights", _gib(engine.weights))
     table.add_row("images of one step", _gib(engine.multimodal))
     table.add_row("rest of one step", _gib(engine.step))
-    table.add_row("graphs, workspaces", _gib(engine.fixed))
+    table.add_row("graphs, NCCL", _gib(engine.fixed))
     table.add_row("keys and values", f"{_gib(engine.cache)}: about {engine.concurrent_sequences} sequences at once")
     return table
 

@@ -19,7 +19,7 @@ LONGEST_SEQUENCES = (1, 2, 4)
 """Micro-batches of so many of the longest sequences are tried, beside those of the config."""
 MAX_VIRTUAL = 4
 FULLEST, FRACTION_STEP = 0.95, 0.05
-"""No device is to be fuller than that; a colocated engine's share is lowered in such steps until none is."""
+"""No device is to be fuller than that; a colocated engine's share is chosen in such steps."""
 
 
 @dataclass(frozen=True)
