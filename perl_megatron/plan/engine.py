@@ -92,7 +92,7 @@ def engine_memory(
     weights = wide * total_count(numbers) / tensor
     # Ranks beyond the key-value heads hold copies of them (vLLM, config/model.py: get_num_kv_heads).
     heads = max(1, numbers.num_kv_heads // tensor)
-    per_token = 2 * numbers.num_layers * heads * numbers.head_dim * wide
+    per_token: float = 2 * numbers.num_layers * heads * numbers.head_dim * wide
     if derived.engine == "embedded":
         # One batch of views, each with all its rollouts.
         sequences = derived.rollouts_per_view
