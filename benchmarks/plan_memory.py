@@ -96,6 +96,7 @@ def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[s
     from perl_megatron.batching.cost import CostModel
     from perl_megatron.config.derive import derive
     from perl_megatron.plan.assumptions import Assumptions
+    from perl_megatron.plan.engine import EngineShare
     from perl_megatron.plan.gpus import GIB
     from perl_megatron.plan.memory import stage_memory
     from perl_megatron.plan.workload import size_of
@@ -110,10 +111,10 @@ def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[s
         micro_batches=len(micro_batches),
         modules="torch",
         process=GIB * assumptions.cpu_workspace_gib,
-        engine=0.0,
+        engine=EngineShare(),
         fragmentation=0.0,
     )
-    growth = memory.update_peak / GIB
+    growth = memory.phases["update"] / GIB
     return {
         "planned_growth": growth,
         "planned_whole": growth + assumptions.cpu_process_gib,

@@ -37,6 +37,7 @@ def train(session: TrainingSession) -> None:
         if drawn.ends_run:
             session.end_of_questions(drawn)
             break
+        session.rest_engine(step)
         with phases("log_probs", **drawn.facts()):
             add_log_probs(session, drawn.kept)
         penalize_divergence(drawn.kept, config.algorithm)

@@ -48,9 +48,11 @@ class TrainingSession(Session):
         self.collector.await_rollouts(lambda: self.sync_weights(step))
 
     def sync_weights(self, step: int) -> None:
-        """Bring π_θ after ``step`` steps into the engine, which then samples as π_old."""
+        """Bring π_θ after ``step`` steps into the engine, which then is awake and samples as π_old."""
         if self._synced_step == step:
+            self.engine.wake()
             return
+        self._let_engine_sleep()  # where it has just been started: its cache must not be there beside the buckets
         report = self.engine.update_weights(self.actor.weights(), version=step)
         self._synced_step = step
         self._sync_metrics = {
@@ -59,6 +61,15 @@ class TrainingSession(Session):
             "sync/tensors": float(report.num_tensors),
             "sync/attest_seconds": report.attest_seconds,
         }
+
+    def rest_engine(self, step: int) -> None:
+        """Let a colocated engine give its device memory to the trainer; ``sync_weights`` wakes it."""
+        with self.phases("sync", step=step):
+            self._let_engine_sleep()
+
+    def _let_engine_sleep(self) -> None:
+        if self.config.rollout.sleep_mode:
+            self.engine.sleep()
 
     def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
         """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""

@@ -83,6 +83,7 @@ def make_session(actor: NotingActor, drawn: Drawn, **algorithm: Any) -> SimpleNa
         owes_evaluation=lambda step: step == 0,
         await_rollouts=ignore,
         sync_weights=ignore,
+        rest_engine=ignore,
         evaluate=ignore,
         log_step=ignore,
         evaluate_and_save_if_due=ignore,

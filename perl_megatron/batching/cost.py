@@ -20,6 +20,7 @@ what a memory-saving attention kernel does.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -150,6 +151,13 @@ class CostModel:
         longest = max((prompt + tokens for prompt, tokens in responses), default=0)
         padded = len(responses) * self.tokens_flops(longest)
         return Flops(vision=vision, prompt=prompts, response=used - prompts, loss=loss, padding=padded - used)
+
+    def attention_flops(self, views: Sequence[ViewWork]) -> Flops:
+        """What of ``flops`` the attention alone takes: queries with keys, and their weights with values."""
+        attention = copy.copy(self)
+        attention._token = attention._loss_token = 0
+        attention._patch_embedding = attention._patch_blocks = attention._merger = 0
+        return attention.flops(views)
 
     def memory(self, views: Sequence[ViewWork]) -> int:
         """Activations of a micro-batch of these views, in tokens of the language model."""

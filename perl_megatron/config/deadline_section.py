@@ -22,7 +22,7 @@ class DeadlinesConfig(Section):
     reward: float = Field(default=3600.0, gt=0)
     """Scoring the rollouts that are drawn together; a judge that is asked again and again takes its time."""
     sync: float = Field(default=1800.0, gt=0)
-    """Bringing the weights into the engine."""
+    """Bringing the weights into the engine, and waking it; or putting it to sleep."""
     log_probs: float = Field(default=3600.0, gt=0)
     """The forward passes of one step: the policy's log-probabilities and the reference's."""
     update: float = Field(default=3600.0, gt=0)

@@ -58,6 +58,9 @@ class RolloutConfig(Section):
     """Sequences that an engine works on at once."""
     gpu_memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """vLLM on CUDA: the share of device memory that it may take."""
+    sleep_mode: bool = True
+    """A colocated engine on CUDA gives its device memory to the trainer during log-probabilities and updates; each step
+    then copies its weights to host memory and back. False: it keeps them, and vLLM its whole share, throughout."""
     cpu_cache_gib: float = Field(default=1.0, gt=0)
     """vLLM on CPU: size of its key-value cache in GiB, for each engine rank."""
     sync_bucket_mib: int = Field(default=1024, ge=1)

@@ -27,7 +27,7 @@ from typing import Literal
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.schema import Config
 from perl_megatron.plan.parameters import padded_vocabulary, trained_parts
-from perl_megatron.plan.workload import MicroBatchSize
+from perl_megatron.plan.workload import MicroBatchSize, largest_image, most_patches
 
 Modules = Literal["torch", "transformer_engine"]
 SINGLE = 4
@@ -98,7 +98,9 @@ def _vision(
     parallel, wide, trained = config.parallel, bytes_of_number(config), trained_parts(config.optimizer)
     is_sharded = parallel.vision == "sharded"
     tensor = parallel.tensor if is_sharded else 1
-    patches = size.patches if is_sharded else size.patches / parallel.tensor
+    patches: float = size.patches
+    if not is_sharded:
+        patches = most_patches(size.patches, largest_image(config, numbers), parallel.tensor)
     width, ffn = patches * numbers.vision_hidden_size, patches * numbers.vision_ffn_size
     cells = patches / numbers.vision_merge_size**2
     pixels = float(SINGLE * size.patches * numbers.vision_patch_values)

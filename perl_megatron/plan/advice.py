@@ -67,15 +67,16 @@ def _memory(
     worst = max(stages, key=lambda stage: stage.peak)
     ranks = derived.world_size // derived.pipeline_size
     where = f"ranks {worst.stage * ranks} to {(worst.stage + 1) * ranks - 1} (pipeline stage {worst.stage})"
+    phase = worst.fullest_phase
     if worst.peak > device_bytes:
-        text = f"{where} need {worst.peak / GIB:.1f} GiB, and a device has {device_bytes / GIB:.1f} GiB"
+        text = f"{where} need {worst.peak / GIB:.1f} GiB ({phase}), and a device has {device_bytes / GIB:.1f} GiB"
         yield Remark("does not fit", "cannot run", text, "; ".join(_ways_to_less(config, derived, worst)))
     elif worst.peak > FULL * device_bytes:
         share = worst.peak / device_bytes
         yield Remark(
             "tight",
             "note",
-            f"{where} need {share:.0%} of a device: the assumptions below decide whether it fits",
+            f"{where} need {share:.0%} of a device ({phase}): the assumptions below decide whether it fits",
             "; ".join(_ways_to_less(config, derived, worst)[:2]),
         )
     elif config.model.recompute == "full" and without_full_recomputation < FULL * device_bytes:
@@ -89,25 +90,30 @@ def _memory(
 
 
 def _ways_to_less(config: Config, derived: Derived, worst: StageMemory) -> list[str]:
-    """What to change, by what takes most."""
-    ways: list[tuple[float, str]] = []
-    active = worst.activations + worst.vision_activations + worst.work
-    if config.model.recompute != "full":
-        ways.append((active, "model.recompute=full"))
-    elif config.actor.micro_batch_tokens > derived.max_sequence_tokens:
-        ways.append((active, f"actor.micro_batch_tokens={max(derived.max_sequence_tokens, 1)}"))
-    else:
-        ways.append((active, "shorter data.max_prompt_tokens or rollout.max_response_tokens"))
+    """What to change in the fullest phase, by what takes most."""
+    ways = [(float(worst.exact), "a larger parallel.tensor or parallel.pipeline, or more processes")]
     if not config.optimizer.distributed and derived.data_size > 1:
         ways.append((worst.static.optimizer, "optimizer.distributed=true"))
-    static = worst.static.parameters + worst.static.gradients + worst.static.optimizer
-    if not config.parallel.sequence and derived.tensor_size > 1:
-        ways.append((active / 2, "parallel.sequence=true"))
-    ways.append((static, "a larger parallel.tensor or parallel.pipeline, or more processes"))
-    if worst.engine and derived.engine == "vllm":
-        ways.append((worst.engine, f"rollout.gpu_memory_fraction below {config.rollout.gpu_memory_fraction:g}"))
-    if worst.engine and derived.engine == "embedded":
-        ways.append((worst.engine, "rollout.engine=vllm, which is spread over processes"))
+    phase = worst.fullest_phase
+    if phase == "update":
+        active = worst.activations + worst.vision_activations + worst.work
+        if config.model.recompute != "full":
+            ways.append((active, "model.recompute=full"))
+        elif config.actor.micro_batch_tokens > derived.max_sequence_tokens:
+            ways.append((active, f"actor.micro_batch_tokens={max(derived.max_sequence_tokens, 1)}"))
+        else:
+            ways.append((active, "shorter data.max_prompt_tokens or rollout.max_response_tokens"))
+        if not config.parallel.sequence and derived.tensor_size > 1:
+            ways.append((active / 2, "parallel.sequence=true"))
+    elif phase == "weight sync" and worst.synchronization > worst.least_synchronization:
+        ways.append((worst.synchronization, "a smaller rollout.sync_bucket_mib"))
+    own = {"update": worst.engine.update, "weight sync": worst.engine.sync, "generate": worst.engine.generate}[phase]
+    if own and not worst.engine.sleeps and not config.rollout.sleep_mode:
+        ways.append((own, "rollout.sleep_mode=true"))
+    if own == worst.engine.generate > 0 and derived.engine == "vllm":
+        ways.append((own, f"rollout.gpu_memory_fraction below {config.rollout.gpu_memory_fraction:g}"))
+    if own and derived.engine == "embedded":
+        ways.append((own, "rollout.engine=vllm, which is spread over processes"))
     return [text for _, text in sorted(ways, reverse=True)]
 
 
@@ -139,11 +145,12 @@ def _engine(config: Config, derived: Derived, engine: EngineMemory) -> Iterator[
             f"{rollout.max_concurrent_sequences} of rollout.max_concurrent_sequences",
             "a larger rollout.gpu_memory_fraction or rollout.tensor_parallel",
         )
-    if derived.engine == "vllm":
+    if derived.engine == "vllm" and not rollout.sleep_mode:
         yield Remark(
             "engine stays awake",
             "note",
-            f"vLLM keeps its {engine.reserve / GIB:.1f} GiB during updates: the loop does not put it to sleep",
+            f"vLLM keeps its {engine.reserve / GIB:.1f} GiB during updates",
+            "rollout.sleep_mode=true copies its weights to host memory and back in every step",
         )
 
 

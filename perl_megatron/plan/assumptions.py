@@ -25,17 +25,25 @@ class Assumptions:
     prompt_share: float = _assume(0.5, "mean prompt, as a share of data.max_prompt_tokens")
     response_share: float = _assume(0.5, "mean response, as a share of rollout.max_response_tokens")
     image_share: float = _assume(0.9, "share of a prompt's tokens that are image tokens")
+    image_size_share: float = _assume(1.0, "mean image, as a share of data.max_pixels (without it: one a question)")
     kept_share: float = _assume(1.0, "share of the drawn questions that the filter keeps")
 
     # Memory of a process on a GPU
     device_gib: float = _assume(2.0, "GiB for the CUDA context, cuBLAS, kernels, and NCCL's buffers")
     fragmentation: float = _assume(0.05, "share of the trainer's memory that its allocator loses between blocks")
-    engine_fixed_gib: float = _assume(2.0, "GiB of vLLM's reserve for CUDA graphs and workspaces")
+    engine_fixed_gib: float = _assume(2.0, "GiB of vLLM's reserve for CUDA graphs and NCCL, which it keeps asleep")
     engine_batched_tokens: float = _assume(16384, "tokens of one of vLLM's steps (its default on GPUs from 70 GiB on)")
 
     # Memory of a process on a CPU
     cpu_process_gib: float = _assume(0.48, "GiB for the interpreter and libraries (torch, transformers, megatron-core)")
     cpu_workspace_gib: float = _assume(0.05, "GiB for threads, communication and what the allocator keeps")
+
+    # Memory traffic of the optimizer
+    adam_bytes: float = _assume(
+        36.0,
+        "bytes a number: Adam reads gradient, weight and two moments, writes the last three; two norms read gradients",
+    )
+    weight_copy_bytes: float = _assume(6.0, "bytes a number more where a bfloat16 copy is made of the main weight")
 
     # Speed, as shares of the data sheet's peaks
     matmul_efficiency: float = _assume(0.45, "share of the peak that matrix products of the trainer and prefill reach")
@@ -45,6 +53,7 @@ class Assumptions:
     decode_overhead_ms: float = _assume(3.0, "milliseconds of scheduler and launches for a token of all sequences")
     all_reduce_us: float = _assume(15.0, "microseconds that a small all-reduce of a decoding step takes")
     host_copy_gb: float = _assume(10.0, "GB/s between device and (not pinned) host memory")
+    pinned_copy_gb: float = _assume(25.0, "GB/s between device and pinned host memory, of an engine that sleeps")
     disk_gb: float = _assume(1.0, "GB/s to the folder of rollout.weight_transfer=disk, written and read once each")
 
     def explain(self) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ rings send them: an all-gather or reduce-scatter of S bytes over n ranks sends (
 
 - tensor: each layer an all-reduce (with sequence parallelism a reduce-scatter and an all-gather) of B·H·e after the
   attention and after the feed-forward part, the same backwards; with full recomputation forwards twice. With sequence
-  parallelism the inputs of two products are gathered once more backwards. The tower likewise, where it is sharded.
+  parallelism the inputs of two products are gathered once more backwards. The tower likewise, where it is sharded; a
+  frozen one forwards only. A replicated one gathers the features, as many rows from each rank as the one with most
+  images has, and once an update adds up its gradients.
 - pipeline: B·H·e forwards and as much backwards, once for each model chunk; a t-th of it with sequence parallelism.
 - context: keys and values of each layer are gathered, and their gradients scattered.
 - data: for each update, gradients in float32 (reduce-scatter, without distributed optimizer all-reduce) and parameters
@@ -89,9 +91,13 @@ def pass_traffic(
     *,
     tokens: float,
     patches: float,
+    share: float,
     backward: bool,
 ) -> PassTraffic:
-    """Of a micro-batch of ``tokens`` (of all context ranks) and ``patches``: forwards, or forwards and backwards."""
+    """Of a micro-batch of ``tokens`` (of all context ranks) and ``patches``: forwards, or forwards and backwards.
+
+    ``share``: of the patches, where whole images are dealt, that of the rank with most.
+    """
     parallel, wide = config.parallel, bytes_of_number(config)
     tensor, context, layers = derived.tensor_size, derived.context_size, derived.stage_layers[stage]
     hidden = wide * tokens / context * numbers.hidden_size
@@ -103,10 +109,11 @@ def pass_traffic(
         of_layers += layers * 2 * ring * hidden
     of_tower = 0.0
     if stage == 0 and parallel.vision == "sharded":
-        blocks = numbers.vision_depth
-        of_tower = blocks * 2 * passes * 2 * ring * wide * patches * numbers.vision_hidden_size
+        of_passes = passes if "vision" in trained_parts(config.optimizer) else 1
+        of_tower = numbers.vision_depth * 2 * of_passes * 2 * ring * wide * patches * numbers.vision_hidden_size
     elif stage == 0:
-        of_tower = ring * wide * patches / numbers.vision_merge_size**2 * numbers.vision_out_hidden_size
+        rows = share * patches / numbers.vision_merge_size**2
+        of_tower = (tensor - 1) * rows * wide * numbers.vision_out_hidden_size
     is_end = stage == derived.pipeline_size - 1
     boundaries = derived.virtual_pipeline_size - (1 if is_end else 0)
     sent = boundaries + (backward * (derived.virtual_pipeline_size - (1 if stage == 0 else 0)))
@@ -124,16 +131,22 @@ def update_traffic(config: Config, derived: Derived, numbers: ArchitectureNumber
     return (ranks - 1) / ranks * trained * (SINGLE + gathered)
 
 
-def model_parallel_gradients(config: Config, derived: Derived, numbers: ArchitectureNumbers, stage: int) -> float:
-    """Bytes of gradients that a rank adds up over other axes in one update: a replicated tower, a tied embedding."""
+def model_parallel_gradients(
+    config: Config, derived: Derived, numbers: ArchitectureNumbers, stage: int
+) -> dict[str, float]:
+    """Axis → bytes of gradients that a rank adds up along it in one update.
+
+    A replicated tower's over the tensor-parallel ranks, a tied embedding's between the first stage and the last.
+    """
     own, trained = stage_parameters(numbers, config.parallel, stage), trained_parts(config.optimizer)
     tower = sum(one.count for one in own if one.part != "language" and one.part in trained)
     tensor = derived.tensor_size
-    sent = 0.0
-    if config.parallel.vision == "replicated":
-        sent += 2 * (tensor - 1) / tensor * SINGLE * tower
+    is_replicated = config.parallel.vision == "replicated"
     shared = sum(one.count for one in own if one.is_shared_embedding and one.part in trained)
-    return sent + SINGLE * shared
+    return {
+        "tensor": 2 * (tensor - 1) / tensor * SINGLE * tower if is_replicated else 0.0,
+        "pipeline": float(SINGLE * shared),
+    }
 
 
 def sync_seconds(

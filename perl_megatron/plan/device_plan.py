@@ -82,9 +82,9 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
         prompt_tokens=workload.prompt_tokens,
         response_tokens=workload.response_tokens,
     )
-    stages = plan_memory(config, derived, numbers, workload, gpu, assumptions, engine=engine.colocated)
+    stages = plan_memory(config, derived, numbers, workload, gpu, assumptions, engine=engine.share)
     lighter = config.model_copy(update={"model": config.model.model_copy(update={"recompute": "selective"})})
-    without = plan_memory(lighter, derived, numbers, workload, gpu, assumptions, engine=engine.colocated)
+    without = plan_memory(lighter, derived, numbers, workload, gpu, assumptions, engine=engine.share)
     time = Roofline(config, derived, numbers, workload, gpu, assumptions).step(engine)
     return DevicePlan(
         device=device,

@@ -1,25 +1,31 @@
 """The memory of a rank of each pipeline stage: what lies there throughout, and what comes on top. No torch.
 
-    process + parameters + gradients + optimizer + the engine's share           (throughout)
-    + the most of: activations with the work of a backward pass; buckets of a weight sync; temporaries of the optimizer
+    process + parameters + gradients + optimizer                                                        (throughout)
+    + the most of what the phases of a step add:
+      update: activations with the work of a backward pass, or temporaries of the optimizer; and the sleeping engine
+      weight sync: two buckets of weights, and the engine without its cache
+      generate: the engine
 
 Parameters, gradients and optimizer are exact (``parameters``, ``buffers``); activations are ``activations``'s for the
-largest micro-batches that the config allows, times those that the schedule has in flight; the rest are assumptions.
-The numbers of a colocated engine count throughout: the loop does not put it to sleep while it trains.
+largest micro-batches that the config allows, times those that the schedule has in flight; the engine is ``engine``'s,
+whole in all phases where it does not sleep; the rest are assumptions. The forward passes for log-probabilities keep
+nothing, so that they take less than the update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
-from perl_megatron.config.schema import Config
+from perl_megatron.config.schema import Config, OptimizerSection, ParallelConfig
 from perl_megatron.plan.activations import SINGLE, Activations, Modules, activations, bytes_of_number
 from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.buffers import Bucket, buckets, buffer_size, largest_optimized
+from perl_megatron.plan.engine import EngineShare
 from perl_megatron.plan.gpus import GIB, Gpu
 from perl_megatron.plan.parameters import chunk_parameters, count, stage_parameters, total_count, trained_parts
 from perl_megatron.plan.workload import MicroBatchSize, Workload
@@ -46,52 +52,90 @@ class StageMemory:
     static: Static
     micro_batches_in_flight: float
     """In micro-batches of the whole stage; a model chunk's count by its layers."""
+    images_in_flight: int
+    """Micro-batches whose images the stage holds; 0 on all but the first."""
     activations: float
     """Kept of all micro-batches in flight: language model, and output head."""
     vision_activations: float
     work: float
     """The most that one step of the backward pass allocates beside: a layer's gradients, or the loss kernel's tiles."""
     synchronization: float
-    """Buckets of weights on their way to the engine (never together with activations)."""
+    """Buckets of weights on their way to the engine."""
+    least_synchronization: float
+    """The same with the smallest rollout.sync_bucket_mib."""
     optimizer_step: float
-    """Temporaries of the optimizer (likewise)."""
+    """Temporaries of the optimizer (never together with activations)."""
     process: float
-    engine: float
-    lost: float
-    """By the allocator, between blocks."""
+    engine: EngineShare
+    fragmentation: float
+    """Share of the trainer's memory that its allocator loses between blocks."""
     host_reference: int
     """In host memory: the reference policy's weights."""
 
     @property
-    def throughout(self) -> float:
-        """Of what never goes."""
-        static = self.static.parameters + self.static.gradients + self.static.optimizer
-        return static + self.process + self.engine + self.lost
+    def exact(self) -> int:
+        """Parameters, gradients and optimizer."""
+        return self.static.parameters + self.static.gradients + self.static.optimizer
 
     @property
-    def update_peak(self) -> float:
-        """Of the device during an update."""
-        training = self.activations + self.vision_activations + self.work
-        return self.throughout + max(training, self.optimizer_step)
+    def training(self) -> float:
+        """What an update adds."""
+        return max(self.activations + self.vision_activations + self.work, self.optimizer_step)
+
+    @property
+    def lost(self) -> float:
+        """By the allocator, between blocks, during an update."""
+        return self.fragmentation * (self.exact + self.training)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Phase of a step → the most that it takes of the device."""
+
+        def taken(added: float, engine: float) -> float:
+            return self.process + (1 + self.fragmentation) * (self.exact + added) + engine
+
+        return {
+            "update": taken(self.training, self.engine.update),
+            "weight sync": taken(self.synchronization, self.engine.sync),
+            "generate": taken(0.0, self.engine.generate),
+        }
+
+    @property
+    def fullest_phase(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=self.phases.__getitem__)
 
     @property
     def peak(self) -> float:
         """Of the device."""
-        return max(self.update_peak, self.throughout + self.synchronization)
+        return max(self.phases.values())
 
     def as_json(self) -> dict[str, Any]:
-        """All numbers, with ``peak``."""
-        return {**asdict(self), "peak": self.peak}
+        """All numbers, with ``phases``, ``fullest_phase``, ``peak`` and ``lost``."""
+        derived = {name: getattr(self, name) for name in ("phases", "fullest_phase", "peak", "lost")}
+        return {**asdict(self), **derived}
 
 
 def static_memory(config: Config, derived: Derived, numbers: ArchitectureNumbers, stage: int) -> Static:
     """Exact bytes of a rank of a stage."""
-    wide, distributed = bytes_of_number(config), config.optimizer.distributed
-    sharded_over = derived.data_size * derived.context_size
-    trained = trained_parts(config.optimizer)
+    replicas = derived.data_size * derived.context_size
+    return _static_memory(config.parallel, config.optimizer, numbers, stage, replicas, bytes_of_number(config))
+
+
+@lru_cache(maxsize=4096)
+def _static_memory(
+    parallel: ParallelConfig,
+    optimizer: OptimizerSection,
+    numbers: ArchitectureNumbers,
+    stage: int,
+    sharded_over: int,
+    wide: int,
+) -> Static:
+    """Kept, as a search asks for the same again and again."""
+    distributed, trained = optimizer.distributed, trained_parts(optimizer)
     parameters = gradients = optimized = 0
-    for chunk in range(derived.virtual_pipeline_size):
-        of_chunk = chunk_parameters(numbers, config.parallel, stage, chunk)
+    for chunk in range(parallel.virtual_pipeline):
+        of_chunk = chunk_parameters(numbers, parallel, stage, chunk)
         found: Sequence[Bucket] = buckets(
             [one for one in of_chunk if one.part in trained], sharded_over, distributed=distributed
         )
@@ -100,7 +144,7 @@ def static_memory(config: Config, derived: Derived, numbers: ArchitectureNumbers
         parameters += wide * ((size if distributed else count(of_chunk, trained)) + frozen)
         gradients += SINGLE * size
         optimized += largest_optimized(found, sharded_over, distributed=distributed)
-    own = stage_parameters(numbers, config.parallel, stage)
+    own = stage_parameters(numbers, parallel, stage)
     return Static(
         num_parameters=count(own),
         num_trained=count(own, trained),
@@ -123,6 +167,17 @@ def in_flight(derived: Derived, stage: int, micro_batches: int) -> float:
     return min(warm_up + 1, micro_batches * chunks) / chunks
 
 
+def images_in_flight(derived: Derived, micro_batches: int) -> int:
+    """Micro-batches whose images the first stage holds at once.
+
+    Interleaved: forward passes come in groups of P micro-batches, chunk after chunk, and P of the first chunk come
+    again before the first of the first group has gone back through the last chunk. So two groups are held (the test
+    follows megatron-core's own table).
+    """
+    groups = 1 if derived.virtual_pipeline_size == 1 else 2
+    return min(groups * derived.pipeline_size, micro_batches)
+
+
 def stage_memory(
     config: Config,
     derived: Derived,
@@ -133,7 +188,7 @@ def stage_memory(
     micro_batches: int,
     modules: Modules,
     process: float,
-    engine: float,
+    engine: EngineShare,
     fragmentation: float,
 ) -> StageMemory:
     """The memory of a rank of ``stage`` with the worst of some micro-batches, all in flight of that size."""
@@ -141,12 +196,16 @@ def stage_memory(
     flying = in_flight(derived, stage, micro_batches)
     layers = derived.stage_layers[stage]
     is_first, is_last = stage == 0, stage == derived.pipeline_size - 1
+    of_images = images_in_flight(derived, micro_batches) if is_first else 0
 
     def kept(one: Activations) -> tuple[float, float, float]:
-        # Of the chunks, the first's images and the last's head are in flight as often as its micro-batches.
+        # A micro-batch goes back as soon as it has left the last chunk: one head is held.
         held = flying * layers * one.layer + (one.head if is_last else 0)
-        vision = min(micro_batches, _ceil(flying)) * one.vision if is_first else 0
-        return held, vision, max(one.layer_work, one.loss_work if is_last else 0, one.vision_work if is_first else 0)
+        return (
+            held,
+            of_images * one.vision,
+            max(one.layer_work, one.loss_work if is_last else 0, one.vision_work if is_first else 0),
+        )
 
     most = max((kept(activations(config, numbers, size, modules)) for size in sizes), key=sum)
     step = 0
@@ -154,21 +213,23 @@ def stage_memory(
         trained = [one.count for one in stage_parameters(numbers, config.parallel, stage)]
         step = 2 * SINGLE * max(trained) if trained else 0
     wide = bytes_of_number(config)
-    bucket = max(config.rollout.sync_bucket_mib << 20, 2 * wide * numbers.vocabulary_size * numbers.hidden_size)
-    sync = min(2 * bucket, 2 * wide * total_count(numbers))
-    total = sum((static.parameters, static.gradients, static.optimizer, max(sum(most), step)))
+    smallest, whole = 2 * wide * numbers.vocabulary_size * numbers.hidden_size, wide * total_count(numbers)
+    least_sync = 2 * min(smallest, whole)
+    sync = 2 * min(max(config.rollout.sync_bucket_mib << 20, smallest), whole)
     return StageMemory(
         stage=stage,
         static=static,
         micro_batches_in_flight=flying,
+        images_in_flight=of_images,
         activations=most[0],
         vision_activations=most[1],
         work=most[2],
         synchronization=sync,
+        least_synchronization=least_sync,
         optimizer_step=step,
         process=process,
         engine=engine,
-        lost=fragmentation * total,
+        fragmentation=fragmentation,
         host_reference=static.num_parameters * wide if config.algorithm.kl_coefficient > 0 else 0,
     )
 
@@ -181,9 +242,9 @@ def plan_memory(
     gpu: Gpu,
     assumptions: Assumptions,
     *,
-    engine: float,
+    engine: EngineShare,
 ) -> list[StageMemory]:
-    """Of each stage on a device. ``engine``: bytes of each rank's device that an engine in its process takes."""
+    """Of each stage on a device; ``engine`` is each rank's."""
     gib = assumptions.cpu_process_gib + assumptions.cpu_workspace_gib if gpu.is_cpu else assumptions.device_gib
     return [
         stage_memory(
@@ -205,7 +266,3 @@ def plan_memory(
 def modules_on(gpu: Gpu, config: Config) -> Modules:
     """Transformer Engine's on a GPU in bfloat16 (where it has to be installed), else torch's."""
     return "torch" if gpu.is_cpu or config.model.dtype == "float32" else "transformer_engine"
-
-
-def _ceil(number: float) -> int:
-    return -int(-number // 1)

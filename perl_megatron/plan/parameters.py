@@ -69,9 +69,21 @@ def count(parameters: tuple[Parameter, ...], parts: set[Part] | None = None) -> 
     return sum(one.count for one in parameters if parts is None or one.part in parts)
 
 
+@lru_cache(maxsize=64)
 def total_count(numbers: ArchitectureNumbers) -> int:
     """Numbers in the whole model, which is what is published."""
     return count(chunk_parameters(numbers, ParallelConfig(), 0))
+
+
+@lru_cache(maxsize=64)
+def decoded_count(numbers: ArchitectureNumbers) -> int:
+    """Numbers that a token is multiplied by when it is decoded.
+
+    The language part, of which an input embedding that is not the output layer too gives a row only.
+    """
+    whole = chunk_parameters(numbers, ParallelConfig(), 0)
+    lookup = 0 if numbers.tied_embeddings else numbers.vocabulary_size * numbers.hidden_size
+    return count(whole, {"language"}) - lookup
 
 
 def padded_vocabulary(numbers: ArchitectureNumbers, tensor: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -73,24 +73,33 @@ def _memory(plan: DevicePlan) -> Table:
     for stage in plan.stages:
         table.add_column(str(stage.stage), justify="right")
 
-    rows = {
+    rows: dict[str, Callable[[StageMemory], float]] = {
         "parameters": lambda one: one.static.parameters,
         "gradients (float32)": lambda one: one.static.gradients,
         "optimizer": lambda one: one.static.optimizer,
-        "engine, throughout": lambda one: one.engine,
         "process": lambda one: one.process,
-        "language activations": lambda one: one.activations,
-        "vision activations": lambda one: one.vision_activations,
-        "backward pass or loss": lambda one: one.work,
-        "lost by the allocator": lambda one: one.lost,
-        "(weight sync, instead)": lambda one: one.synchronization,
+        "update: language activations": lambda one: one.activations,
+        "update: vision activations": lambda one: one.vision_activations,
+        "update: backward pass or loss": lambda one: one.work,
+        "update: lost by the allocator": lambda one: one.lost,
+        "update: engine": lambda one: one.engine.update,
+        "weight sync: buckets": lambda one: one.synchronization,
+        "weight sync: engine": lambda one: one.engine.sync,
+        "generate: engine": lambda one: one.engine.generate,
     }
     for name, value in rows.items():
         table.add_row(name, *(_gib(value(stage)) for stage in plan.stages))
     table.add_row("micro-batches in flight", *(f"{stage.micro_batches_in_flight:g}" for stage in plan.stages))
+    for phase in plan.stages[0].phases:
+        table.add_row(f"all in {phase}", *(_gib(stage.phases[phase]) for stage in plan.stages))
     table.add_row("peak", *(_peak(stage, plan.device.memory) for stage in plan.stages))
-    if any(stage.host_reference for stage in plan.stages):
-        table.add_row("reference, host memory", *(_gib(stage.host_reference) for stage in plan.stages))
+    in_host: dict[str, Callable[[StageMemory], float]] = {
+        "reference, host memory": lambda one: one.host_reference,
+        "sleeping engine, host memory": lambda one: one.engine.host,
+    }
+    for name, value in in_host.items():
+        if any(map(value, plan.stages)):
+            table.add_row(name, *(_gib(value(stage)) for stage in plan.stages))
     return table
 
 
@@ -106,7 +115,7 @@ def _engine(plan: DevicePlan) -> Table:
     table.add_row("weights", _gib(engine.weights))
     table.add_row("images of one step", _gib(engine.multimodal))
     table.add_row("rest of one step", _gib(engine.step))
-    table.add_row("graphs, workspaces", _gib(engine.fixed))
+    table.add_row("graphs, NCCL", _gib(engine.fixed))
     table.add_row("keys and values", f"{_gib(engine.cache)}: about {engine.concurrent_sequences} sequences at once")
     return table
 
@@ -123,6 +132,8 @@ def _step(plan: DevicePlan) -> Table:
     table.add_row("update", f"{time.update:.1f} s, {time.update_flops / 1e15:.1f} PFLOP: {share}")
     table.add_row("pipeline bubble", f"{time.bubble:.0%} of {time.micro_batches} micro-batches")
     table.add_row("weight sync", f"{time.sync:.1f} s for {time.sync_bytes / 1e9:.1f} GB")
+    if time.sleep:
+        table.add_row("engine to sleep and back", f"{time.sleep:.1f} s")
     table.add_row("step", f"{time.total:.1f} s")
     return table
 

@@ -19,7 +19,7 @@ LONGEST_SEQUENCES = (1, 2, 4)
 """Micro-batches of so many of the longest sequences are tried, beside those of the config."""
 MAX_VIRTUAL = 4
 FULLEST, FRACTION_STEP = 0.95, 0.05
-"""No device is to be fuller than that; a colocated engine's share is lowered in such steps until none is."""
+"""No device is to be fuller than that; a colocated engine's share is chosen in such steps."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,29 @@ def _fullest(plan: DevicePlan) -> float:
 def _fitted(
     candidate: Config, derived: Derived, numbers: ArchitectureNumbers, device: Device
 ) -> tuple[Config, DevicePlan] | None:
-    """The candidate with its plan, a colocated engine lowered to what is free; None where it does not fit."""
+    """The candidate with its plan, a colocated engine with a share that suits it; None where it does not fit."""
     plan = make_device_plan(candidate, derived, numbers, device)
-    excess = _fullest(plan) / device.memory - FULLEST
-    if derived.engine == "vllm" and excess > 0:
-        fraction = math.floor((candidate.rollout.gpu_memory_fraction - excess) / FRACTION_STEP) * FRACTION_STEP
+    if derived.engine == "vllm" and not device.gpu.is_cpu:
+        fraction = _fraction(candidate, plan)
         if fraction <= 0:
             return None
-        rollout = candidate.rollout.model_copy(update={"gpu_memory_fraction": round(fraction, 2)})
-        candidate = candidate.model_copy(update={"rollout": rollout})
-        plan = make_device_plan(candidate, derived, numbers, device)
+        if fraction != candidate.rollout.gpu_memory_fraction:
+            rollout = candidate.rollout.model_copy(update={"gpu_memory_fraction": fraction})
+            candidate = candidate.model_copy(update={"rollout": rollout})
+            plan = make_device_plan(candidate, derived, numbers, device)
     return None if plan.obstacles or _fullest(plan) > FULLEST * device.memory else (candidate, plan)
+
+
+def _fraction(candidate: Config, plan: DevicePlan) -> float:
+    """What vLLM may take: as much as is free, or less where that is enough and no less than the config's."""
+    engine, memory = plan.engine, plan.device.memory
+    without = max(
+        stage.phases["generate"] - engine.reserve if engine.share.sleeps else stage.peak - engine.reserve
+        for stage in plan.stages
+    )
+    free = math.floor((FULLEST - without / memory) / FRACTION_STEP) * FRACTION_STEP
+    enough = math.ceil(engine.enough / memory / FRACTION_STEP) * FRACTION_STEP
+    return round(min(free, max(enough, candidate.rollout.gpu_memory_fraction)), 2)
 
 
 def _divisors(number: int) -> list[int]:

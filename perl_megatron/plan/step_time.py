@@ -4,21 +4,22 @@ NO MEASUREMENT. Phases follow each other, as in the loop (with rollout.max_stale
 update, and only the longer of the two counts):
 
 - generate: prompts at the rate of matrix products; then each token of all running sequences takes the longer of its
-  arithmetic and of reading weights, keys and values once, plus what vLLM's scheduler and all-reduces take.
+  arithmetic and of reading the language model's weights, keys and values once, plus what vLLM's scheduler and
+  all-reduces take.
 - log-probabilities: a forward pass over all responses for log π_old (algorithm.old_policy = trainer), and one for
   log π_ref (kl_coefficient > 0), for which the weights of this rank are exchanged with host memory twice.
-- update: forward and backward passes, gradients, optimizer (20 bytes of memory traffic a number), all-gather.
-- sync: weights to the engine.
+- update: forward and backward passes, what recomputation repeats, gradients, optimizer, all-gather.
+- sync: weights to the engine. Where it sleeps meanwhile, its weights go to pinned host memory and back.
 
 A pass through a pipeline of P stages, V chunks each: (m + (P - 1)/V) times the slowest stage's micro-batch, m of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from perl_megatron.batching.cost import CostModel
+from perl_megatron.batching.cost import CostModel, Flops
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
 from perl_megatron.config.schema import Config
@@ -26,6 +27,7 @@ from perl_megatron.plan.activations import bytes_of_number
 from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.communication import (
     Links,
+    PassTraffic,
     Traffic,
     model_parallel_gradients,
     pass_traffic,
@@ -34,11 +36,8 @@ from perl_megatron.plan.communication import (
 )
 from perl_megatron.plan.engine import EngineMemory
 from perl_megatron.plan.gpus import Gpu
-from perl_megatron.plan.parameters import count, stage_parameters, total_count, trained_parts
-from perl_megatron.plan.workload import Workload, size_of
-
-OPTIMIZER_TRAFFIC = 20
-"""Bytes of memory traffic for a number that is optimized: gradient, two moments read and written, weight."""
+from perl_megatron.plan.parameters import count, decoded_count, stage_parameters, trained_parts
+from perl_megatron.plan.workload import MicroBatchSize, Workload, most_patches, size_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class StepTime:
     update: float
     sync: float
     sync_bytes: float
+    sleep: float
+    """Weights of a colocated engine between device and host."""
     bubble: float
     """Share of the update that pipeline stages wait while it fills and drains."""
     micro_batches: int
@@ -68,7 +69,7 @@ class StepTime:
     def total(self) -> float:
         """Seconds of a whole step."""
         learn = self.log_probs + self.update
-        return self.sync + (max(self.generate, learn) if self.overlapped else self.generate + learn)
+        return self.sync + self.sleep + (max(self.generate, learn) if self.overlapped else self.generate + learn)
 
     def as_json(self) -> dict[str, Any]:
         """All numbers, with ``total``."""
@@ -93,6 +94,13 @@ class Roofline:
         peak = gpu.flops if config.model.dtype == "bfloat16" else gpu.flops_float32
         self.flops = peak * assumptions.matmul_efficiency
         self.peak, self.bandwidth = peak, gpu.bandwidth * assumptions.bandwidth_efficiency
+        # Merger and language model alone send nothing back through the tower.
+        self.trains_images = "vision" in trained_parts(config.optimizer)
+        # Of a micro-batch's images, that of the tensor-parallel rank with most.
+        images = workload.images_of_micro_batch
+        is_dealt = config.parallel.vision == "replicated"
+        most = most_patches(images, 1, derived.tensor_size) / images
+        self.image_share = most if is_dealt else 1 / derived.tensor_size
 
     def step(self, engine: EngineMemory) -> StepTime:
         """All phases of a step."""
@@ -111,6 +119,7 @@ class Roofline:
             update=update,
             sync=sync,
             sync_bytes=sync_bytes,
+            sleep=2 * engine.share.host / (assumptions.pinned_copy_gb * 1e9),
             bubble=bubble,
             micro_batches=self.workload.micro_batches,
             update_flops=flops,
@@ -120,35 +129,51 @@ class Roofline:
         )
 
     def _group_flops(self, *, backward: bool) -> float:
-        trains_images = bool(trained_parts(self.config.optimizer) & {"vision", "merger"})
-        cost = CostModel(self.numbers, self.config.actor.sharing, backward=backward, vision_backward=trains_images)
-        return cost.flops(self.workload.group).total
+        return self._cost(backward=backward).flops(self.workload.group).total
+
+    def _cost(self, *, backward: bool) -> CostModel:
+        return CostModel(self.numbers, self.config.actor.sharing, backward=backward, vision_backward=self.trains_images)
+
+    def _repeated(self) -> Flops:
+        """What recomputation computes again of the mean group: all layers, or the attention alone."""
+        forward, group = self._cost(backward=False), self.workload.group
+        repeated = {
+            "none": Flops(),
+            "selective": forward.attention_flops(group),
+            "full": replace(forward.flops(group), loss=0),
+        }[self.config.model.recompute]
+        return repeated if self.trains_images else replace(repeated, vision=0)
 
     def _stage_seconds(self, groups: float, *, backward: bool) -> list[float]:
         """Of each stage for so many groups, whatever micro-batches they are in: arithmetic and messages."""
-        config, derived, numbers = self.config, self.derived, self.numbers
-        trains_images = bool(trained_parts(config.optimizer) & {"vision", "merger"})
-        cost = CostModel(numbers, config.actor.sharing, backward=backward, vision_backward=trains_images)
-        forward = CostModel(numbers, config.actor.sharing, backward=False).flops(self.workload.group)
-        flops = cost.flops(self.workload.group)
-        again = backward and config.model.recompute == "full"
-        language = flops.prompt + flops.response + flops.padding
-        if again:
-            language += forward.prompt + forward.response + forward.padding
-        vision = flops.vision + (forward.vision if again and trains_images else 0)
+        derived, numbers = self.derived, self.numbers
+        cost = self._cost(backward=backward)
+        parts = [cost.flops(self.workload.group), *([self._repeated()] if backward else [])]
+        language = sum(part.prompt + part.response + part.padding for part in parts)
+        vision, loss = sum(part.vision for part in parts), sum(part.loss for part in parts)
         size = size_of(self.workload.group, cost)
         ranks = derived.tensor_size * derived.context_size
         seconds = []
         for stage, layers in enumerate(derived.stage_layers):
             work = language * layers / numbers.num_layers / ranks
-            work += vision / derived.tensor_size if stage == 0 else 0
-            work += flops.loss / ranks if stage == derived.pipeline_size - 1 else 0
-            sent = pass_traffic(
-                config, derived, numbers, stage, tokens=size.tokens, patches=size.patches, backward=backward
-            )
+            work += vision * self.image_share if stage == 0 else 0
+            work += loss / ranks if stage == derived.pipeline_size - 1 else 0
+            sent = self._sent(stage, size, backward=backward)
             messages = sum(self.links.seconds(axis, getattr(sent, axis)) for axis in ("tensor", "context", "pipeline"))
             seconds.append(groups * (work / self.flops + messages))
         return seconds
+
+    def _sent(self, stage: int, size: MicroBatchSize, *, backward: bool) -> PassTraffic:
+        return pass_traffic(
+            self.config,
+            self.derived,
+            self.numbers,
+            stage,
+            tokens=size.tokens,
+            patches=size.patches,
+            share=self.image_share,
+            backward=backward,
+        )
 
     def _pass(self, *, backward: bool, groups: int) -> tuple[float, float]:
         """(seconds, share of them that stages wait) of a pass over a data-parallel rank's share of some groups."""
@@ -164,13 +189,16 @@ class Roofline:
     def _reduce_and_optimize(self) -> float:
         """Seconds of one update beside its passes: the slowest stage's."""
         config, derived, numbers = self.config, self.derived, self.numbers
+        has_copy = config.model.dtype == "bfloat16"
+        bytes_of_one = self.assumptions.adam_bytes + (self.assumptions.weight_copy_bytes if has_copy else 0.0)
         seconds = []
         for stage in range(derived.pipeline_size):
             sent = self.links.seconds("data", update_traffic(config, derived, numbers, stage))
-            sent += self.links.seconds("pipeline", model_parallel_gradients(config, derived, numbers, stage))
+            for axis, num_bytes in model_parallel_gradients(config, derived, numbers, stage).items():
+                sent += self.links.seconds(axis, num_bytes)
             trained = count(stage_parameters(numbers, config.parallel, stage), trained_parts(config.optimizer))
             shards = derived.data_size * derived.context_size if config.optimizer.distributed else 1
-            seconds.append(sent + OPTIMIZER_TRAFFIC * trained / shards / self.bandwidth)
+            seconds.append(sent + bytes_of_one * trained / shards / self.bandwidth)
         return max(seconds)
 
     def _reference_exchange(self) -> float:
@@ -192,10 +220,10 @@ class Roofline:
             prefill.image_flops(patches) for _, patches in work.group[0].images
         )
         prompts = drawn * derived.views_per_question / replicas * view / engine.tensor_size / self.flops
-        model = total_count(numbers)
+        weights = decoded_count(numbers) / engine.tensor_size
         context = work.prompt_tokens + work.response_tokens / 2
-        read = engine.weights + running * context * engine.cache_per_token
-        arithmetic = 2 * model * running / engine.tensor_size / self.flops
+        read = bytes_of_number(self.config) * weights + running * context * engine.cache_per_token
+        arithmetic = 2 * weights * running / self.flops
         token = max(read / self.bandwidth, arithmetic) + self.assumptions.decode_overhead_ms / 1e3
         if engine.tensor_size > 1:
             token += 2 * numbers.num_layers * self.assumptions.all_reduce_us / 1e6
@@ -208,22 +236,17 @@ class Roofline:
         config, derived, numbers = self.config, self.derived, self.numbers
         size = size_of(self.workload.group, CostModel(numbers, config.actor.sharing))
         groups = derived.questions_per_step / derived.data_size
-        kinds = dict.fromkeys(("tensor", "pipeline", "context"), 0.0)
+        most = dict.fromkeys(("tensor", "pipeline", "context", "data"), 0.0)
         for stage in range(derived.pipeline_size):
-            both = [
-                pass_traffic(
-                    config, derived, numbers, stage, tokens=size.tokens, patches=size.patches, backward=backward
-                )
-                for backward in (False, True)
-            ]
-            for axis, most in kinds.items():
-                kinds[axis] = max(most, groups * (passes * getattr(both[0], axis) + getattr(both[1], axis)))
-        stages = range(derived.pipeline_size)
-        kinds["data"] = derived.updates_per_step * max(
-            update_traffic(config, derived, numbers, stage) for stage in stages
-        )
+            forward, both = (self._sent(stage, size, backward=backward) for backward in (False, True))
+            gradients = model_parallel_gradients(config, derived, numbers, stage)
+            gradients["data"] = update_traffic(config, derived, numbers, stage)
+            for axis in most:
+                of_passes = passes * getattr(forward, axis, 0.0) + getattr(both, axis, 0.0)
+                of_updates = derived.updates_per_step * gradients.get(axis, 0.0)
+                most[axis] = max(most[axis], groups * of_passes + of_updates)
         rows = [
             Traffic(axis, sent, self.links.within_node(axis), self.links.seconds(axis, sent))
-            for axis, sent in kinds.items()
+            for axis, sent in most.items()
         ]
         return [*rows, Traffic("weight sync", sync_bytes, derived.world_size <= self.gpu.per_node, sync)]

@@ -7,6 +7,7 @@ most memory on the first pipeline stage, one of text alone needs the most on the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,9 @@ from perl_megatron.config.derive import Derived
 from perl_megatron.config.layout import length_multiple, micro_batch_multiple
 from perl_megatron.config.schema import Config
 from perl_megatron.plan.assumptions import Assumptions
+
+VALUES_OF_PIXEL = 6
+"""Of a patch: three channels, two frames."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Workload:
     """Of each data-parallel rank in an update of mean groups."""
     most_micro_batches: int
     """Of each data-parallel rank in an update of the longest."""
+    images_of_micro_batch: int
+    """Distinct images of one of them; at least one."""
     with_images: MicroBatchSize
     """The largest micro-batch of prompts that are images throughout."""
     text_only: MicroBatchSize
@@ -96,7 +102,7 @@ def make_workload(config: Config, derived: Derived, numbers: ArchitectureNumbers
     views = 1 if share_prompt else derived.views_per_question
     responses = derived.group_size // views
     cells = numbers.vision_merge_size**2
-    images = (("images", round(assumptions.image_share * prompt) * cells),)
+    images = _mean_images(config, numbers, assumptions, round(assumptions.image_share * prompt))
     group = tuple(
         ViewWork(tuple(range(view * responses, (view + 1) * responses)), prompt, (response,) * responses, images)
         for view in range(views)
@@ -104,7 +110,7 @@ def make_workload(config: Config, derived: Derived, numbers: ArchitectureNumbers
     budget, multiple = config.actor.micro_batch_tokens, micro_batch_multiple(config.parallel)
     micro_batches = most_micro_batches(
         # Its images are the group's: each view's share of them.
-        replace(group[0], images=(("images", images[0][1] // views),)),
+        replace(group[0], images=(("images", sum(patches for _, patches in images) // views),)),
         derived.questions_per_update * views,
         cost,
         token_budget=budget,
@@ -119,9 +125,38 @@ def make_workload(config: Config, derived: Derived, numbers: ArchitectureNumbers
         response_tokens=response,
         micro_batches=micro_batches,
         most_micro_batches=longest_update(config, derived, numbers),
+        images_of_micro_batch=max(
+            1, round(len(images) * derived.questions_per_update / (derived.data_size * micro_batches))
+        ),
         with_images=_largest(largest, most, cost, config),
         text_only=_largest(replace(largest, images=()), most, cost, config),
     )
+
+
+def largest_image(config: Config, numbers: ArchitectureNumbers) -> int:
+    """Patches of the largest image that the config allows: by data.max_pixels, and by the length of a prompt."""
+    cell = numbers.vision_merge_size**2
+    fits = cell * config.data.max_prompt_tokens
+    if config.data.max_pixels is None:
+        return fits
+    pixels_of_cell = cell * numbers.vision_patch_values // VALUES_OF_PIXEL
+    return min(fits, cell * max(1, config.data.max_pixels // pixels_of_cell))
+
+
+def most_patches(patches: float, image: int, ranks: int) -> float:
+    """Of ``patches`` in images of at most ``image``, which are dealt whole: those of the rank with most."""
+    images = max(1, math.ceil(patches / image))
+    return patches * math.ceil(images / ranks) / images
+
+
+def _mean_images(
+    config: Config, numbers: ArchitectureNumbers, assumptions: Assumptions, tokens: int
+) -> tuple[tuple[str, int], ...]:
+    """(name, patches) of the images of a question that have so many tokens together: of equal size, few and large."""
+    cell = numbers.vision_merge_size**2
+    of_image = max(1, round(assumptions.image_size_share * largest_image(config, numbers)) // cell)
+    number = math.ceil(tokens / of_image)
+    return tuple((f"image {index}", cell * (tokens // number + (index < tokens % number))) for index in range(number))
 
 
 def longest_update(config: Config, derived: Derived, architecture: ArchitectureNumbers) -> int:

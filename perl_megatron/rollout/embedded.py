@@ -92,6 +92,7 @@ class EmbeddedEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
         """Copy the stream into the model; see ``RolloutEngine``."""
+        self.wake()
         own = self._weights()
         ledger = WeightLedger(own.keys(), dtype=self._dtype)
         with torch.no_grad():

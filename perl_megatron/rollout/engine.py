@@ -76,7 +76,8 @@ class RolloutEngine(Protocol):
         """Replace all weights by a stream of (published Hugging Face name, tensor), the same on every rank.
 
         Every weight of the model must come exactly once, else ValueError names those that do not; the engine is then
-        unusable. Everything that was cached under the old weights is dropped, and the engine is awake afterwards.
+        unusable. Everything that was cached under the old weights is dropped. The engine may be asleep, and is awake
+        afterwards.
         """
         ...
 
@@ -85,11 +86,11 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give device memory back to the trainer (nothing to give on a CPU); weights are kept."""
+        """Give device memory back to the trainer (nothing to give on a CPU); weights are kept, caches need not be."""
         ...
 
     def wake(self) -> None:
-        """Take it again; before ``generate``."""
+        """Take it again, before ``generate`` and ``digest``; nothing where it is awake."""
         ...
 
     def digest(self) -> str:

@@ -37,6 +37,9 @@ from perl_megatron.runtime import collective, environment, platform
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.types import EncodedPrompt, Rollout, View
 
+MEMORY = ("weights", "kv_cache")
+"""vLLM's names of what a sleeping engine has given back, in the order in which it takes it again."""
+
 
 class VllmColocatedEngine:
     """``RolloutEngine`` on vLLM in the trainer's processes."""
@@ -74,6 +77,7 @@ class VllmColocatedEngine:
         self._names = frozenset(self._checkpoint) - ({"lm_head.weight"} if self._tied else frozenset())
         self._attestation, self._full_every = config.attestation, config.full_attestation_every
         self._num_updates = self.weight_version = 0
+        self._given_back: tuple[str, ...] = ()
         with preserved_process():
             self._llm = vllm_start.start(
                 vllm_start.arguments(
@@ -97,6 +101,7 @@ class VllmColocatedEngine:
     ) -> list[Rollout]:
         """See ``RolloutEngine``; one request for each view, all submitted together."""
         assert len(views) == len(prompts) == len(seeds)
+        assert not self._given_back, "the engine is asleep: vLLM would wait for itself without end"
         mine = shares_of(views, self._num_replicas)[self._replica]
         requests = [self._request(prompts[index]) for index in mine]
         parameters = [self._sampling_parameters(sampling, seeds[index]) for index in mine]
@@ -128,9 +133,9 @@ class VllmColocatedEngine:
         if self._attestor is not None:
             stream = self._attestor.watch(stream, version=version, full=self._attests_all())
         with preserved_process():
-            if platform.is_cuda():
-                self._llm.wake_up(tags=["weights"])
-            self._llm.sleep(level=0)  # no request may run while the weights are a mixture
+            # The cache's memory comes last, when that of the stream's buckets is free again (vLLM's documented order).
+            self._take("weights")
+            self._llm.sleep(level=0)  # schedule nothing: no request may run while the weights are a mixture
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
             report = ledger.close(version)
             vllm_holdings.renew_output_layer(self._model, tied=self._tied)
@@ -142,16 +147,23 @@ class VllmColocatedEngine:
         return report
 
     def sleep(self) -> None:
-        """On a GPU: weights to host memory, key-value cache discarded (level 1; level 2 corrupts vision towers)."""
-        if platform.is_cuda():
+        """Weights to host memory, key-value cache discarded (level 1; level 2 corrupts vision towers).
+
+        On a CPU vLLM gives no memory back, but goes through the same states. Needs `rollout.sleep_mode` on a GPU.
+        """
+        if not self._given_back:
             self._llm.sleep(level=1)
+            self._given_back = MEMORY
 
     def wake(self) -> None:
-        """Take the device memory again and go on scheduling."""
-        self._llm.wake_up(tags=["weights", "kv_cache", "scheduling"] if platform.is_cuda() else ["scheduling"])
+        """Take what was given back, and go on scheduling."""
+        self._take(*MEMORY)
+        # Where memory was taken vLLM schedules again by itself, as soon as it has all of it; after level 0 it is told.
+        self._llm.wake_up(tags=["scheduling"])
 
     def digest(self) -> str:
         """Digest of what vLLM computes with, read back from all ranks."""
+        assert not self._given_back, "the engine is asleep: its weights have no memory on the device"
         attestor = self._attestor or self._new_attestor()
         with preserved_process():
             sums = add_up(pair for of_rank in collective.gather_objects(attestor.sums()) for pair in of_rank)
@@ -167,6 +179,20 @@ class VllmColocatedEngine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm, self._model, self._attestor, self._counters
         gc.collect()
+
+    def _take(self, *kinds: str) -> None:
+        """Take those of ``kinds`` that were given back.
+
+        A call of ``wake_up`` that names anything else takes nothing at all (vLLM 0.32, v1/executor/abstract.py: a
+        warning, and the engine stays asleep).
+        """
+        tags = [kind for kind in kinds if kind in self._given_back]
+        if tags:
+            # vLLM takes memory from the driver, past torch's allocator, whose free blocks have to go back before. vLLM
+            # 0.32 does that itself, which is documented nowhere.
+            platform.release_cached_memory()
+            self._llm.wake_up(tags=tags)
+            self._given_back = tuple(kind for kind in self._given_back if kind not in tags)
 
     def _new_attestor(self) -> Attestor:
         """Knows where all weights are, on all ranks together; UserError if a number is nowhere, or one is unknown."""

@@ -52,7 +52,7 @@ def arguments(
     """vLLM's arguments, but for the layout of the ranks."""
     size = {"shortest_edge": encoder.min_pixels, "longest_edge": encoder.max_pixels}
     device: dict[str, Any] = (
-        {"gpu_memory_utilization": config.gpu_memory_fraction, "enable_sleep_mode": True}
+        {"gpu_memory_utilization": config.gpu_memory_fraction, "enable_sleep_mode": config.sleep_mode}
         if platform.is_cuda()
         else {
             "kv_cache_memory_bytes": int(config.cpu_cache_gib * 2**30),

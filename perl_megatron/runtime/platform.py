@@ -39,6 +39,12 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if is_cuda() else torch.device("cpu")
 
 
+def release_cached_memory() -> None:
+    """Give back to the device what torch's allocator keeps of freed tensors; nothing without CUDA."""
+    if is_cuda():
+        torch.cuda.empty_cache()
+
+
 def compute_capability() -> tuple[int, int]:
     """(major, minor) of this process's GPU: (9, 0) is Hopper. Only with CUDA."""
     return torch.cuda.get_device_capability(device())

@@ -14,8 +14,9 @@ from perl_megatron.config.load import load_config
 from perl_megatron.errors import UserError
 from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.device_plan import Device, make_device_plan
+from perl_megatron.plan.engine import EngineShare
 from perl_megatron.plan.gpus import GIB, GPUS, gpu_of
-from perl_megatron.plan.memory import in_flight
+from perl_megatron.plan.memory import images_in_flight, in_flight
 from perl_megatron.plan.search import search
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "qwen2_5_vl"
@@ -101,13 +102,14 @@ def test_options_that_mean_nothing_are_refused(capsys, options):
         (["parallel.pipeline=2", "parallel.data=1", "parallel.first_stage_layers=8"], 8, "uneven stages"),
         (["parallel.context=2", "parallel.data=1", "actor.sharing=vision"], 8, "context ranks without images"),
         (["rollout.engine=embedded"], 8, "slow engine"),
+        (["rollout.sleep_mode=false"], 8, "engine stays awake"),
         (["rollout.gpu_memory_fraction=0.2", "data.max_prompt_tokens=512", "rollout.max_response_tokens=512",
           "actor.micro_batch_tokens=2048"], 8, "recomputes with memory left"),
     ],
 )  # fmt: skip
 def test_every_remark_has_its_occasion(settings, world_size, name):
     assert name in names(planned("7b", *settings, world_size=world_size, on=device(world_size)))
-    assert name not in names(planned("7b")) or name == "engine stays awake"
+    assert name not in names(planned("7b"))
 
 
 def test_tensor_groups_that_leave_a_node_are_remarked():
@@ -150,9 +152,47 @@ def test_micro_batches_in_flight_are_the_schedules(monkeypatch, chunks, expected
             assert held == expected[stage]
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4])
+def test_images_in_flight_are_the_schedules(monkeypatch, stages, chunks):
+    """The order of megatron-core's schedules on stage 0, followed micro-batch by micro-batch.
+
+    Its warm-up count of forward passes, then forward and backward in turn, then what is left; which chunk a pass is of
+    by its own table, backwards with the chunks in reverse.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
+
+    for name, value in (
+        ("get_pipeline_model_parallel_world_size", stages),
+        ("get_pipeline_model_parallel_rank", 0),
+        ("get_virtual_pipeline_model_parallel_world_size", chunks if chunks > 1 else None),
+    ):
+        monkeypatch.setattr(parallel_state, name, lambda value=value: value)
+    for groups in (1, 2, 3, 5):
+        micro_batches = groups * stages
+        total, _, warm_up, left = get_pp_rank_microbatches(micro_batches, chunks, stages)
+        table = get_schedule_table(micro_batches, chunks, stages)
+        passes = [("forward", index) for index in range(warm_up)]
+        for index in range(left):
+            passes += [("forward", warm_up + index), ("backward", index)]
+        passes += [("backward", index) for index in range(left, total)]
+        held, most = set(), 0
+        for kind, index in passes:
+            micro_batch, chunk = table[index]
+            if kind == "forward" and chunk == 0:
+                held.add(micro_batch)
+            if kind == "backward" and chunks - 1 - chunk == 0:
+                held.remove(micro_batch)
+            most = max(most, len(held))
+        derived = SimpleNamespace(pipeline_size=stages, virtual_pipeline_size=chunks)
+        assert images_in_flight(derived, micro_batches) == most
+        assert not held
+
+
 def test_servers_take_nothing_of_the_trainers_and_are_judged_too():
     plan = planned("7b", "rollout.engine=server", "rollout.servers=http://a:1", "rollout.gpu_memory_fraction=0.9")
-    assert {stage.engine for stage in plan.stages} == {0}
+    assert {stage.engine for stage in plan.stages} == {EngineShare()}
     assert plan.engine.reserve == pytest.approx(0.9 * plan.device.memory)
 
 
@@ -175,6 +215,8 @@ def test_search_proposes_layouts_that_the_plan_accepts():
     result = search(config, numbers, device(4), processes=4, limit=3, elsewhere=True)
     assert 0 < result.fitting < result.tried
     assert len(result.proposals) == 3
+    best = planned("3b", *result.proposals[0].overrides, world_size=4, on=device(4))
+    assert best.engine.concurrent_sequences == config.rollout.max_concurrent_sequences  # its share is chosen too
     seconds = [proposal.seconds for proposal in result.proposals]
     assert seconds == sorted(seconds)
     for proposal in result.proposals:

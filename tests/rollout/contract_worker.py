@@ -251,11 +251,15 @@ def measure(folder: Path, name: str, layout: topology.Topology, tensor_parallel:
 
     sync = engine.update_weights(Again(folder / "b"), version=7)
     updated = run(GREEDY)
+    for _ in range(2):
+        engine.sleep()
+    for _ in range(2):
+        engine.wake()
+    report["woken"] = dump(run(GREEDY))
     report |= {"sync": [sync.num_bytes, sync.num_tensors, sync.version, sync.seconds > 0], "digest_b": engine.digest()}
     engine.update_weights(Again(folder / "flat"), version=8)
     report["long"] = dump(run(LONG))
     engine.sleep()
-    engine.wake()
     engine.update_weights(Again(folder / "a"), version=9)
     report |= {"restored": dump(run(SAMPLED)), "digest_restored": engine.digest()}
     if name != "embedded":

@@ -156,6 +156,12 @@ def test_an_update_changes_results_to_those_of_the_new_weights(report):
 
 
 @each_engine
+def test_an_engine_that_has_slept_samples_as_before(report):
+    """What an update of a sleeping engine comes to is in ``restored``."""
+    assert_alike(report["woken"], report["updated"], exactly=report["name"] != "server")
+
+
+@each_engine
 def test_rollouts_carry_the_version_of_their_weights(report):
     kinds = ("sampled", "updated", "long", "restored")
     versions = [{version for rollout in report[kind] for version in rollout["versions"]} for kind in kinds]
@@ -240,7 +246,7 @@ def test_features_of_old_weights_would_not_go_unnoticed(alone):
 
 
 def assert_same_results(report, expected):
-    for kind in ("sampled", "greedy", "cool", "updated", "long"):
+    for kind in ("sampled", "greedy", "cool", "updated", "woken", "long", "restored"):
         assert_alike(report[kind], expected[kind])
     assert_alike(report["again"], report["sampled"], exactly=report["name"] != "server")
     assert report["same_on_all_ranks"]
