@@ -156,7 +156,7 @@ class GroupCollector:
 
     def take_waits(self) -> DataWaits:
         """What this thread has waited for data since the last call."""
-        return self.encoder.waits.take()
+        return self.encoder.take_waits()
 
     def close(self) -> None:
         """Nothing is under way; let go of what scores."""

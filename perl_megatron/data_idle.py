@@ -55,11 +55,16 @@ class DataIdle:
                 "most of it for images that were decoded before, and whose pixels did not stay: raise "
                 f"data.pixel_cache_mib = {config.pixel_cache_mib} (of shared memory, on each node)"
             )
+        if waits.images > waits.total / 2 and waits.ahead_was_full:
+            return (
+                "most of it for images to be decoded, though as many had been decoded ahead as may wait: raise "
+                f"data.decode_ahead_mib = {config.decode_ahead_mib}, and data.pixel_cache_mib = "
+                f"{config.pixel_cache_mib} to twice that or more"
+            )
         if waits.images > waits.total / 2:
             return (
-                "most of it for images to be decoded: raise data.decode_processes = "
-                f"{config.decode_processes} (each rank's) where there are more cores, data.decode_ahead_mib = "
-                f"{config.decode_ahead_mib} where a step's images take more, or make the image files smaller"
+                f"most of it for images to be decoded: raise data.decode_processes = {config.decode_processes} (each "
+                "rank's), where the node has more cores, or make the image files smaller"
             )
         before = "" if config.check == "load" else "; with data.check=load they are read and checked before the run"
         return (

@@ -134,11 +134,13 @@ def most_images(records: Sequence[Record], permutation: PermutationConfig) -> in
     return most_images_asked(max((len(record.images) for record in records), default=0), permutation)
 
 
-def _decoded_ahead(config: Config, encoder: PromptEncoder, demonstrations: bool) -> LookAhead:
+def _decoded_ahead(config: Config, encoder: PromptEncoder, demonstrations: bool) -> LookAhead | None:
     """Lets other processes decode the images of a step before it begins; without work for them none is started.
 
     Records that were checked at load need that too, where their pixels are more than `data.pixel_cache_mib`.
     """
+    if config.data.decode_processes == 0:
+        return None
     encoder.decode_ahead(
         num_processes=config.data.decode_processes,
         max_bytes=config.data.decode_ahead_mib * 2**20,

@@ -313,7 +313,7 @@ class SupervisedSession(Session):
     def log_supervised_step(self, step: int, metrics: dict[str, float]) -> None:
         """Log one supervised step."""
         times = self.phases.take()
-        idle = self.data_idle.follow(self.encoder.waits.take(), times["seconds/step"])
+        idle = self.data_idle.follow(self.encoder.take_waits(), times["seconds/step"])
         self.journal.step(step, {**metrics, **self.save_times(), **idle, **times})
 
     def _demonstration(self, record: Record) -> TrainingSequence:

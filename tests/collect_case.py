@@ -46,6 +46,7 @@ class LengthEncoder:
 
     def __init__(self) -> None:
         self.waits = WaitClock()
+        self.take_waits = self.waits.take
 
     def encode(self, view: View) -> EncodedPrompt:
         keys = tuple(path.name[0] for path in view.images)

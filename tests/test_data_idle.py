@@ -47,8 +47,9 @@ def test_one_slow_step_is_no_bottleneck() -> None:
 @pytest.mark.parametrize(
     ("waits", "fix"),
     [
-        (DataWaits(0.2, 0.15), r"data\.decode_processes = 3.*data\.decode_ahead_mib = 100"),
-        (DataWaits(0.2, 0.15, 0.12), r"data\.pixel_cache_mib = 64"),
+        (DataWaits(0.2, 0.15), r"raise data\.decode_processes = 3"),
+        (DataWaits(0.2, 0.15, 0.0, True), r"raise data\.decode_ahead_mib = 100, and data\.pixel_cache_mib = 64"),
+        (DataWaits(0.2, 0.15, 0.12), r"raise data\.pixel_cache_mib = 64"),
         (DataWaits(0.2, 0.05), r"data\.check=load"),
     ],
 )

@@ -46,7 +46,7 @@ class ImagesAhead:
         self._begun: dict[Path, Future[_Decoded]] = {}
         self._waiting_bytes: dict[Path, int] = {}
         self._num_running = 0
-        self._has_warned = False
+        self._has_warned = self._was_full = False
         atexit.register(self.close)  # the last one registered comes first: the store's folder is still there
 
     @property
@@ -58,12 +58,19 @@ class ImagesAhead:
     def expect(self, paths: Iterable[Path]) -> None:
         """These will be needed next, the first one first; what was expected before and is not among them is let go."""
         with self._lock:
+            self._was_full |= bool(self._wanted) and self.num_bytes >= self._max_bytes
             expected = dict.fromkeys(paths)
             for path in [path for path in self._begun if path not in expected]:
                 self._take(path).cancel()
             ordered = in_turn(tuple(expected), self._turn, own=OWN_IMAGES * self._pool.num_processes)
             self._wanted = {path: None for path in ordered if path not in self._begun}
             self._begin()
+
+    def take_was_full(self) -> bool:
+        """Whether, since the last call, ``max_bytes`` were reached before others were expected."""
+        with self._lock:
+            was_full, self._was_full = self._was_full, False
+            return was_full
 
     def holds(self, path: Path) -> bool:
         """Whether the image has been begun and not taken yet."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from perl_megatron.data.node_folder import own_pixels
 from perl_megatron.data.patches import MERGE_SIZE, PATCH_SIZE, Patches
 from perl_megatron.data.pixel_store import PixelStore, StoredImage
 from perl_megatron.data.tokenizer_check import check_tokenizer
-from perl_megatron.data.wait_clock import WaitClock
+from perl_megatron.data.wait_clock import DataWaits, WaitClock
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import torchvision_schema
 from perl_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, View
@@ -117,6 +118,11 @@ class PromptEncoder:
         """These images will be encoded next, in this order."""
         if self._ahead is not None:
             self._ahead.expect(path for path in images if not self._pixels.holds(self._key_of_path.get(str(path), "")))
+
+    def take_waits(self) -> DataWaits:
+        """What the calling thread has waited since the last call, by ``waits``."""
+        ahead_was_full = self._ahead is not None and self._ahead.take_was_full()
+        return replace(self.waits.take(), ahead_was_full=ahead_was_full)
 
     def encode(self, view: View) -> EncodedPrompt:
         """The view's prompt, up to where the assistant's turn begins; nothing is truncated.

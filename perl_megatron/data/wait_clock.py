@@ -23,14 +23,21 @@ class DataWaits:
     """Of the total: until images were decoded, by whichever process."""
     dropped: float = 0.0
     """Of these: images that had been decoded before, whose pixels did not stay until they were needed again."""
+    ahead_was_full: bool = False
+    """Whether all was decoded ahead that may wait, and more images were wanted."""
 
     def __add__(self, other: DataWaits) -> DataWaits:
-        return DataWaits(self.total + other.total, self.images + other.images, self.dropped + other.dropped)
+        return DataWaits(
+            self.total + other.total,
+            self.images + other.images,
+            self.dropped + other.dropped,
+            self.ahead_was_full or other.ahead_was_full,
+        )
 
     def at_most(self, seconds: float) -> DataWaits:
         """So much of the total, and the same share of its parts."""
         share = min(1.0, seconds / self.total) if self.total > 0 else 0.0
-        return DataWaits(share * self.total, share * self.images, share * self.dropped)
+        return DataWaits(share * self.total, share * self.images, share * self.dropped, self.ahead_was_full)
 
 
 class WaitClock:

@@ -78,6 +78,12 @@ def test_memory_is_bounded_and_work_goes_on_as_images_are_taken(reader, paths):
     ahead = ImagesAhead(reader, num_processes=1, max_bytes=3 * one)
     try:
         ahead.expect(paths)
+        while ahead.num_bytes < 3 * one:
+            time.sleep(0.002)
+        assert not ahead.take_was_full()
+        ahead.expect(paths)
+        assert ahead.take_was_full()
+        assert not ahead.take_was_full()
         peak = 0
         for path in paths:
             for _ in range(10):

@@ -53,4 +53,4 @@ def test_parts_keep_their_share():
     assert waits.at_most(2.0) == DataWaits(2.0, 1.0, 0.25)
     assert waits.at_most(9.0) == waits
     assert DataWaits().at_most(1.0) == DataWaits()
-    assert waits + DataWaits(1.0, 1.0, 1.0) == DataWaits(9.0, 5.0, 2.0)
+    assert waits + DataWaits(1.0, 1.0, 1.0, True) == DataWaits(9.0, 5.0, 2.0, True)
