@@ -116,6 +116,7 @@ class Session:
         if self._resume and checkpoint is None:
             self.journal.note("no checkpoint was written yet: the run begins anew")
         self._skipped.forget_after(step)
+        self.encoder.take_waits()  # for images that were checked at load: they belong to no step
         return step
 
     @property

@@ -136,7 +136,7 @@ class PromptEncoder:
             prompt = self._encode(view)
             self._prompts.put(memo, prompt, num_bytes=prompt.token_ids.nbytes + 40 * len(prompt.compact_ids))
         else:
-            self._take_decoded(view.images)
+            self._have_pixels(view.images)
         return prompt
 
     def image(self, key: str) -> Image:
@@ -206,16 +206,18 @@ class PromptEncoder:
                 self._grids[key] = self._equal_grids.setdefault(grid, grid)
             self._key_of_path[str(path)] = key
         else:
-            self._take_decoded([path])
+            self._have_pixels([path])
         return key
 
-    def _take_decoded(self, paths: Iterable[Path]) -> None:
-        """Take what was decoded ahead for the time when it is needed: others are decoded in its place.
+    def _have_pixels(self, paths: Iterable[Path]) -> None:
+        """Of images read before: take what was decoded ahead (others are decoded in its place), and what was dropped.
 
-        These images were read before. Where that fails now, it does again, and is told, when one is needed.
+        Where one cannot be read any more, that is told when it is needed.
         """
+        if self._ahead is None:
+            return
         for path in paths:
-            if self._ahead is not None and self._ahead.holds(path):
+            if self._ahead.holds(path) or not self._pixels.holds(self._key_of_path[str(path)]):
                 with contextlib.suppress(UserError):
                     self._read(path)
 

@@ -226,6 +226,23 @@ def test_waiting_for_images_is_timed_also_where_their_pixels_were_dropped(checkp
     assert kept.waits.take() == DataWaits()
 
 
+def test_images_of_an_earlier_epoch_are_waited_for_with_their_question(checkpoint, tmp_path):
+    view = make_view(make_images(tmp_path / "images", SIZES))
+    encoder = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(tmp_path, 2**20))
+    encoder.decode_ahead(num_processes=1, max_bytes=2**30)
+    keys = encoder.encode(view).image_keys
+    encoder.take_waits()
+    for file in (tmp_path / "pixels").iterdir():
+        file.unlink()
+    encoder.encode(view)  # memoised
+    waits = encoder.take_waits()
+    assert waits.images > 0
+    assert waits.dropped == 0
+    for key in keys:
+        encoder.patches(key)
+    assert encoder.take_waits() == DataWaits()
+
+
 def test_images_of_a_waiting_prompt_are_there_whatever_came_after_it(checkpoint, tmp_path):
     """Also where the prompt was memoised, where two files hold the image, and in two threads."""
     paths = make_images(tmp_path, [(28, 28 * width) for width in range(1, 41)])
