@@ -28,7 +28,7 @@ from perl_megatron.data.image_store import ImageStore
 from perl_megatron.data.images import load_image
 from perl_megatron.data.images_ahead import ImagesAhead
 from perl_megatron.data.node_folder import own_pixels
-from perl_megatron.data.question_stream import DrawChecks, QuestionStream
+from perl_megatron.data.question_stream import DrawChecks, LookAhead, QuestionStream
 from perl_megatron.data.record_files import RecordFiles, open_record_files
 from perl_megatron.data.record_index import cache_file
 from perl_megatron.data.records import write_records
@@ -124,7 +124,8 @@ def work_on_drawing(num_processes: int, path: Path) -> dict[str, float]:
             (ahead.read(image).pixels if num_processes else load_image(image, 784, MAX_PIXELS)).tobytes()
         return None
 
-    questions = QuestionStream(records, ShuffledSampler(len(records), 0), DrawChecks(problem_of, expect, 0.0, ""))
+    checks, look_ahead = DrawChecks(problem_of, 0.0, ""), LookAhead(expect, 20)
+    questions = QuestionStream(records, ShuffledSampler(len(records), 0), checks, look_ahead)
     questions.next(16)  # the processes start
     begin, own = time.perf_counter(), time.process_time()
     for _ in range(QUESTIONS // 20):

@@ -7,10 +7,12 @@ version old. The engine has to work on other processors than the trainer; while 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from perl_megatron.collect import GroupCollector, Phase
+from perl_megatron.data.wait_clock import DataWaits
 from perl_megatron.drawn import Drawn
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.server_engine import ServerEngine
@@ -45,6 +47,7 @@ class AheadCollector:
         self._alpha_of, self._num_steps = alpha_of, num_steps
         self._group = collective.new_group(timeout_seconds)
         self._pending: _Pending | None = None
+        self._waited_seconds, self._waits_beside = 0.0, DataWaits()
         self._bring_last_weights = engine.bring_again
         engine.bring_again = self._ask_for_weights
 
@@ -59,7 +62,7 @@ class AheadCollector:
             drawn = self._collector.collect(step, alpha)
         else:
             assert pending.step == step, f"the groups of step {pending.step} are not those of step {step}"
-            drawn = pending.result()
+            drawn, self._waits_beside = pending.result(), pending.data_waits
         if step + 1 < self._num_steps and not (drawn.exhausted or drawn.is_interrupted):
             self._pending = _Pending(self._collector, step + 1, self._alpha_of(step + 1), self._group)
             self._pending.thread.start()
@@ -72,10 +75,21 @@ class AheadCollector:
         ones before the rollouts can go on. Raises UserError where the rollouts failed.
         """
         if self._pending is not None:
+            begin = time.perf_counter()
             self._pending.wait(lambda: self._bring(bring_weights))
+            self._waited_seconds += time.perf_counter() - begin
 
     def watch(self, phases: Phase) -> None:
         """Nothing: the phases of a thread beside the trainer are not the trainer's."""
+
+    def take_waits(self) -> DataWaits:
+        """What the trainer has waited for data since the last call: what it would not, if data took no time.
+
+        Where it waited for rollouts, they would have been there sooner by what their thread waited for data.
+        """
+        beside = self._waits_beside.at_most(self._waited_seconds)
+        self._waited_seconds, self._waits_beside = 0.0, DataWaits()
+        return self._collector.take_waits() + beside
 
     def close(self) -> None:
         """Give up what is under way: it would be drawn again."""
@@ -128,6 +142,7 @@ class _Pending:
     def __init__(self, collector: GroupCollector, step: int, alpha: float, group: object):
         self.step = step
         self.state_before = collector.state()
+        self.data_waits = DataWaits()
         self._collector, self._alpha, self._group = collector, alpha, group
         self._drawn: Drawn | None = None
         self._error: BaseException | None = None
@@ -174,6 +189,7 @@ class _Pending:
         try:
             with collective.over(self._group):  # type: ignore[arg-type]
                 self._drawn = self._collector.collect(self.step, self._alpha)
+            self.data_waits = self._collector.take_waits()
         except BaseException as error:
             self._error = error
         finally:

@@ -56,6 +56,8 @@ def build_training(
     load_functions(config.reward)  # one that is not there ends the run before anything slow is built
     encoder = build_encoder(config)
     questions = training_questions(config, encoder)
+    if not resume:  # else the position is not known yet
+        questions.prepare()
     evaluation_records: tuple[Record, ...] = ()
     if config.data.evaluation is not None:
         evaluation_records = read_questions(config, config.data.evaluation, "data.evaluation", encoder)
@@ -97,6 +99,8 @@ def build_supervised(
     )
     encoder = build_encoder(config)
     questions = training_questions(config, encoder, demonstrations=True)
+    if not resume:
+        questions.prepare()
     actor = Actor(config, topology, encoder, total_steps=config.supervised.steps)
     return SupervisedSession(
         loaded,

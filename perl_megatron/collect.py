@@ -24,6 +24,7 @@ from perl_megatron.data.planner import plan_views
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.data.recover_order import maybe_recover_order
+from perl_megatron.data.wait_clock import DataWaits
 from perl_megatron.drawn import EXPIRED, OVER_LONG, SURPLUS, UNUSABLE, Drawn, DrawnQuestion
 from perl_megatron.errors import UserError
 from perl_megatron.reward.score import total
@@ -153,6 +154,10 @@ class GroupCollector:
         """Let reading of data and scoring be phases of their own."""
         self._phases = phases
 
+    def take_waits(self) -> DataWaits:
+        """What this thread has waited for data since the last call."""
+        return self.encoder.take_waits()
+
     def close(self) -> None:
         """Nothing is under way; let go of what scores."""
         self.scorer.close()
@@ -193,7 +198,7 @@ class GroupCollector:
         return count if left is None else min(count, left)
 
     def _draw(self, count: int, step: int, refill: int) -> list[DrawnQuestion]:
-        with self._phases("data"):
+        with self._phases("data"), self.encoder.waits("questions"):
             questions = self.questions.next(count, limit=self._left())
         return [
             DrawnQuestion(question.record, question.draw_index, step, refill, None, question.problem)
@@ -220,7 +225,7 @@ class GroupCollector:
         """A scored group for each question whose prompts fit the limit."""
         config = self.config
         # Images are read here, which can fail on one rank alone.
-        with self._phases("data"):
+        with self._phases("data"), self.encoder.waits("questions"):
             seeds = together(lambda: self._ask(questions, step, alpha))
         groups = [question.group for question in questions if question.group is not None]
         if not groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from perl_megatron.checkpoint.manifest import on_rank_zero
 from perl_megatron.config.schema import Config, PermutationConfig
+from perl_megatron.data.node_folder import turn_on_node
 from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
-from perl_megatron.data.question_stream import DrawChecks, QuestionStream
+from perl_megatron.data.question_stream import DrawChecks, LookAhead, QuestionStream
 from perl_megatron.data.record_files import RecordFiles, open_record_files, record_files
 from perl_megatron.data.records import Dataset, DroppedRecord, read_records
 from perl_megatron.data.recover_order import most_images_asked
@@ -46,20 +48,19 @@ def training_questions(config: Config, encoder: PromptEncoder, *, demonstrations
         sizes = _sizes(paths, [len(part) for part in parts])
         records = tuple(record for part in parts for record in part)
         _refuse_repeats(records)
-        return QuestionStream(records, make_sampler(sizes, config.data.weights, config.run.seed))
+        sampler = make_sampler(sizes, config.data.weights, config.run.seed)
+        return QuestionStream(records, sampler, look_ahead=_decoded_ahead(config, encoder, demonstrations))
 
     files = _open(config, paths)
     if demonstrations:
         files = files.with_demonstration()
     checks = DrawChecks(
         lambda record: problem_of(record, config.data.max_prompt_tokens, encoder),
-        encoder.expect,
         config.data.max_corrupt_fraction,
         where=", ".join(map(str, config.data.train)),
     )
     sampler = make_sampler(_sizes(paths, files.sizes), config.data.weights, config.run.seed)
-    encoder.decode_ahead(num_processes=config.data.decode_processes, max_bytes=config.data.decode_ahead_mib * 2**20)
-    return QuestionStream(files, sampler, checks)
+    return QuestionStream(files, sampler, checks, _decoded_ahead(config, encoder, demonstrations))
 
 
 def read_questions(config: Config, path: Path | None, key: str, encoder: PromptEncoder) -> tuple[Record, ...]:
@@ -131,6 +132,22 @@ def most_images(records: Sequence[Record], permutation: PermutationConfig) -> in
     if isinstance(records, RecordFiles):
         return most_images_asked(records.max_images, permutation)
     return most_images_asked(max((len(record.images) for record in records), default=0), permutation)
+
+
+def _decoded_ahead(config: Config, encoder: PromptEncoder, demonstrations: bool) -> LookAhead | None:
+    """Lets other processes decode the images of a step before it begins; without work for them none is started.
+
+    Records that were checked at load need that too, where their pixels are more than `data.pixel_cache_mib`.
+    """
+    if config.data.decode_processes == 0:
+        return None
+    encoder.decode_ahead(
+        num_processes=config.data.decode_processes,
+        max_bytes=config.data.decode_ahead_mib * 2**20,
+        turn=turn_on_node(),
+    )
+    of_step = math.ceil(config.rollout.questions_per_step * config.filter.oversample)
+    return LookAhead(encoder.expect, config.supervised.batch_size if demonstrations else of_step)
 
 
 def _checked_at_load(config: Config, paths: Sequence[Path]) -> bool:

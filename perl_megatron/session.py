@@ -18,6 +18,7 @@ from perl_megatron.config.load import LoadedConfig
 from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
+from perl_megatron.data_idle import DataIdle
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import stop_status
 from perl_megatron.observability.journal import Journal
@@ -72,6 +73,7 @@ class Session:
         self._watchdog = watchdog
         _check_metric(self.config.run.keep_best)
         self._skipped = SkippedUpdates(self.config, encoder.image, supervised=self.supervised, note=self._note)
+        self.data_idle = DataIdle(self.config.data, self._note)
         self._journal: Journal | None = None
         self.phases = Phases(self._enter_phase, watchdog.leave)
         self.exit_status = 0
@@ -100,6 +102,7 @@ class Session:
             self.load_progress(extra)
             self._saved_step = step
         self._first_step = step
+        self.questions.prepare()
         on_rank_zero(self._create_folder, what="the run folder")
         self._journal = Journal(
             self.folder,
@@ -113,6 +116,7 @@ class Session:
         if self._resume and checkpoint is None:
             self.journal.note("no checkpoint was written yet: the run begins anew")
         self._skipped.forget_after(step)
+        self.encoder.take_waits()  # for images that were checked at load: they belong to no step
         return step
 
     @property
@@ -303,18 +307,19 @@ class SupervisedSession(Session):
 
     def demonstrations(self) -> list[TrainingSequence]:
         """The next batch, each question in its original order."""
-        sequences = []
-        for question in self.questions.next(self.config.supervised.batch_size):
-            record = question.record
-            if question.problem is not None:
-                continue
-            assert record.demonstration is not None, "records without demonstration are dropped at load"
-            sequences.append(TrainingSequence(self._prompt(record), self.encoder.encode_response(record.demonstration)))
-        return sequences
+        with self.phases("data"), self.encoder.waits("questions"):
+            questions = self.questions.next(self.config.supervised.batch_size)
+            return [self._demonstration(question.record) for question in questions if question.problem is None]
 
     def log_supervised_step(self, step: int, metrics: dict[str, float]) -> None:
         """Log one supervised step."""
-        self.journal.step(step, {**metrics, **self.save_times(), **self.phases.take()})
+        times = self.phases.take()
+        idle = self.data_idle.follow(self.encoder.take_waits(), times["seconds/step"])
+        self.journal.step(step, {**metrics, **self.save_times(), **idle, **times})
+
+    def _demonstration(self, record: Record) -> TrainingSequence:
+        assert record.demonstration is not None, "records without demonstration are dropped at load"
+        return TrainingSequence(self._prompt(record), self.encoder.encode_response(record.demonstration))
 
     def _prompt(self, record: Record) -> EncodedPrompt:
         return self.encoder.encode(apply_order(record, range(len(record.images)), 0))

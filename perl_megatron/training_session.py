@@ -77,6 +77,7 @@ class TrainingSession(Session):
         self.journal.rollouts(step, drawn.kept, drawn.dropped)
         times, saved = self.phases.take(), self.save_times()
         self._learn({**times, **saved})
+        idle = self.data_idle.follow(self.collector.take_waits(), times["seconds/step"])
         sampled = sum(len(rollout.token_ids) for group in drawn.groups for rollout in group.rollouts)
         self.journal.step(
             step,
@@ -87,6 +88,7 @@ class TrainingSession(Session):
                 **staleness_metrics(drawn.kept, step),
                 **drawn.cache_use.metrics(),
                 **self._sync_metrics,
+                **idle,
                 **saved,
                 **times,
                 "throughput/tokens_per_second": sampled / times["seconds/step"],
@@ -133,6 +135,7 @@ class TrainingSession(Session):
             evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
             self.engine.take_cache_use()  # belongs to no step
         self._grace.learn({"seconds/evaluate": self.phases.take()["seconds/evaluate"]})  # belongs to no step
+        self.collector.take_waits()
         self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
 
     def finish(self, step: int) -> None:

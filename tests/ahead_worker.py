@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from perl_megatron.ahead import AheadCollector
+from perl_megatron.data.wait_clock import DataWaits
 from perl_megatron.drawn import Drawn
 from perl_megatron.runtime import collective
 
@@ -42,6 +43,9 @@ class Collector:
                 self._engine.bring_again()
             said.append(collective.gather_objects((f"rollouts of step {step}", number, collective.rank())))
         return Drawn(step, said)
+
+    def take_waits(self) -> DataWaits:
+        return DataWaits()
 
     def state(self) -> Any:
         return dict

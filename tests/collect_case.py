@@ -11,6 +11,7 @@ from perl_megatron.collect import GroupCollector
 from perl_megatron.config.schema import Config
 from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.data.sampler import ShuffledSampler
+from perl_megatron.data.wait_clock import WaitClock
 from perl_megatron.drawn import Drawn, ledger_rows
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.rollout.engine import Sampling
@@ -42,6 +43,10 @@ class ScriptedEngine:
 
 class LengthEncoder:
     """A prompt has as many tokens as its text has characters; files of the same first letter hold the same image."""
+
+    def __init__(self) -> None:
+        self.waits = WaitClock()
+        self.take_waits = self.waits.take
 
     def encode(self, view: View) -> EncodedPrompt:
         keys = tuple(path.name[0] for path in view.images)

@@ -14,12 +14,15 @@ from launch_ranks import launch_ranks
 
 from perl_megatron import ahead
 from perl_megatron.ahead import AheadCollector
+from perl_megatron.data.wait_clock import DataWaits
 from perl_megatron.drawn import Drawn
 from perl_megatron.errors import UserError
 from perl_megatron.training_session import TrainingSession
 
 LONG = 20.0
 MAIN = threading.main_thread()
+WAITS = {True: DataWaits(1.0, 0.5, 0.25), False: DataWaits(1000.0, 200.0, 0.0)}
+"""For data, in the main thread and in another one."""
 
 
 class ScriptedEngine:
@@ -45,6 +48,9 @@ class ScriptedCollector:
         self.num_drawn += 10
         self.act(step)
         return Drawn(step)
+
+    def take_waits(self) -> DataWaits:
+        return WAITS[threading.current_thread() is MAIN]
 
     def state(self) -> Callable[[], dict[str, Any]]:
         num_drawn = self.num_drawn
@@ -96,6 +102,18 @@ def test_the_trainer_works_while_the_next_step_is_sampled() -> None:
     collector.await_rollouts(never)
     assert go_on.is_set()
     assert collector.collect(1, 0.1) == Drawn(1)
+
+
+def test_data_hold_up_the_trainer_only_while_it_waits_for_rollouts() -> None:
+    go_on = threading.Event()
+    collector = ahead_of(ScriptedCollector(lambda step: step == 1 and go_on.wait(LONG)), ScriptedEngine())
+    collector.collect(0, 0.0)
+    assert collector.take_waits() == WAITS[True]
+    threading.Timer(0.2, go_on.set).start()
+    collector.await_rollouts(never)
+    collector.collect(1, 0.1)
+    assert 1.0 < collector.take_waits().total < LONG  # not the 1000 seconds beside the update
+    assert collector.take_waits() == WAITS[True]  # what was waited counts once
 
 
 def test_what_is_under_way_is_drawn_again_by_a_resumed_run() -> None:

@@ -158,7 +158,7 @@ def test_the_ledger_says_what_the_filter_saw() -> None:
 def test_questions_that_cannot_be_asked_are_in_the_ledger_and_others_come_in_their_place() -> None:
     groups, engine = collector(half_right)
     bad = {record.id for record in groups.questions.records[:3]}
-    checks = DrawChecks(lambda record: "no image" if record.id in bad else None, lambda images: None, 1.0, "x.jsonl")
+    checks = DrawChecks(lambda record: "no image" if record.id in bad else None, 1.0, "x.jsonl")
     groups.questions = QuestionStream(groups.questions.records, ShuffledSampler(10, 0), checks)
     drawn = [question for step in range(2) for question in groups.collect(step=step, alpha=1.0).questions]
     unusable = [question for question in drawn if question.problem is not None]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launch_ranks import launch_ranks
+from PIL import Image
 from tiny_checkpoint import make_images, make_policy
 
 from perl_megatron import questions as module
 from perl_megatron.build import build_encoder
 from perl_megatron.config.load import load_config
 from perl_megatron.config.schema import Config, PermutationConfig
+from perl_megatron.data.pixel_store import PixelStore
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.record_files import RecordFiles
 from perl_megatron.errors import UserError
@@ -91,6 +94,28 @@ def test_too_many_bad_questions_end_a_run_that_checks_as_it_draws(policy, encode
     questions = training_questions(config_of(policy, *overrides), encoder)
     with pytest.raises(UserError, match=r"(?s)3 of 11 records cannot be used.*train\.jsonl:"):
         questions.next(11)
+
+
+@pytest.mark.parametrize("check", ["load", "draw"])
+@pytest.mark.parametrize("num_processes", [0, 1])
+def test_the_images_of_a_step_are_decoded_before_it_begins(policy, tmp_path, check, num_processes):
+    path = write(tmp_path, "train.jsonl", range(8))
+    for number in range(8):
+        image = tmp_path / f"images/{number}.png"
+        Image.new("RGB", (28, 28), (number, 0, 0)).save(image)
+    rows = [json.loads(line) | {"images": [f"images/{n}.png"]} for n, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (f"data.check={check}", f"data.decode_processes={num_processes}", "rollout.questions_per_step=4")
+    # Nothing stays of what is checked at load.
+    encoder = PromptEncoder(policy, system_prompt="", pixels=PixelStore(tmp_path, 2**14))
+    questions = training_questions(config_of(policy, f"data.train={path}", *settings), encoder)
+    shutil.rmtree(tmp_path / "pixels")
+    questions.prepare()
+    coming = [image for record in (questions.records[n] for n in questions.sampler.peek(4)) for image in record.images]
+    held = [encoder._ahead is not None and encoder._ahead.holds(image) for image in coming]
+    assert held[:2] == [num_processes > 0] * 2
+    if num_processes:
+        encoder._ahead.close()
 
 
 def test_auto_decides_by_the_size_of_the_files(policy, encoder, tmp_path, monkeypatch):

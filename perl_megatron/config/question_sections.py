@@ -40,10 +40,11 @@ class DataConfig(Section):
     check: Literal["auto", "load", "draw"] = "auto"
     """When training images are decoded and prompts measured for the first time: 'load', before the run; 'draw', each
     question as it is drawn, so that large sets open in seconds; 'auto': at load up to 2 MiB of records."""
-    decode_processes: int = Field(default=2, ge=1)
-    """With data.check=draw: processes of each rank that decode images ahead of need."""
+    decode_processes: int = Field(default=2, ge=0)
+    """Processes of each rank that decode images ahead of need; 0: each rank decodes images when it needs them."""
     decode_ahead_mib: int = Field(default=256, ge=1)
-    """With data.check=draw: images decoded ahead of need are kept up to this size, on each rank."""
+    """Images decoded ahead of need are kept up to this size, on each rank, and up to half of data.pixel_cache_mib;
+    those of a step should fit: others are decoded while the next step waits."""
     pixel_cache_mib: int = Field(default=2048, ge=1)
     """Decoded images (3 bytes for a pixel) are kept up to this size on each node, in memory that its processes share;
     beyond it they are decoded again when they are needed. The images of a step, and those decoded ahead, should fit."""

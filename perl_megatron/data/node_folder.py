@@ -91,6 +91,13 @@ def node_pixels(max_bytes: int) -> PixelStore:
     return _open(offer, run=offers[0][1])
 
 
+def turn_on_node() -> tuple[int, int]:
+    """This process's number of the run's on this node, and how many these are. Collective."""
+    hosts = collective.gather_objects(socket.gethostname())
+    own_host = hosts[collective.rank()]
+    return hosts[: collective.rank()].count(own_host), hosts.count(own_host)
+
+
 def own_pixels(max_bytes: int) -> PixelStore:
     """As ``node_pixels``, for this process (and those that it starts) alone; not collective."""
     offer = _best_place(max_bytes)

@@ -7,7 +7,9 @@ engine see the same pixels and the same number of image tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from perl_megatron.data.node_folder import own_pixels
 from perl_megatron.data.patches import MERGE_SIZE, PATCH_SIZE, Patches
 from perl_megatron.data.pixel_store import PixelStore, StoredImage
 from perl_megatron.data.tokenizer_check import check_tokenizer
+from perl_megatron.data.wait_clock import DataWaits, WaitClock
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import torchvision_schema
 from perl_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, View
@@ -98,18 +101,28 @@ class PromptEncoder:
         self._pixels = own_pixels(PIXEL_BYTES) if pixels is None else pixels
         self._reader = ImageReader(self._pixels, self.min_pixels, self.max_pixels)
         self._ahead: ImagesAhead | None = None
+        self.waits = WaitClock()
+        """Times, for each thread, how long it waits for images; who uses the encoder may add waits of its own."""
 
-    def decode_ahead(self, *, num_processes: int, max_bytes: int) -> None:
-        """From now on let ``num_processes`` processes decode the images that are expected, up to ``max_bytes``."""
+    def decode_ahead(self, *, num_processes: int, max_bytes: int, turn: tuple[int, int] = (0, 1)) -> None:
+        """From now on let ``num_processes`` processes decode the images that are expected, up to ``max_bytes``.
+
+        ``turn``: this encoder's number of those that expect the same images in one store, and how many these are.
+        """
         if self._ahead is not None:
             self._ahead.close()
         max_bytes = min(max_bytes, self._pixels.max_bytes // 2)  # what waits must not push itself out
-        self._ahead = ImagesAhead(self._reader, num_processes=num_processes, max_bytes=max_bytes)
+        self._ahead = ImagesAhead(self._reader, num_processes=num_processes, max_bytes=max_bytes, turn=turn)
 
     def expect(self, images: Iterable[Path]) -> None:
         """These images will be encoded next, in this order."""
         if self._ahead is not None:
             self._ahead.expect(path for path in images if not self._pixels.holds(self._key_of_path.get(str(path), "")))
+
+    def take_waits(self) -> DataWaits:
+        """What the calling thread has waited since the last call, by ``waits``."""
+        ahead_was_full = self._ahead is not None and self._ahead.take_was_full()
+        return replace(self.waits.take(), ahead_was_full=ahead_was_full)
 
     def encode(self, view: View) -> EncodedPrompt:
         """The view's prompt, up to where the assistant's turn begins; nothing is truncated.
@@ -122,6 +135,8 @@ class PromptEncoder:
         if prompt is None:
             prompt = self._encode(view)
             self._prompts.put(memo, prompt, num_bytes=prompt.token_ids.nbytes + 40 * len(prompt.compact_ids))
+        else:
+            self._have_pixels(view.images)
         return prompt
 
     def image(self, key: str) -> Image:
@@ -190,22 +205,36 @@ class PromptEncoder:
                 self._path_of_key[key] = str(path)  # first: who finds the grid in another thread relies on it
                 self._grids[key] = self._equal_grids.setdefault(grid, grid)
             self._key_of_path[str(path)] = key
-        elif self._ahead is not None and self._ahead.holds(path):
-            self._ahead.read(path)  # takes what was decoded for the time when it is needed
+        else:
+            self._have_pixels([path])
         return key
+
+    def _have_pixels(self, paths: Iterable[Path]) -> None:
+        """Of images read before: take what was decoded ahead (others are decoded in its place), and what was dropped.
+
+        Where one cannot be read any more, that is told when it is needed.
+        """
+        if self._ahead is None:
+            return
+        for path in paths:
+            if self._ahead.holds(path) or not self._pixels.holds(self._key_of_path[str(path)]):
+                with contextlib.suppress(UserError):
+                    self._read(path)
 
     def _pixels_of(self, key: str) -> np.ndarray:
         """uint8 [height, width, 3]: the pixels whose content hash is ``key``; decoded again where they were dropped."""
         image = self._pixels.get(key)
         if image is None:
             path = Path(self._path_of_key[key])
-            image = self._read(path)
+            with self.waits("dropped"):
+                image = self._read(path)
             if image.key != key:
                 raise UserError("the image file changed while it was in use", where=str(path), fix="restart the run")
         return image.pixels
 
     def _read(self, path: Path) -> StoredImage:
-        return self._reader.read(path) if self._ahead is None else self._ahead.read(path)
+        with self.waits("images"):
+            return self._reader.read(path) if self._ahead is None else self._ahead.read(path)
 
     def _grid(self, pixels: np.ndarray, *, where: str) -> tuple[int, int, int]:
         """(time, height, width) in patches of an image that is resized already."""

@@ -32,18 +32,30 @@ class StreamedQuestion:
 
 
 @dataclass(frozen=True)
+class LookAhead:
+    """Who prepares the questions to come.
+
+    Attributes:
+        expect: is told the images that will be needed next, in their order.
+        num_questions: how many questions beyond those that are drawn: a step's. Else the few that a step draws again
+            would leave the next step's images to the next step.
+    """
+
+    expect: Callable[[Iterable[Path]], None]
+    num_questions: int
+
+
+@dataclass(frozen=True)
 class DrawChecks:
     """What happens to questions that were not checked at load.
 
     Attributes:
         problem_of: why a record cannot be asked (an image that cannot be read, a prompt that is too long), or None.
-        expect: is told the images that will be needed next, in their order.
         max_corrupt_fraction: share of the records that may have a problem.
         where: the dataset, for the error when there are more.
     """
 
     problem_of: Callable[[Record], str | None]
-    expect: Callable[[Iterable[Path]], None]
     max_corrupt_fraction: float
     where: str
 
@@ -55,6 +67,7 @@ class QuestionStream:
         records: all of them.
         sampler: over the records' indices.
         checks: None where every record is known to be good.
+        look_ahead: None where nothing has to be prepared.
     """
 
     def __init__(
@@ -62,9 +75,11 @@ class QuestionStream:
         records: Sequence[Record],
         sampler: ShuffledSampler | MixtureSampler,
         checks: DrawChecks | None = None,
+        look_ahead: LookAhead | None = None,
     ):
-        self.records, self.sampler, self._checks = records, sampler, checks
+        self.records, self.sampler, self._checks, self._look_ahead = records, sampler, checks, look_ahead
         self._problems: dict[int, str] = {}
+        self._coming: dict[int, tuple[Path, ...]] = {}
 
     @property
     def num_records(self) -> int:
@@ -93,8 +108,7 @@ class QuestionStream:
                 missing = min(missing, limit - len(drawn))
             if missing <= 0:
                 return drawn
-            if self._checks is not None:
-                self._expect(missing + count, self._checks)  # so much also for the next call
+            self._expect(missing, count)
             first = self.sampler.num_drawn
             indices = self.sampler.next(missing)
             records = [self.records[index] for index in indices]
@@ -105,6 +119,10 @@ class QuestionStream:
                 for number, (index, record) in enumerate(zip(indices, records, strict=True))
             ]
 
+    def prepare(self) -> None:
+        """Let the images of the first questions be decoded, before they are drawn."""
+        self._expect(0, 0)
+
     def state_dict(self) -> dict[str, Any]:
         """The sampler's position; JSON-serialisable."""
         return self.sampler.state_dict()
@@ -113,9 +131,14 @@ class QuestionStream:
         """Continue from ``state``. Raises UserError if it was saved for other data or another seed."""
         self.sampler.load_state_dict(state)
 
-    def _expect(self, count: int, checks: DrawChecks) -> None:
-        coming = [self.records[index] for index in self.sampler.peek(count) if index not in self._problems]
-        checks.expect(image for record in coming for image in record.images)
+    def _expect(self, missing: int, count: int) -> None:
+        """Images of the ``missing`` questions that are drawn now, and of as many as are drawn later."""
+        if self._look_ahead is not None:
+            indices = self.sampler.peek(missing + max(count, self._look_ahead.num_questions))
+            coming = [index for index in indices if index not in self._problems]
+            # Records that lie in files are not read again for every call.
+            self._coming = {index: self._coming.get(index) or self.records[index].images for index in coming}
+            self._look_ahead.expect(image for index in coming for image in self._coming[index])
 
     def _check(self, indices: Sequence[int], records: Sequence[Record], checks: DrawChecks) -> None:
         """Find the problems of drawn records. A problem that one rank meets is a problem of all."""

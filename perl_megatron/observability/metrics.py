@@ -102,6 +102,13 @@ CATALOGUE: tuple[Metric, ...] = (
     # Time and memory
     Metric("seconds/step", "s", "wall time of the whole step"),
     Metric("seconds/{phase}", "s", "wall time of one phase of the step"),
+    Metric(
+        "data/idle_share",
+        "1",
+        "share of the step in which nothing was sampled or trained, as data were not there: what it would save if "
+        "reading, checking and encoding of questions and decoding of images took no time (docs/data.md)",
+    ),
+    Metric("data/image_wait_seconds", "s", "of that time: until images were decoded"),
     Metric("save/background_seconds", "s", "time until the last checkpoint was complete, beside the training"),
     Metric("save/background_cpu_seconds", "s", "processor time of that, in the first process"),
     Metric("throughput/tokens_per_second", "tokens/s", "sampled response tokens over the step's wall time"),

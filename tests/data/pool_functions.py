@@ -1,10 +1,13 @@
 """What workers of the tests do; like everything that a ``WorkerPool`` runs, without torch."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
+from perl_megatron.data.image_reader import ImageReader
+from perl_megatron.data.pixel_store import StoredImage
 from perl_megatron.errors import UserError
 from perl_megatron.types import Record
 
@@ -45,3 +48,24 @@ def die_over(record: Record) -> None:
     """Ends the process over text answers."""
     if record.answer_type == "text":
         os._exit(7)
+
+
+class DyingReader(ImageReader):
+    """Whose process is killed as often as there are files ``death…`` beside the image."""
+
+    def read(self, path: Path) -> StoredImage:
+        for death in sorted(path.parent.glob("death*")):
+            death.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(path)
+
+
+class SlowReader(ImageReader):
+    """Takes its time to decode, and leaves a file that says when."""
+
+    def _decode(self, path: Path, source: str) -> StoredImage:
+        begin = time.time()
+        time.sleep(0.03)
+        image = super()._decode(path, source)
+        path.with_suffix(f".{os.getpid()}.times").write_text(f"{begin} {time.time()}")
+        return image

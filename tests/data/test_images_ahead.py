@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import threading
@@ -5,15 +6,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pool_functions
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import perl_megatron
-from perl_megatron.data import image_reader
+from perl_megatron.data import image_reader, worker_pool
 from perl_megatron.data.image_reader import ImageReader
 from perl_megatron.data.images import load_image
-from perl_megatron.data.images_ahead import ImagesAhead
+from perl_megatron.data.images_ahead import ImagesAhead, in_turn
 from perl_megatron.data.pixel_store import PixelStore
+from perl_megatron.data.worker_pool import WorkerDied
 from perl_megatron.errors import UserError
 
 BOUNDS = (28 * 28, 56 * 56)
@@ -73,6 +78,12 @@ def test_memory_is_bounded_and_work_goes_on_as_images_are_taken(reader, paths):
     ahead = ImagesAhead(reader, num_processes=1, max_bytes=3 * one)
     try:
         ahead.expect(paths)
+        while ahead.num_bytes < 3 * one:
+            time.sleep(0.002)
+        assert not ahead.take_was_full()
+        ahead.expect(paths)
+        assert ahead.take_was_full()
+        assert not ahead.take_was_full()
         peak = 0
         for path in paths:
             for _ in range(10):
@@ -103,6 +114,73 @@ def test_errors_are_those_of_load_image(ahead, tmp_path, paths):
         with pytest.raises(UserError, match=reason):
             ahead.read(path)  # not expected any more
     assert ahead.read(paths[0]).pixels.size
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_an_image_is_tried_again_where_the_process_that_had_it_was_killed(reader, tmp_path, paths, deaths, caplog):
+    path = Path(shutil.copy(paths[0], tmp_path))
+    dying = pool_functions.DyingReader(reader.store, *BOUNDS)
+    ahead = ImagesAhead(dying, num_processes=1, max_bytes=2**30)
+    try:
+        for number in range(deaths):
+            (tmp_path / f"death{number}").touch()
+        ahead.expect([path, paths[1]])
+        if deaths == 1:
+            assert ahead.read(path).pixels.tobytes() == load_image(path, *BOUNDS).tobytes()
+        else:
+            with pytest.raises(WorkerDied, match=r"died \(status -9\)"):
+                ahead.read(path)
+        assert ahead.read(paths[1]).pixels.size
+    finally:
+        ahead.close()
+    assert caplog.text.count("it is tried once more") == 1
+
+
+def test_without_processes_images_are_decoded_here(reader, paths, monkeypatch, caplog):
+    monkeypatch.setattr(worker_pool.sys, "executable", "/nowhere/python")
+    ahead = ImagesAhead(reader, num_processes=1, max_bytes=2**30)
+    ahead.expect(paths[:4])
+    for path in paths[:4]:
+        assert ahead.read(path).pixels.tobytes() == load_image(path, *BOUNDS).tobytes()
+    ahead.close()
+    assert caplog.text.count("could not be started") == 1
+
+
+@given(count=st.integers(0, 60), processes=st.integers(1, 5), own=st.integers(1, 8))
+@settings(max_examples=50, deadline=None)
+def test_processes_of_a_node_begin_with_images_of_their_own(count, processes, own):
+    wanted = [Path(f"{number}.png") for number in range(count)]
+    orders = [in_turn(wanted, (number, processes), own=own) for number in range(processes)]
+    for order in orders:
+        assert sorted(order) == sorted(wanted)
+        for position, path in enumerate(order):  # nobody runs ahead of what is needed
+            assert abs(position - wanted.index(path)) < own * processes
+    assert in_turn(wanted, (0, 1), own=own) == wanted
+
+
+def test_processes_of_a_node_decode_at_the_same_time(reader, tmp_path):
+    """Those of two trainers that want the same images in the same order."""
+    wanted = [tmp_path / f"{number}.png" for number in range(24)]
+    slow = pool_functions.SlowReader(reader.store, *BOUNDS)
+    aheads = [ImagesAhead(slow, num_processes=1, max_bytes=2**30, turn=(number, 2)) for number in range(2)]
+    for path in wanted:
+        Image.new("RGB", (28, 28), tuple(int(path.stem).to_bytes(3, "big"))).save(path)
+    try:
+        for ahead in aheads:
+            ahead.expect(wanted[:1])
+            ahead.read(wanted[0])  # its process has started
+        for ahead in aheads:
+            ahead.expect(wanted[1:])
+        for ahead in aheads:
+            settled(ahead, 23 * 28 * 28 * 3)
+    finally:
+        for ahead in aheads:
+            ahead.close()
+    times = sorted(tuple(map(float, path.read_text().split())) for path in tmp_path.glob("*.times"))
+    assert len(times) == 24  # each once
+    times = times[1:]
+    working = sum(end - begin for begin, end in times)
+    assert working > 1.3 * (max(end for _, end in times) - times[0][0])
 
 
 def test_threads_may_take_at_once(ahead, paths):

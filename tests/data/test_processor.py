@@ -14,6 +14,7 @@ from perl_megatron.data.cache import ByteBoundedCache
 from perl_megatron.data.images import image_key
 from perl_megatron.data.pixel_store import PixelStore, StoredImage
 from perl_megatron.data.processor import VISION_TOKENS, PromptEncoder
+from perl_megatron.data.wait_clock import DataWaits
 from perl_megatron.errors import UserError
 
 SIZES = [(28, 28), (56, 84), (100, 131), (30, 20)]
@@ -191,7 +192,9 @@ def test_what_is_decoded_ahead_is_taken_also_where_the_image_is_known(checkpoint
     plain = PromptEncoder(checkpoint, system_prompt="")
     ahead = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(tmp_path, 2**20))
     ahead.decode_ahead(num_processes=2, max_bytes=2**30)
-    for _ in range(2):
+    for is_memoised in (False, False, True):
+        if not is_memoised:
+            ahead._prompts = ByteBoundedCache(2**20)
         for file in (tmp_path / "pixels").iterdir():  # as if others had pushed them out
             file.unlink()
         ahead.expect(paths)
@@ -200,11 +203,44 @@ def test_what_is_decoded_ahead_is_taken_also_where_the_image_is_known(checkpoint
             prompt = ahead.encode(make_view([path], question=str(path)))
             assert prompt.image_keys == plain.encode(make_view([path])).image_keys
             assert not ahead._ahead.holds(path)
-            ahead._prompts = ByteBoundedCache(2**20)
     ahead.expect(paths)
     assert not any(map(ahead._ahead.holds, paths))  # their pixels are there
     assert ahead._ahead._max_bytes == 2**19  # so that what waits does not push itself out
     ahead._ahead.close()
+
+
+def test_waiting_for_images_is_timed_also_where_their_pixels_were_dropped(checkpoint, tmp_path):
+    paths = make_images(tmp_path, SIZES)
+    encoder = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(None, 0))
+    keys = encoder.encode(make_view(paths)).image_keys
+    first = encoder.waits.take()
+    assert first.total == first.images > 0
+    assert first.dropped == 0
+    encoder.image(keys[0])
+    again = encoder.waits.take()
+    assert again.total >= again.dropped >= again.images > 0
+    kept = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(None, 2**30))
+    kept.encode(make_view(paths))
+    kept.waits.take()
+    kept.image(kept.encode(make_view(paths)).image_keys[0])
+    assert kept.waits.take() == DataWaits()
+
+
+def test_images_of_an_earlier_epoch_are_waited_for_with_their_question(checkpoint, tmp_path):
+    view = make_view(make_images(tmp_path / "images", SIZES))
+    encoder = PromptEncoder(checkpoint, system_prompt="", pixels=PixelStore(tmp_path, 2**20))
+    encoder.decode_ahead(num_processes=1, max_bytes=2**30)
+    keys = encoder.encode(view).image_keys
+    encoder.take_waits()
+    for file in (tmp_path / "pixels").iterdir():
+        file.unlink()
+    encoder.encode(view)  # memoised
+    waits = encoder.take_waits()
+    assert waits.images > 0
+    assert waits.dropped == 0
+    for key in keys:
+        encoder.patches(key)
+    assert encoder.take_waits() == DataWaits()
 
 
 def test_images_of_a_waiting_prompt_are_there_whatever_came_after_it(checkpoint, tmp_path):

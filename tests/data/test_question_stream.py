@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from perl_megatron.data.question_stream import DrawChecks, QuestionStream
+from perl_megatron.data.question_stream import DrawChecks, LookAhead, QuestionStream
 from perl_megatron.data.sampler import MixtureSampler, ShuffledSampler
 from perl_megatron.errors import UserError
 from perl_megatron.runtime import collective
@@ -14,18 +14,22 @@ RECORDS = [Record(f"r{n}", (Path(f"{n}.png"),), "<image>?", "7", source=f"x.json
 
 
 class Problems:
-    """Finds problems with the records whose number is ``bad``, and keeps what it was asked and told."""
+    """Finds problems with the records whose number is ``bad``, and keeps what it was asked."""
 
     def __init__(self, *bad: int, max_corrupt_fraction: float = 1.0):
-        self.bad, self.checked, self.expected = {f"r{n}" for n in bad}, [], []
-        self.checks = DrawChecks(self.problem_of, self.expect, max_corrupt_fraction, "x.jsonl")
+        self.bad, self.checked = {f"r{n}" for n in bad}, []
+        self.checks = DrawChecks(self.problem_of, max_corrupt_fraction, "x.jsonl")
 
     def problem_of(self, record: Record) -> str | None:
         self.checked.append(record.id)
         return "it is bad" if record.id in self.bad else None
 
-    def expect(self, images) -> None:
-        self.expected.append([image.stem for image in images])
+
+class Expected(list):
+    """What images were expected, call by call."""
+
+    def __call__(self, images) -> None:
+        self.append([image.stem for image in images])
 
 
 def test_without_checks_it_is_the_sampler():
@@ -71,13 +75,54 @@ def test_no_more_are_drawn_than_the_limit():
     assert stream.num_drawn == 6
 
 
-def test_images_are_expected_before_they_are_needed():
-    problems = Problems()
-    stream = QuestionStream(RECORDS, ShuffledSampler(20, 1), problems.checks)
+@pytest.mark.parametrize("checks", [Problems().checks, None], ids=["as drawn", "at load"])
+def test_images_are_expected_before_they_are_needed(checks):
+    expected = Expected()
+    stream = QuestionStream(RECORDS, ShuffledSampler(20, 1), checks, LookAhead(expected, 4))
     order = [str(n) for n in ShuffledSampler(20, 1).next(20)]
+    stream.prepare()
     stream.next(4)
     stream.next(4)
-    assert problems.expected == [order[0:8], order[4:12]]
+    stream.next(6)
+    assert expected == [order[0:4], order[0:8], order[4:12], order[8:20]]
+
+
+def test_questions_drawn_again_leave_the_images_of_the_next_step_expected():
+    expected = Expected()
+    stream = QuestionStream(RECORDS, ShuffledSampler(20, 1), Problems().checks, LookAhead(expected, 6))
+    order = [str(n) for n in ShuffledSampler(20, 1).next(20)]
+    stream.next(6)
+    stream.next(1)
+    assert expected[-1] == order[6:13]
+    stream.next(2)
+    assert expected[-1] == order[7:15]
+
+
+def test_images_of_questions_that_cannot_be_asked_are_not_expected_again():
+    expected = Expected()
+    stream = QuestionStream(RECORDS, ShuffledSampler(20, 1), Problems(*range(0, 20, 2)).checks, LookAhead(expected, 20))
+    stream.next(20, limit=20)
+    stream.load_state_dict(ShuffledSampler(20, 1).state_dict())
+    stream.prepare()
+    assert sorted(expected[-1], key=int) == [str(n) for n in range(1, 20, 2)]
+
+
+class CountedRecords(list):
+    """Counts how often a record is read."""
+
+    num_read = 0
+
+    def __getitem__(self, index):
+        self.num_read += 1
+        return super().__getitem__(index)
+
+
+def test_records_are_not_read_again_for_every_draw():
+    records = CountedRecords(RECORDS)
+    stream = QuestionStream(records, ShuffledSampler(20, 1), None, LookAhead(Expected(), 10))
+    for _ in range(10):
+        stream.next(1)
+    assert records.num_read == 20 + 10  # for its images, and when it is drawn
 
 
 def test_too_many_bad_records_end_the_run_with_their_names(caplog):

@@ -17,7 +17,7 @@ from typing import Any
 
 from warm_ranks import PHASES, WarmRanks
 
-TIMES = ("time", "seconds/", "memory/", "throughput/", "sync/seconds", "sync/attest_seconds", "save/")
+TIMES = ("time", "seconds/", "memory/", "throughput/", "sync/seconds", "sync/attest_seconds", "save/", "data/")
 ANY_TIME, START, WRITING = "any time", "start", "writing"
 LONGEST = 300.0
 """Seconds that an attempt may take; far more than any does."""

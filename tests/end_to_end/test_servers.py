@@ -90,6 +90,7 @@ def test_strictly_on_policy_gives_the_numbers_of_the_colocated_engine(job: Small
             assert row[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-5), (row["step"], name)
         assert 0 < row["logprob_gap/mean"] <= 1e-4
         assert row["rollout/staleness_max"] == 0
+        assert 0 < row["data/idle_share"] < 1
         assert 0 < row["rollout/image_hit_rate"] < 1
     assert [versions(job, "served", step) for step in (1, 2, 3, 4)] == [{0}, {1}, {2}, {3}]
 
@@ -98,6 +99,7 @@ def test_one_step_off_on_two_processes(job: SmallJob, server: tuple[str, ...]) -
     """Every step but the first is sampled by the weights before the last update, and the objective knows."""
     rows = run(job, "ahead", *server, *ONE_STEP_OFF, "parallel.tensor=2", "optimizer.learning_rate=1e-3")
     assert [row["rollout/staleness_max"] for row in rows] == [0, 1, 1, 1]
+    assert all(0 <= row["data/idle_share"] < 1 for row in rows)
     assert [row["rollout/staleness_mean"] for row in rows] == [0, 1, 1, 1]
     assert [versions(job, "ahead", step) for step in (1, 2, 3, 4)] == [{0}, {0}, {1}, {2}]
     # π_θ / π_old is 1 at the start of an on-policy step; later π_old is the policy of a step ago.

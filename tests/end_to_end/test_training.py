@@ -19,7 +19,7 @@ from perl_megatron.rollout.engine import vllm_obstacle
 
 CONTEXT = ("parallel.context=2", "actor.sharing=vision")
 ONE_PROCESS = (*SMALL, "parallel.tensor=1", "rollout.engine=embedded")
-TIMES = ("time", "seconds/", "memory/", "throughput/", "sync/seconds", "save/")
+TIMES = ("time", "seconds/", "memory/", "throughput/", "sync/seconds", "save/", "data/")
 
 
 def steps(run: Path) -> list[dict]:
