@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
+from made_once import made_once
 from small_job import SmallJob, call
 
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> SmallJob:
-    work = tmp_path_factory.mktemp("job")
-    small = SmallJob(work, work / "data", work / "policy", work / "runs" / "warm_start" / "export")
+    work = made_once(tmp_path_factory, "job", make_job)
+    return job_in(work)
+
+
+def job_in(work: Path) -> SmallJob:
+    return SmallJob(work, work / "data", work / "policy", work / "runs" / "warm_start" / "export")
+
+
+def make_job(work: Path) -> None:
+    small = job_in(work)
     for command in (
         [sys.executable, "tools/make_digits.py", str(small.data), "--recipe", "examples/demo/digits.yaml"],
         # An untied output layer; the engines' contract suite has a tied one, as the demo.
@@ -20,4 +30,3 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SmallJob:
     ):
         result = call(command)
         assert result.returncode == 0, result.stdout + result.stderr
-    return small
