@@ -24,9 +24,11 @@ def paused() -> Iterator[None]:
     They make a million objects, hardly one of them garbage, and the collector goes over all of them again and again: a
     fifth of the time until a process has torch, transformers and megatron-core.
     """
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if enabled:
+            gc.enable()
