@@ -7,6 +7,10 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+# Processes that `make test` has at work at a time; 0 is pytest alone, one test after the other.
+WORKERS ?= 2
+# A file's tests share what they start, so they stay together, and files come in their order: the last ones are short.
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test unit lint check-kernels clean help
 
@@ -28,11 +32,11 @@ demo: install
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo/run.sh demo $(SEED)
 
 test: install check-kernels
-	@echo "== tests: unit tests first, then the distributed ones (torchrun on gloo) and the engines"
-	$(BIN)/python -m pytest
+	@echo "== tests: file by file, $(WORKERS) at a time; among them the distributed ones (torchrun on gloo) and the engines"
+	$(BIN)/python -m pytest $(PARALLEL)
 
 unit: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 # Triton (700 MB) lies apart: where torch and vLLM find it, they take other paths than the ones that are used on a CPU.
 KERNELS := build/kernels

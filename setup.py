@@ -82,8 +82,8 @@ setup(
         "demo": ["mlxtend"],
         "kernels": ["triton", "cut-cross-entropy"],
         "dev": [
-            *("pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "mlxtend"),
-            *("mbridge", "liger-kernel", "trl"),
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
+            *("mlxtend", "mbridge", "liger-kernel", "trl"),
         ],
     },
     entry_points={

@@ -26,6 +26,7 @@ from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_
 from perl_megatron.launching import add_launch
 from perl_megatron.plan.command import add_plan_options, run_plan
 from perl_megatron.replay.options import add_replay
+from perl_megatron.runtime import garbage
 from perl_megatron.sweep.options import add_sweep
 
 
@@ -190,10 +191,11 @@ def run_job(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.runtime import environment
 
     environment.prepare_process()  # before torch is imported
-    from perl_megatron.runtime import platform
+    with garbage.paused():
+        from perl_megatron.runtime import platform
 
-    platform.install()  # before anything imports megatron-core or transformers
-    from perl_megatron import jobs
+        platform.install()  # before anything imports megatron-core or transformers
+        from perl_megatron import jobs
 
     return jobs.run(options.command, loaded, resume=getattr(options, "resume", False))
 
@@ -224,10 +226,11 @@ def run_serve(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.runtime import environment
 
     environment.prepare_process()  # before torch is imported
-    from perl_megatron.runtime import platform
+    with garbage.paused():
+        from perl_megatron.runtime import platform
 
-    platform.install()  # before anything imports transformers
-    from perl_megatron import serving
+        platform.install()  # before anything imports transformers
+        from perl_megatron import serving
 
     how = {"max_images": options.max_images, "log_requests": options.log_requests}
     return serving.serve(config, host=options.host, port=options.port, **how)
@@ -251,10 +254,11 @@ def run_verify(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.runtime import environment
 
     environment.prepare_process()  # before torch is imported
-    from perl_megatron.runtime import platform
+    with garbage.paused():
+        from perl_megatron.runtime import platform
 
-    platform.install()  # before anything imports megatron-core or transformers
-    from perl_megatron.verification import command
+        platform.install()  # before anything imports megatron-core or transformers
+        from perl_megatron.verification import command
 
     passed = command.run(layout, options.json)
     # torchrun would take a verdict for a crash: a process that was launched here ends with 0.
@@ -297,11 +301,12 @@ def run_triage(options: argparse.Namespace, argv: list[str]) -> int:
     from perl_megatron.runtime import environment
 
     environment.prepare_process()  # before torch is imported
-    from perl_megatron.runtime import platform
+    with garbage.paused():
+        from perl_megatron.runtime import platform
 
-    platform.set_threads()
-    platform.install()  # before anything imports transformers
-    from perl_megatron.triage import command
+        platform.set_threads()
+        platform.install()  # before anything imports transformers
+        from perl_megatron.triage import command
 
     settings = {"policy": options.policy, "other_policies": options.other_policy, "limit": options.limit}
     return 0 if command.run(options.dump, json_file=options.json, **settings) else 1

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from perl_megatron.build import build_encoder, build_engine, derive_for
-from perl_megatron.chat.client import ChatClient
 from perl_megatron.checkpoint.manifest import on_rank_zero
 from perl_megatron.config.schema import Config, PermutationConfig
 from perl_megatron.data.image_store import ImageStore
@@ -75,6 +74,8 @@ def by_endpoint(config: Config) -> int:
     """Evaluate the model behind `endpoint.url`, in this one process; the exit status."""
     benchmarks = _load_benchmarks(config) if config.evaluation.benchmarks else {}
     records = () if benchmarks else _readable_records(config)
+    from perl_megatron.chat.client import ChatClient  # as in reward/judge.py
+
     with ChatClient(config.endpoint) as client:
         _evaluate(config, EndpointAsker(config, client), benchmarks, records)
     return 0

@@ -11,7 +11,7 @@ from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.questions import most_images, read_questions, training_questions
 from perl_megatron.rollout.engine import INSTALL_VLLM, vllm_obstacle
-from perl_megatron.runtime import environment, platform
+from perl_megatron.runtime import environment, garbage, platform
 from perl_megatron.runtime.addresses import is_loopback
 from perl_megatron.runtime.key_file import read_key
 
@@ -40,7 +40,8 @@ def serve(config: Config, *, host: str, port: int, max_images: int | None, log_r
     encoder = build_encoder(config)
     images = max_images or _most_images(config, encoder)
     environment.prepare_vllm_server(cuda=platform.is_cuda())
-    from perl_megatron.rollout import vllm_serve  # imports vLLM, which reads the environment
+    with garbage.paused():
+        from perl_megatron.rollout import vllm_serve  # imports vLLM, which reads the environment
 
     logger.info("serving %s at http://%s:%d, up to %d images a prompt", config.model.path, host, port, images)
     vllm_serve.serve(config, encoder, host=host, port=port, key=key, max_images=images, log_requests=log_requests)

@@ -14,6 +14,9 @@ sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(BYTECODE))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads that wait for each other's next piece of work would keep the cores that another process's need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from perl_megatron.runtime import garbage, torchvision_schema  # noqa: E402
 

@@ -6,9 +6,8 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from perl_megatron.chat.client import ChatClient
 from perl_megatron.chat.messages import ChatRequest, Message
 from perl_megatron.config.schema import Config
 from perl_megatron.data.images import MAX_SOURCE_PIXELS, MERGED_PATCH, check_image, load_image
@@ -18,6 +17,9 @@ from perl_megatron.rollout.engine import RolloutEngine, Sampling
 from perl_megatron.runtime.collective import gather_objects, together
 from perl_megatron.runtime.rng import derive_seed
 from perl_megatron.types import IMAGE_PLACEHOLDER, EncodedPrompt, View
+
+if TYPE_CHECKING:  # as in reward/judge.py
+    from perl_megatron.chat.client import ChatClient
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_BARS = 24
 PARTS = (("question", "questions"), ("order", "image orders"), ("sampling", "rollouts of one order"))
@@ -16,6 +15,10 @@ PARTS = (("question", "questions"), ("order", "image orders"), ("sampling", "rol
 
 def plot_order_bias(report: Mapping[str, Any], path: Path, *, title: str) -> None:
     """Write a PNG of a report (``evaluation/order_report.py``'s JSON)."""
+    # Half a second of every rank's start, for what one rank needs when it ends.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(14, 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}: accuracy {report['accuracy']:.1%}, flip rate {report['flip_rate']:.1%}")

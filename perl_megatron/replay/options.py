@@ -41,13 +41,14 @@ def run_replay(options: argparse.Namespace, argv: list[str]) -> int:
     config = load_config(run.config, options.overrides).config
     if torchrun.needs_launch(config):
         return _launch(options, argv, launched_processes(config))
-    from perl_megatron.runtime import environment
+    from perl_megatron.runtime import environment, garbage
 
     environment.prepare_process()  # before torch is imported
-    from perl_megatron.runtime import platform
+    with garbage.paused():
+        from perl_megatron.runtime import platform
 
-    platform.install()  # before anything imports megatron-core or transformers
-    from perl_megatron.replay import command
+        platform.install()  # before anything imports megatron-core or transformers
+        from perl_megatron.replay import command
 
     finite = command.run(config, run, options.batch, checkpoint=options.checkpoint, json_file=options.json)
     # torchrun would take a verdict for a crash: a process that was launched here ends with 0.

@@ -14,7 +14,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from perl_megatron.chat.client import ChatClient
 from perl_megatron.chat.messages import ChatRequest, Message
 from perl_megatron.config.endpoint_section import EndpointConfig
 from perl_megatron.errors import UserError
@@ -72,6 +71,8 @@ class Judge:
     def __init__(self, config: EndpointConfig, failure: Literal["error", "zero"]):
         self._config, self._failure = config, failure
         try:
+            from perl_megatron.chat.client import ChatClient  # a tenth of every rank's start
+
             self._client = ChatClient(config)
         except UserError as error:
             raise _of_judge(error) from error

@@ -15,7 +15,7 @@ from perl_megatron.config.schema import RolloutConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.rollout.engine import INSTALL_VLLM, vllm_obstacle
-from perl_megatron.runtime import environment, platform
+from perl_megatron.runtime import environment, garbage, platform
 from perl_megatron.runtime.topology import Topology
 
 MAX_TEMPERATURE = 2.0
@@ -95,11 +95,12 @@ def layout(world_size: int, tensor_parallel_size: int) -> dict[str, Any]:
 def start(arguments: dict[str, Any]) -> Any:
     """A ``vllm.LLM``."""
     try:
-        from vllm import LLM
+        with garbage.paused():
+            from vllm import LLM
 
-        _spare_process_group()
-        if not platform.is_cuda():
-            register_model_class()
+            _spare_process_group()
+            if not platform.is_cuda():
+                register_model_class()
     except ImportError as error:
         raise UserError(
             f"vLLM cannot be imported: {error}",

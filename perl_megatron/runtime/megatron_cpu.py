@@ -1,4 +1,4 @@
-"""Nine shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
+"""Ten shims that let megatron-core (0.16) run on the CPU with gloo. Installed by ``platform`` where there is no CUDA.
 
 S6 is ``megatron_adam``'s, S10 ``megatron_rotary``'s.
 Each names the files of megatron-core that need it; ``tests/runtime/test_platform.py`` fails for a shim that
@@ -24,11 +24,12 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Install all nine. Call once, before any model is built."""
+    """Install all ten. Call once, before any model is built."""
     # megatron-core says on import, four times, that the fused CUDA kernels are missing; here that is no news.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     import torch._dynamo  # noqa: F401 - asserts on import that names in torch.cuda are distinct objects, so it goes first
 
+    _without_the_compiler()
     _current_device_and_synchronize()
     _random_state()
     _tensor_creation()
@@ -37,6 +38,21 @@ def install() -> None:
     _weight_gradients()
     _tensor_parallelism_of_one_rank()
     megatron_rotary.install()
+
+
+def _without_the_compiler() -> None:
+    """S11: what megatron-core gives to torch.compile stays as it is written.
+
+    jit.py and who imports it, above all fusions/: no function that is called on a CPU (model/transformer_configs.py).
+    To load the compiler takes every process a second of its start; to use it, half a minute.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment, misc]
+    try:
+        import megatron.core.jit as jit
+    finally:
+        torch.compile = compiler
+    jit.disable_jit_fuser()  # for modules that are imported later
 
 
 def _current_device_and_synchronize() -> None:

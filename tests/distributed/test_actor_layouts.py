@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from actor_case import make_config, make_encoder, make_sequences
+from actor_case import make_config, make_encoder
 from actor_results import run_worker
 from actor_worker import LAYOUTS, RESHARDED, RESUMED, TIED, folder_of, train
-from actor_yardstick import expect
 
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.runtime import topology
@@ -23,9 +22,9 @@ def results(cases, out):
 
 
 @pytest.fixture(scope="module")
-def expected(cases, results):
+def expected(cases, results, expected_of):
     folders = {folder_of(cases, name) for name in ("tensor", *TIED)}
-    return {case: expect(case, make_sequences) for case in folders}
+    return {case: expected_of(case) for case in folders}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -3,10 +3,9 @@
 from functools import partial
 
 import pytest
-from actor_case import make_config, make_encoder, make_sequences
+from actor_case import make_config, make_encoder
 from actor_results import pace_of, run_worker
 from actor_worker import FROZEN_LAYOUTS, RESUMED_FROZEN, TIED, folder_of, train
-from actor_yardstick import expect
 
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.runtime import topology
@@ -24,9 +23,9 @@ def results(cases, out):
 
 
 @pytest.fixture(scope="module")
-def expected(cases, results):
+def expected(cases, results, expected_of):
     folders = [folder_of(cases, name) for name in ("untied", *TIED)]
-    return {case: expect(case, make_sequences) for case in set(folders)}
+    return {case: expected_of(case) for case in set(folders)}
 
 
 @pytest.mark.parametrize("name", FROZEN_LAYOUTS)

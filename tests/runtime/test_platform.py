@@ -1,4 +1,4 @@
-"""The ten shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
+"""The eleven shims. Each has a test that fails once megatron-core no longer needs it: then the shim should go."""
 
 import inspect
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import megatron.core
 import pytest
 import torch
+from megatron.core import jit
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.optimizer import distrib_optimizer, optimizer
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are
         (megatron_random, "torch.cuda.get_rng_state()"),
         (megatron_random, "torch.cuda.manual_seed("),
         (layers, "fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(\n"),
+        (jit, "jit_fuser = torch.compile\n"),
         (optimizer, "'torch.cuda.FloatTensor'"),
         (distrib_optimizer, "'torch.cuda.FloatTensor'"),
         (distrib_optimizer, 's["step"] = step\n'),
@@ -125,6 +127,21 @@ print(distrib_optimizer.DistributedOptimizer.load_state_dict.__module__)
 """
 
 
+WITHOUT_CUDA = """
+import sys
+import torch
+torch.cuda.is_available = lambda: False
+compiler = torch.compile
+from perl_megatron.runtime import platform
+platform.install()
+import perl_megatron.jobs
+assert torch.compile is compiler
+from megatron.core.fusions import fused_bias_geglu, fused_pad_routing_map  # one of them is imported only now
+assert not hasattr(fused_bias_geglu.bias_geglu, "_torchdynamo_orig_callable")
+print(*({"torch._inductor.compile_fx", "matplotlib", "openai", "vllm"} & sys.modules.keys()))
+"""
+
+
 @pytest.mark.parametrize("name", ["dist_reduce_scatter_func", "dist_all_gather_func"])
 def test_a_rank_alone_moves_nothing(name):
     """gloo itself copies what it is given; once it no longer does, the shim can go."""
@@ -168,6 +185,13 @@ def test_a_rank_without_tensor_peers_passes_through_no_autograd_function(name):
         assert mapping(tensor).grad_fn is not None
     finally:
         topology.shutdown()
+
+
+def test_what_no_rank_needs_to_start_is_not_loaded():
+    """S11; drawing and endpoints too are loaded by whoever uses them."""
+    run = subprocess.run([sys.executable, "-c", WITHOUT_CUDA], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
 
 
 def test_without_a_fused_adam_the_optimizer_is_mended_on_cuda_too():
