@@ -90,6 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
             text = "images that a prompt may have (default: as many as the config's questions have)"
             command.add_argument("--max-images", type=positive, metavar="N", help=text)
             command.add_argument("--log-requests", action="store_true", help="print a line for every request")
+            text = "end by SIGINT only: Slurm sends SIGTERM to servers whose trainer still needs them"
+            command.add_argument("--ignore-sigterm", action="store_true", help=text)
         if name == "plan":
             add_plan_options(command)
     add_launch(commands, check_before_start)
@@ -220,8 +222,10 @@ def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_
 def run_serve(options: argparse.Namespace, argv: list[str]) -> int:
     """Be a server until the process is told to end."""
     config = load_config(options.config, options.overrides).config
-    from perl_megatron.runtime import environment
+    from perl_megatron.runtime import environment, signals
 
+    if options.ignore_sigterm:
+        signals.leave_only_interrupt()  # before there are threads
     environment.prepare_process()  # before torch is imported
     from perl_megatron.runtime import platform
 
