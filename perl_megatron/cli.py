@@ -10,7 +10,6 @@ import importlib.util
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,6 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
             text = "images that a prompt may have (default: as many as the config's questions have)"
             command.add_argument("--max-images", type=positive, metavar="N", help=text)
             command.add_argument("--log-requests", action="store_true", help="print a line for every request")
+            text = "end by SIGINT only: Slurm sends SIGTERM to servers whose trainer still needs them"
+            command.add_argument("--ignore-sigterm", action="store_true", help=text)
         if name == "plan":
             add_plan_options(command)
     add_launch(commands, check_before_start)
@@ -223,8 +224,10 @@ def check_before_start(loaded: LoadedConfig, options: argparse.Namespace, world_
 def run_serve(options: argparse.Namespace, argv: list[str]) -> int:
     """Be a server until the process is told to end."""
     config = load_config(options.config, options.overrides).config
-    from perl_megatron.runtime import environment
+    from perl_megatron.runtime import environment, signals
 
+    if options.ignore_sigterm:
+        signals.leave_only_interrupt()  # before there are threads
     environment.prepare_process()  # before torch is imported
     with garbage.paused():
         from perl_megatron.runtime import platform
@@ -239,6 +242,7 @@ def run_serve(options: argparse.Namespace, argv: list[str]) -> int:
 def run_verify(options: argparse.Namespace, argv: list[str]) -> int:
     """Check one layout against transformers, in as many processes as it needs; status 0 only if all rows pass."""
     from perl_megatron.launch import torchrun
+    from perl_megatron.launch.verdict import launch_for_verdict, verdict_status
     from perl_megatron.verification.layout import OPTIONS, Layout
 
     sizes = {field: getattr(options, field) for field in OPTIONS}
@@ -249,7 +253,8 @@ def run_verify(options: argparse.Namespace, argv: list[str]) -> int:
     config = layout.config(Path())  # for the number of processes; the policy is not made yet
     if torchrun.needs_launch(config):
         layout.check(launched_processes(config))
-        return launch_verify(options, argv, launched_processes(config))
+        processes = launched_processes(config)
+        return launch_for_verdict(argv, num_processes=processes, json_file=options.json, key="passed")
     layout.check(torchrun.num_started_processes())
     from perl_megatron.runtime import environment
 
@@ -260,21 +265,7 @@ def run_verify(options: argparse.Namespace, argv: list[str]) -> int:
         platform.install()  # before anything imports megatron-core or transformers
         from perl_megatron.verification import command
 
-    passed = command.run(layout, options.json)
-    # torchrun would take a verdict for a crash: a process that was launched here ends with 0.
-    return 0 if passed or torchrun.launcher_pid() is not None else 1
-
-
-def launch_verify(options: argparse.Namespace, argv: list[str], processes: int) -> int:
-    """Start the processes; their verdict comes back in the file that they write."""
-    from perl_megatron.launch import torchrun
-
-    with tempfile.TemporaryDirectory(prefix="perl-megatron-verify-") as folder:
-        file = options.json or Path(folder) / "verdict.json"
-        status = torchrun.launch([*argv, "--json", str(file)], num_processes=processes)
-        if status != 0:
-            return status
-        return 0 if json.loads(file.read_text(encoding="utf-8"))["passed"] else 1
+    return verdict_status(command.run(layout, options.json))
 
 
 def run_verify_weights(options: argparse.Namespace, argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from perl_megatron.config.load import LoadedConfig, load_config, save_resolved
 from perl_megatron.config.preset_source import preset_names
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
-from perl_megatron.launch import slurm, torchrun
+from perl_megatron.launch import slurm, slurm_queue, torchrun
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.runtime.addresses import address_towards
 
@@ -116,7 +116,7 @@ def _run_slurm(options: argparse.Namespace, loaded: LoadedConfig, check: Check) 
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"a Slurm job sets {option} itself", where=option, fix="leave it out")
-    check_slurm(config)
+    check_slurm(config, options.job)
     files = slurm.JobFiles.of(config)
     as_in_job = loaded
     if config.launch.rollout_nodes:  # whose names are known when the job begins
@@ -127,16 +127,18 @@ def _run_slurm(options: argparse.Namespace, loaded: LoadedConfig, check: Check) 
     if options.dry_run:
         print(script, end="")
         return 0
-    slurm.require_slurm()
+    slurm_queue.require_slurm()
     try:
+        slurm_queue.check_alone(
+            files, config.run.name, command=options.job, sbatch_options=config.launch.sbatch_options
+        )
         files.root.mkdir(parents=True, exist_ok=True)
         save_resolved(loaded, files.config)
-        files.script.write_text(script, encoding="utf-8")
         if config.launch.rollout_nodes and config.rollout.api_key_file is None:
-            slurm.write_key(files.key)
+            slurm_queue.write_key(files.key)
+        number = slurm_queue.submit(files, script)
     except OSError as error:
         raise UserError(f"the job's files cannot be written: {error}", where=str(files.root)) from error
-    number = slurm.submit(files)
     print(f"job {number}: {files.root}/job-{number}.log")
     return 0
 

@@ -27,6 +27,7 @@ from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.metrics import find_metric
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.run_folder import RunFolder
+from perl_megatron.observability.run_lock import RunLock
 from perl_megatron.runtime.agreement import Agreement
 from perl_megatron.runtime.collective import any_rank, gather_objects
 from perl_megatron.runtime.signals import StopRequest
@@ -62,6 +63,7 @@ class Session:
         self.topology, self.actor, self.encoder = topology, actor, encoder
         self.questions, self.total_steps = questions, total_steps
         self.folder = RunFolder.of(loaded.config)
+        self._lock = RunLock(self.folder.lock)
         self._loaded, self._resume, self._stop = loaded, resume, stop
         self._memory = memory
         self._saved_step = self._first_step = -1
@@ -81,13 +83,15 @@ class Session:
     def restore(self) -> int:
         """Take up the newest good checkpoint when resuming, open the journal; the number of steps already done.
 
-        A run that ended before its first checkpoint begins anew.
+        A run that ended before its first checkpoint begins anew. UserError where another job trains it.
         """
         with self._watchdog.phase("start"):
             return self._restore()
 
     def _restore(self) -> int:
         step, seconds = 0, 0.0
+        if self._resume:
+            on_rank_zero(self._lock.acquire, what="the run folder")
         run = gather_objects(self.folder.read_identity() if self.topology.rank == 0 else None)[0]
         checkpoint = self.actor.newest_checkpoint(self.folder.checkpoints, run=run) if self._resume else None
         if self._resume and checkpoint is None and any_rank(bool(list_checkpoints(self.folder.checkpoints))):
@@ -234,6 +238,7 @@ class Session:
         self._writer.close()
         if self._journal is not None:
             self._journal.close()
+        self._lock.release()
 
     def _export(self, step: int) -> None:
         """Write the policy as a Hugging Face folder."""
@@ -273,6 +278,7 @@ class Session:
 
     def _create_folder(self) -> None:
         RunFolder.create(self._loaded, resume=self._resume)
+        self._lock.acquire()
 
     def _note(self, text: str) -> None:
         self.journal.note(text)

@@ -50,8 +50,14 @@ ReturnToService=2
 MpiDefault=none
 KillWait=5
 MinJobAge=300
-PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
+PARTITIONS = """
+PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=2
+"""
+"""A job of the second one that finds no free node preempts jobs of the first, which have a minute to end."""
 
 
 def slurm_obstacle() -> str | None:
@@ -128,9 +134,7 @@ def _start(cluster: SlurmCluster) -> None:
         for node, cores in zip(cluster.nodes, shares_of_cores(len(cluster.nodes)), strict=True)
     ]
     config = CONFIG.format(host=host, root=root, controller_port=free_port())
-    (root / "slurm.conf").write_text(
-        "\n".join([*config.strip().splitlines()[:-1], *lines, config.splitlines()[-1], ""])
-    )
+    (root / "slurm.conf").write_text("\n".join([config, *lines, PARTITIONS]))
     (root / "state").mkdir()
     for node in cluster.nodes:
         (root / f"spool-{node}").mkdir()
@@ -140,10 +144,10 @@ def _start(cluster: SlurmCluster) -> None:
     _daemon(cluster, "slurmctld", "-f", root / "slurm.conf")
     for node, cores in zip(cluster.nodes, shares_of_cores(len(cluster.nodes)), strict=True):
         _daemon(cluster, "slurmd", "-f", root / "slurm.conf", "-N", node, cores=cores)
-    until = time.monotonic() + READY_SECONDS
-    while (states := cluster.call("sinfo", "--Node", "--noheader", "--format=%T").split()) != ["idle"] * len(
-        cluster.nodes
-    ):
+    until, idle = time.monotonic() + READY_SECONDS, ["idle"] * len(cluster.nodes)
+    # Of one partition: each has a line for each of its nodes.
+    asked = ("sinfo", "--Node", "--partition=all", "--noheader", "--format=%T")
+    while (states := cluster.call(*asked).split()) != idle:
         assert time.monotonic() < until, f"{states}\n{_logs(root)}"
         time.sleep(0.2)
 

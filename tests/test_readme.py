@@ -49,7 +49,7 @@ def test_commands_exist(command: list[str]) -> None:
 def test_the_example_of_a_slurm_job_is_valid(tmp_path: Path) -> None:
     example = tmp_path / "job.yaml"
     example.write_text("model: {path: m}\n" + next(block for language, block in CLUSTER if language == "yaml"))
-    check_slurm(load_config(example, [f"launch.setup_file={example}"]).config)
+    check_slurm(load_config(example, [f"launch.setup_file={example}"]).config, "train")
 
 
 def test_the_example_record_is_valid() -> None:

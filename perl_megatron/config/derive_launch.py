@@ -21,10 +21,12 @@ _OURS = frozenset(
     (
         *("--job-name", "--output", "--error", "--open-mode", "--signal", "--requeue", "--no-requeue", "--nodes"),
         *("--ntasks", "--ntasks-per-node", "--partition", "--account", "--qos", "--time", "--gpus-per-node"),
-        *("--cpus-per-task", "--array", "--chdir", "--wrap"),
+        *("--cpus-per-task", "--array", "--chdir", "--wrap", "--wait", "--test-only", "--clusters"),
     )
 )
-"""Options of sbatch that have a setting, or that the script relies on."""
+"""Options of sbatch that have a setting, or that the launch relies on."""
+_READONLY = frozenset(("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"))
+"""Variables that bash does not let anybody set."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
@@ -76,8 +78,8 @@ def check_node_rank(launch: LaunchConfig, node_rank: int | None) -> None:
         )
 
 
-def check_slurm(config: Config) -> None:
-    """UserError where no Slurm job could be made of the section; nothing is asked of Slurm."""
+def check_slurm(config: Config, command: str) -> None:
+    """UserError where no Slurm job could be made of the section for `train`, `sft` or `eval`; Slurm is not asked."""
     launch, here = config.launch, processes_per_node(config)
     if launch.gpus_per_node not in (0, here):
         raise UserError(
@@ -95,14 +97,14 @@ def check_slurm(config: Config) -> None:
         if not _OPTION.fullmatch(option):
             _refuse(f"{option!r} is no option of sbatch", "launch.sbatch_options", "write --name or --name=value")
         if name in _OURS:
-            _refuse(f"{name} is set by the section `launch`", "launch.sbatch_options", "set its own field instead")
+            _refuse(f"{name} is left to `launch slurm`", "launch.sbatch_options", "leave it out, or set its own field")
     if any(character in str(config.run.directory) for character in '"\\%\n\r'):
         fix = 'choose a folder without ", \\, % and line ends'
         _refuse(f"Slurm cannot write logs below {str(config.run.directory)!r}", "run.directory", fix)
     _check_time(launch)
     _check_environment(launch)
     _check_container(launch)
-    _check_rollout_nodes(config)
+    _check_rollout_nodes(config, command)
 
 
 def signal_seconds(launch: LaunchConfig) -> int:
@@ -139,7 +141,7 @@ def _check_time(launch: LaunchConfig) -> None:
 def _check_environment(launch: LaunchConfig) -> None:
     for assignment in launch.environment:
         name, equals, _ = assignment.partition("=")
-        if not equals or not _NAME.fullmatch(name):
+        if not equals or not _NAME.fullmatch(name) or name in _READONLY:
             _refuse(f"{assignment!r} does not set a variable", "launch.environment", "write NAME=VALUE")
     if launch.setup_file is not None and not launch.setup_file.is_file():
         fix = f"paths are relative to the current directory, {Path.cwd()}"
@@ -153,6 +155,12 @@ def _check_container(launch: LaunchConfig) -> None:
             f"launch.container = {launch.container}, launch.container_image = {launch.container_image!r}",
             "set launch.container to pyxis or apptainer, and launch.container_image; or neither",
         )
+    if launch.container_image.startswith("-"):
+        fix = "write ./ before the name of a file"
+        _refuse("it would be taken for an option", f"launch.container_image = {launch.container_image}", fix)
+    if launch.container != "none" and any(character in str(Path.cwd()) for character in ",:"):
+        fix = "submit from a folder without commas and colons in its path"
+        _refuse(f"{Path.cwd()}, where the job runs, cannot be mounted", f"launch.container = {launch.container}", fix)
     if launch.container_mounts and launch.container == "none":
         _refuse("there is no container to mount it in", "launch.container_mounts", "set launch.container too")
     for mount in launch.container_mounts:
@@ -161,10 +169,16 @@ def _check_container(launch: LaunchConfig) -> None:
             _refuse(f"{mount!r} cannot be mounted", "launch.container_mounts", fix)
 
 
-def _check_rollout_nodes(config: Config) -> None:
+def _check_rollout_nodes(config: Config, command: str) -> None:
     launch, rollout = config.launch, config.rollout
     if not launch.rollout_nodes:
         return
+    if command == "sft" or (command == "eval" and config.evaluation.ask == "endpoint"):
+        _refuse(
+            "nobody would ask the servers of the job",
+            f"launch.rollout_nodes = {launch.rollout_nodes}, --job {command}",
+            "set launch.rollout_nodes=0 for this job",
+        )
     if rollout.servers or rollout.engine not in ("auto", "server"):
         _refuse(
             "the job's rollout machines have the servers of the run",

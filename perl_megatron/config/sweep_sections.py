@@ -93,7 +93,8 @@ class PrunerSection(Section):
 
 
 class ArraySection(Section):
-    """The Slurm job array of `perl-megatron sweep --slurm N`: N workers, a trial at a time each, one node a worker."""
+    """The Slurm job array of `perl-megatron sweep --slurm N`: N workers, a trial at a time each, on as many nodes
+    a worker as `launch.nodes` of its runs says."""
 
     options: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
     """Options of sbatch, such as `--partition=gpu`, `--gpus-per-node=8`, `--time=08:00:00`."""

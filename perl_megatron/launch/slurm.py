@@ -1,4 +1,4 @@
-"""A Slurm job of a run: its batch script, and how it is submitted.
+"""A Slurm job of a run: its batch script. ``launch/slurm_queue.py`` submits it.
 
 The script is made of fixed text and of values that are quoted (``shlex.quote``); what stands in the lines `#SBATCH`,
 which no shell reads, was checked by ``config/derive_launch.py``.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import secrets
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ from pathlib import Path
 
 from perl_megatron.config.derive_launch import servers_per_node, signal_seconds
 from perl_megatron.config.schema import Config
-from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_STOPPED
 from perl_megatron.launch.slurm_script import BODY, SERVERS, SERVERS_END
 
@@ -30,26 +27,27 @@ class JobFiles:
     """What a job needs and leaves, beside the run's folder, which a new run makes itself."""
 
     root: Path
+    token: str
+    """Tells the files of this submission from those of others of the same run."""
 
     @classmethod
     def of(cls, config: Config) -> JobFiles:
-        """Of this config's run; nothing is created."""
-        return cls(config.run.directory / f"{config.run.name}.slurm")
-
-    @property
-    def script(self) -> Path:
-        """The batch script."""
-        return self.root / "job.sbatch"
+        """Of one more submission of this config's run; nothing is created."""
+        return cls(config.run.directory / f"{config.run.name}.slurm", secrets.token_hex(4))
 
     @property
     def config(self) -> Path:
-        """The resolved config as it was submitted: what is edited later does not change a job that waits."""
-        return self.root / "config.yaml"
+        """The resolved config as it was submitted: nothing that is done later changes a job that waits."""
+        return self.root / f"config-{self.token}.yaml"
 
     @property
     def key(self) -> Path:
-        """The key of the rollout servers."""
+        """The key of the rollout servers, of all jobs of the run."""
         return self.root / "api_key"
+
+    def script(self, job: int) -> Path:
+        """The batch script of a job that was submitted, for people; Slurm has its own copy."""
+        return self.root / f"job-{job}.sbatch"
 
 
 def render(config: Config, files: JobFiles, *, command: str, resume: bool) -> str:
@@ -58,9 +56,10 @@ def render(config: Config, files: JobFiles, *, command: str, resume: bool) -> st
     with_servers = launch.rollout_nodes > 0
     key = config.rollout.api_key_file or files.key
     values: dict[str, str | Path | Sequence[str]] = {
-        "python": _python(config),
-        "srun_options": _srun_options(config),
+        "python": python_words(config),
+        "srun_options": srun_options(config),
         "files": files.root,
+        "config": files.config,
         "run": config.run.directory / config.run.name,
         "command": command,
         "trainer_nodes": str(launch.nodes),
@@ -112,37 +111,7 @@ def sbatch_options(config: Config, files: JobFiles) -> list[str]:
     ]
 
 
-def require_slurm() -> None:
-    """UserError where jobs cannot be submitted from this machine."""
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "Slurm's `sbatch` is not here",
-            where="PATH",
-            fix="submit from a login node of the cluster, or look at the script with --dry-run",
-        )
-
-
-def submit(files: JobFiles) -> int:
-    """Submit the script; the job's number. UserError with Slurm's words where it is refused."""
-    result = subprocess.run(["sbatch", "--parsable", str(files.script)], capture_output=True, text=True, check=False)
-    number = result.stdout.strip().partition(";")[0]
-    if result.returncode != 0 or not number.isdecimal():
-        raise UserError(
-            f"Slurm refused the job: {result.stderr.strip() or result.stdout.strip()}",
-            where=str(files.script),
-            fix="change launch.partition, account, qos, time, nodes, gpus_per_node or sbatch_options",
-        )
-    return int(number)
-
-
-def write_key(file: Path) -> None:
-    """A new key of the rollout servers, for this user's eyes only; one that is there stays."""
-    if not file.exists():
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_urlsafe() + "\n", encoding="ascii")
-
-
-def _python(config: Config) -> list[str]:
+def python_words(config: Config) -> list[str]:
     """How the package's Python is called in the job, container included."""
     launch = config.launch
     python = launch.python or (sys.executable if launch.container == "none" else "python")
@@ -154,7 +123,8 @@ def _python(config: Config) -> list[str]:
     return ["apptainer", "exec", *gpu, "--bind", here, *mounts, "--pwd", here, launch.container_image, python]
 
 
-def _srun_options(config: Config) -> list[str]:
+def srun_options(config: Config) -> list[str]:
+    """What each step of the job needs of the section: cores and, with pyxis, the container."""
     launch = config.launch
     # Since Slurm 22.05 srun does not take it from the job.
     options = [f"--cpus-per-task={launch.cpus_per_node}"] if launch.cpus_per_node else []

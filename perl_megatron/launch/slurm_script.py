@@ -2,6 +2,9 @@
 
 A run that is told to go is told by a file: a signal to a job step reaches every process of it, workers of data loaders
 included. The launcher on the first node looks for the file (the script runs there too), and its ranks tell the others.
+
+Rollout servers have to outlive the trainer's last step, so they do not listen to SIGTERM, which Slurm sends to all
+steps of a job that it preempts or cancels; SIGINT ends them.
 """
 
 BODY = r"""
@@ -21,14 +24,8 @@ ask() {{  # the ranks finish their step if there is time, else they keep what th
 trap 'ask USR1' USR1  # the time of the job is over soon, or it is preempted
 trap 'ask TERM' TERM  # it is cancelled
 
-if (( restarts > 0 )) && [[ $command != eval ]]; then
-    resume=()
-    for manifest in "$run"/checkpoints/step-*/manifest.json; do
-        [[ -e $manifest ]] && resume=(--resume)
-    done
-    if (( ${{#resume[@]}} == 0 )) && [[ -e $run ]]; then
-        mv -- "$run" "$run.before-$SLURM_JOB_ID.$restarts"  # it ended before its first checkpoint
-    fi
+if (( restarts > 0 )) && [[ $command != eval && -e $run/config.yaml ]]; then
+    resume=(--resume)  # which begins a run anew that ended before its first checkpoint
 fi
 
 settings=(
@@ -38,9 +35,9 @@ settings=(
 )
 {servers}
 srun ${{srun_options[@]+"${{srun_options[@]}}"}} --nodes="$trainer_nodes" --ntasks="$trainer_nodes" \
-    --ntasks-per-node=1 --relative=0 --kill-on-bad-exit=0 --wait=300 \
+    --ntasks-per-node=1 --relative=0 --export=ALL --kill-on-bad-exit=0 --wait=300 \
     "${{python[@]}}" -m perl_megatron launch torchrun --job "$command" ${{resume[@]+"${{resume[@]}}"}} \
-    --logs "$start" --stop-file "$stop" "$files/config.yaml" "${{settings[@]}}" &
+    --logs "$start" --stop-file "$stop" "$config" "${{settings[@]}}" &
 trainer=$!
 
 while kill -0 "$trainer" 2> /dev/null; do
@@ -78,20 +75,24 @@ for (( number = 0; number < servers_per_node; number++ )); do
     fi
     "$@" --port $((port + number)) &
 done
-trap : TERM  # this shell outlives its servers, which Slurm tells too: with a shell that ends first, they are killed
+trap : TERM INT  # this shell outlives its servers, which Slurm tells too: with a shell that ends first, they are killed
 until wait; do :; done'
 srun ${srun_options[@]+"${srun_options[@]}"} --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
-    --relative="$trainer_nodes" --kill-on-bad-exit=0 --job-name=servers --output="$start.servers-%n.log" \
+    --relative="$trainer_nodes" --export=ALL --kill-on-bad-exit=0 --job-name=servers --output="$start.servers-%n.log" \
     bash -c "$serve_node" serve_node "$servers_per_node" "$gpus_per_server" "$server_port" \
-    "${python[@]}" -m perl_megatron serve "$files/config.yaml" --host 0.0.0.0 "rollout.api_key_file=$api_key_file" &
+    "${python[@]}" -m perl_megatron serve "$config" --host 0.0.0.0 --ignore-sigterm \
+    "rollout.api_key_file=$api_key_file" &
 servers=$!
 """
 
-SERVERS_END = r"""steps=$(squeue --steps --jobs="$SLURM_JOB_ID" --noheader --format='%i %j')
-step=$(sed -n 's/^ *\([^ ]*\) *servers *$/\1/p' <<< "$steps")
-[[ $step ]] && scancel --signal=TERM "$step"
+SERVERS_END = r"""told=
 for (( second = 0; second < 20; second++ )); do
     kill -0 "$servers" 2> /dev/null || break
+    if [[ ! $told ]]; then  # which Slurm refuses now and then, for a step that only begins or beside one that ends
+        steps=$(squeue --steps --jobs="$SLURM_JOB_ID" --noheader --format='%i %j')
+        step=$(sed -n 's/^ *\([^ ]*\) *servers *$/\1/p' <<< "$steps")
+        [[ $step ]] && scancel --signal=INT "$step" 2> /dev/null && told=1
+    fi
     sleep 1
 done
 kill "$servers" 2> /dev/null  # srun then kills what is left

@@ -1,4 +1,4 @@
-"""The Slurm job array of a sweep: every task is one worker."""
+"""The Slurm job array of a sweep: every task is one worker, with as many machines as its runs need."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from perl_megatron.launch.failures import EXIT_STOPPED
 
 SECONDS_BEFORE_THE_END = 300
 """When Slurm tells a worker that its time is nearly up, so that its run can write a checkpoint."""
+SET_BY_THE_SWEEP = frozenset(("--array", "--nodes", "--ntasks", "--ntasks-per-node"))
 
 
 def render_array(
-    command: Sequence[str], *, workers: int, name: str, folder: Path, options: Sequence[str], setup: Path | None
+    command: Sequence[str],
+    *,
+    workers: int,
+    nodes: int,
+    name: str,
+    folder: Path,
+    options: Sequence[str],
+    setup: Path | None,
 ) -> str:
     """The batch script. ``command`` is one worker's, an argument each; nothing in it is read by the shell.
 
+    Each task has ``nodes`` machines. The worker is on the first; a run of several is a step (``launch/job_step.py``).
     A task whose worker was asked to stop (preemption, time limit) is queued again by Slurm, unless it was cancelled.
     Raises UserError for an option that is none of sbatch's.
     """
@@ -27,11 +36,14 @@ def render_array(
         if not option.startswith("--") or not option.isprintable():
             fix = "write sbatch's long options, such as --partition=gpu, an option in each text"
             raise UserError(f"{option!r} is no option of sbatch", where="slurm.options", fix=fix)
+        if option.partition("=")[0] in SET_BY_THE_SWEEP:
+            fix = "leave it out: --slurm N says how many tasks there are, launch.nodes how many machines each has"
+            raise UserError(f"{option} is set by the sweep itself", where="slurm.options", fix=fix)
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={name}",
         f"#SBATCH --array=0-{workers - 1}",
-        "#SBATCH --nodes=1 --ntasks=1",
+        f"#SBATCH --nodes={nodes} --ntasks-per-node=1",
         f"#SBATCH --signal=B:TERM@{SECONDS_BEFORE_THE_END}",
         "#SBATCH --requeue --open-mode=append",
         f"#SBATCH --output={_quoted(folder / 'worker-%a.log')}",

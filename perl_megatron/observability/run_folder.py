@@ -116,6 +116,11 @@ class RunFolder:
         return self.root / "identity"
 
     @property
+    def lock(self) -> Path:
+        """Held by the job that trains the run."""
+        return self.root / "lock"
+
+    @property
     def logs(self) -> Path:
         """Logs of every rank, a folder for each launch."""
         return self.root / "logs"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from pathlib import Path
 
 from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import load_config
 from perl_megatron.errors import UserError
 from perl_megatron.launch import torchrun
+from perl_megatron.launch.verdict import launch_for_verdict, verdict_status
 from perl_megatron.observability.run_folder import RunFolder
 
 
@@ -40,7 +39,8 @@ def run_replay(options: argparse.Namespace, argv: list[str]) -> int:
         raise UserError("the batch belongs to no run", where=str(options.batch), fix=fix)
     config = load_config(run.config, options.overrides).config
     if torchrun.needs_launch(config):
-        return _launch(options, argv, launched_processes(config))
+        processes = launched_processes(config)
+        return launch_for_verdict(argv, num_processes=processes, json_file=options.json, key="finite")
     from perl_megatron.runtime import environment, garbage
 
     environment.prepare_process()  # before torch is imported
@@ -50,16 +50,6 @@ def run_replay(options: argparse.Namespace, argv: list[str]) -> int:
         platform.install()  # before anything imports megatron-core or transformers
         from perl_megatron.replay import command
 
-    finite = command.run(config, run, options.batch, checkpoint=options.checkpoint, json_file=options.json)
-    # torchrun would take a verdict for a crash: a process that was launched here ends with 0.
-    return 0 if finite or torchrun.launcher_pid() is not None else 1
-
-
-def _launch(options: argparse.Namespace, argv: list[str], processes: int) -> int:
-    """Start the processes; their verdict comes back in the file that they write."""
-    with tempfile.TemporaryDirectory(prefix="perl-megatron-replay-") as folder:
-        file = options.json or Path(folder) / "findings.json"
-        status = torchrun.launch([*argv, "--json", str(file)], num_processes=processes)
-        if status != 0:
-            return status
-        return 0 if json.loads(file.read_text(encoding="utf-8"))["finite"] else 1
+    return verdict_status(
+        command.run(config, run, options.batch, checkpoint=options.checkpoint, json_file=options.json)
+    )

@@ -61,3 +61,12 @@ class StopRequest:
         if self._received is None:
             self._received_at = time.monotonic()
             self._received = signal.Signals(number)
+
+
+def leave_only_interrupt() -> None:
+    """Let SIGINT alone end this process and all that it starts: SIGTERM does not reach them, whatever they do with it.
+
+    Call it before there are threads, which have the mask of signals that their starter had.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 
 from perl_megatron.config.architecture import read_architecture_numbers
 from perl_megatron.config.derive import derive, require_training_data
+from perl_megatron.config.derive_launch import processes_per_node
 from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import load_config
+from perl_megatron.config.schema import Config
 from perl_megatron.config.sweep_domain import Choice
 from perl_megatron.config.sweep_file import Sweep
 from perl_megatron.errors import UserError
@@ -29,11 +31,31 @@ def check_sweep(sweep: Sweep) -> None:
 
 def num_processes(sweep: Sweep) -> int:
     """The most processes that one of its runs starts, by the values that are checked."""
+    return max(launched_processes(config) for config in _checked_configs(sweep))
+
+
+def num_nodes(sweep: Sweep) -> int:
+    """The most machines that one of its runs has in a Slurm job, by the values that are checked.
+
+    UserError for a run that cannot be one step of such a job.
+    """
+    most = 1
+    for config in _checked_configs(sweep):
+        processes_per_node(config)
+        if config.launch.rollout_nodes:
+            raise UserError(
+                "a trial has no machines for rollout servers",
+                where=f"launch.rollout_nodes = {config.launch.rollout_nodes}, --slurm",
+                fix="set launch.rollout_nodes=0 in sweep.overrides: the engine then samples in the trainer's processes",
+            )
+        most = max(most, config.launch.nodes)
+    return most
+
+
+def _checked_configs(sweep: Sweep) -> Iterator[Config]:
     seed = sweep.sweep.seeds[0]
-    configs = (
-        load_config(sweep.sweep.config, sweep.overrides(point, seed)).config for point, _, _ in _checked_points(sweep)
-    )
-    return max(launched_processes(config) for config in configs)
+    for point, _, _ in _checked_points(sweep):
+        yield load_config(sweep.sweep.config, sweep.overrides(point, seed)).config
 
 
 def _checked_points(sweep: Sweep) -> Iterator[tuple[dict[str, Choice], str, str]]:

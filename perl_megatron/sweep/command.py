@@ -19,7 +19,7 @@ from perl_megatron.launch.sweep_array import render_array, submit
 from perl_megatron.launch.sweep_workers import run_workers
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.sweep import results
-from perl_megatron.sweep.check import check_sweep, num_processes
+from perl_megatron.sweep.check import check_sweep, num_nodes, num_processes
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.plots import write_plots
 from perl_megatron.sweep.storage import JOURNAL_NAME, PREEMPTED, REFUSED, may_go_on, put_back, unfinished_points
@@ -122,6 +122,7 @@ def _submit(sweep: Sweep, command: Sequence[str], options: SweepOptions) -> int:
     script = render_array(
         command,
         workers=options.slurm or 1,
+        nodes=num_nodes(sweep),
         name=sweep.sweep.name,
         folder=sweep.folder,
         options=sweep.slurm.options,

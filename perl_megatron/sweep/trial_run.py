@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from perl_megatron.launch.failures import EXIT_STOPPED, EXIT_USER_ERROR
+from perl_megatron.launch.job_step import JobStep
 from perl_megatron.launch.sweep_workers import stop_with_parent
 from perl_megatron.observability.json_lines import read_rows
 from perl_megatron.observability.run_folder import RunFolder
@@ -21,6 +22,12 @@ from perl_megatron.sweep.measure import Measure
 
 POLL_SECONDS = 0.5
 LOG_TAIL_LINES = 15
+STEP_END_SECONDS = 60.0
+"""In which Slurm ends a step on all machines."""
+
+
+class RunStoppedError(Exception):
+    """A run was told to stop by somebody else than its worker: its machine is taken, say, by a preempting job."""
 
 
 class RunFailedError(Exception):
@@ -48,11 +55,13 @@ class TrialRun:
         overrides: of this run, without its name and directory.
         folder: its folder; what is there is continued if it has a checkpoint.
         lock: descriptor of the point's lock, which the process inherits: it is free when no process is left.
+        step: on several machines of a Slurm job; None: a process of this machine.
     """
 
-    def __init__(self, config: Path, overrides: Sequence[str], folder: Path, *, lock: int):
+    def __init__(self, config: Path, overrides: Sequence[str], folder: Path, *, lock: int, step: JobStep | None = None):
         self.folder, self._config, self._overrides, self._lock = RunFolder(folder), config, overrides, lock
         self.log = folder.with_name(f"{folder.name}.log")
+        self._step, self._stop_file = step, folder.with_name(f"{folder.name}.stop")
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,8 +73,10 @@ class TrialRun:
         """What starts it, or continues it from its last checkpoint."""
         resume = ["--resume"] if self._has_checkpoint() else []
         place = [f"run.name={self.folder.root.name}", f"run.directory={self.folder.root.parent}"]
-        head = [sys.executable, "-m", "perl_megatron", "train", str(self._config)]
-        return [*head, *resume, *self._overrides, *place]
+        arguments = [str(self._config), *resume, *self._overrides, *place]
+        if self._step is not None:
+            return self._step.train_command(arguments, self._stop_file)
+        return [sys.executable, "-m", "perl_megatron", "train", *arguments]
 
     def start(self) -> bool:
         """Begin or continue; returns whether it continues from a checkpoint. Its output is added to ``log``."""
@@ -73,6 +84,7 @@ class TrialRun:
         if not continues:
             shutil.rmtree(self.folder.root, ignore_errors=True)  # what ended before its first checkpoint
         self.folder.root.parent.mkdir(parents=True, exist_ok=True)
+        self._stop_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command(),
@@ -92,7 +104,8 @@ class TrialRun:
     def wait(self, metric: str) -> Iterator[Observation | None]:
         """The values of the metric in order, and None at every look in between, until the process has ended.
 
-        Of a run that is done already, all values. Raises RunFailedError where it ended without its last step.
+        Of a run that is done already, all values. Raises RunStoppedError where it ended without its last step because
+        it was told to, RunFailedError where it did so by itself.
         """
         seen, changed = -1, (0, 0)
         while True:
@@ -109,6 +122,8 @@ class TrialRun:
             yield None
             time.sleep(POLL_SECONDS)
         status = 0 if self._process is None else self._process.returncode
+        if status == EXIT_STOPPED:
+            raise RunStoppedError(f"the run {self.folder.root} was told to stop")
         if status != 0 or not self.is_done:
             raise RunFailedError(self._failure(status), user_error=status == EXIT_USER_ERROR)
 
@@ -117,16 +132,25 @@ class TrialRun:
         process = self._process
         if process is None or process.poll() is not None:
             return
-        process.terminate()
+        if self._step is None:
+            process.terminate()
+        else:
+            self._stop_file.touch()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
         self.kill()
+        self._stop_file.unlink(missing_ok=True)
 
     def kill(self) -> None:
         """End all its processes now."""
         process = self._process
         if process is None or process.poll() is not None:
             return
+        if self._step is not None:  # only srun reaches the other machines
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STEP_END_SECONDS)
+                return
         tree = [psutil.Process(process.pid)]
         with contextlib.suppress(psutil.NoSuchProcess):
             tree += tree[0].children(recursive=True)
@@ -148,9 +172,8 @@ class TrialRun:
         return any(self.folder.checkpoints.glob("step-*"))
 
     def _failure(self, status: int) -> str:
-        reason = "was stopped from outside" if status == EXIT_STOPPED else f"ended with status {status}"
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([f"the run {self.folder.root} {reason}; {self.log} ends with:", *lines])
+        return "\n".join([f"the run {self.folder.root} ended with status {status}; {self.log} ends with:", *lines])
 
 
 def _signature(path: Path) -> tuple[int, int]:

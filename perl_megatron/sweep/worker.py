@@ -17,6 +17,7 @@ from perl_megatron.config.sweep_domain import Choice
 from perl_megatron.config.sweep_file import Sweep
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED
+from perl_megatron.launch.job_step import JobStep
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.sweep.check import measures
 from perl_megatron.sweep.file_lock import FileLock
@@ -29,7 +30,7 @@ from perl_megatron.sweep.storage import (
     unfinished_points,
 )
 from perl_megatron.sweep.study import QUEUE_LOCK, make_sampler, open_study, suggest
-from perl_megatron.sweep.trial_run import RunFailedError, TrialRun
+from perl_megatron.sweep.trial_run import RunFailedError, RunStoppedError, TrialRun
 
 IDLE_SECONDS = 2.0
 """Between two looks at a queue that is empty while other workers are busy."""
@@ -39,7 +40,7 @@ RUN_LOCK = "run.lock"
 
 
 class _InterruptedError(Exception):
-    """The worker was asked to stop."""
+    """The worker was asked to stop, or its run was by somebody else."""
 
 
 class _TakenAwayError(Exception):
@@ -54,7 +55,7 @@ class Worker:
         self._sweep, self._stop = sweep, stop
         self._queue = FileLock(sweep.folder / QUEUE_LOCK)
         self._study = open_study(sweep, self._queue)
-        self._holds_queue = False
+        self._holds_queue = self._is_run_stopped = False
         self._measures = measures(sweep)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -62,9 +63,9 @@ class Worker:
         """Until the queue is empty and no other worker's trial could come back to it.
 
         Returns the exit status: 0 where every point has its value or was pruned, 1 where some have failed for good, 75
-        where the worker was asked to stop.
+        where the worker was asked to stop, or its run was: then its machine is about to be taken.
         """
-        while self._stop.received is None:
+        while not self._is_stopped():
             try:
                 self._queue.acquire(self._idle)
                 self._holds_queue = True
@@ -80,9 +81,12 @@ class Worker:
             self._check_failures()
             if not waiting:
                 time.sleep(IDLE_SECONDS)
-        if self._stop.received is not None:
+        if self._is_stopped():
             return EXIT_STOPPED
         return EXIT_FAILURE if self._failed() else 0
+
+    def _is_stopped(self) -> bool:
+        return self._stop.received is not None or self._is_run_stopped
 
     def _idle(self) -> None:
         if self._stop.received is not None:
@@ -137,7 +141,8 @@ class Worker:
             return self._run_seeds(trial, values, lock)
         except UpdateFinishedTrialError as error:
             raise _TakenAwayError from error
-        except (KeyboardInterrupt, _InterruptedError) as error:
+        except (KeyboardInterrupt, _InterruptedError, RunStoppedError) as error:
+            self._is_run_stopped = isinstance(error, RunStoppedError)
             trial.set_user_attr(PREEMPTED, frozen.user_attrs.get(PREEMPTED, 0) + 1)
             raise _InterruptedError from error
         except RunFailedError as error:
@@ -152,7 +157,9 @@ class Worker:
         measured: dict[str, dict[str, float | None]] = {measure.text: {} for measure in self._measures}
         for index, seed in enumerate(section.seeds):
             overrides = self._sweep.overrides(values, seed)
-            run = TrialRun(section.config, overrides, lock.path.parent / f"seed-{seed}", lock=lock.descriptor)
+            config = load_config(section.config, overrides).config
+            folder, step = lock.path.parent / f"seed-{seed}", JobStep.of(config)
+            run = TrialRun(section.config, overrides, folder, lock=lock.descriptor, step=step)
             self._watch(run, trial, reports=index == 0)
             for measure in self._measures:
                 measured[measure.text][str(seed)] = run.value(measure)
@@ -162,8 +169,7 @@ class Worker:
                 raise RunFailedError(f"{run.folder.metrics} has no value of {section.metric}", user_error=True)
             self._drop_weights(run)
             if index > 0:
-                steps = load_config(section.config, overrides).config.run.steps
-                trial.report(statistics.fmean(finished), (index + 1) * steps)
+                trial.report(statistics.fmean(finished), (index + 1) * config.run.steps)
                 self._prune_if_due(trial)
         return statistics.fmean(finished)
 

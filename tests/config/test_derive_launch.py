@@ -55,7 +55,7 @@ def test_ranks_of_machines():
 def test_good_slurm_jobs(tmp_path: Path):
     setup = tmp_path / "setup.sh"
     setup.touch()
-    check_slurm(config(*EIGHT))
+    check_slurm(config(*EIGHT), "train")
     check_slurm(
         config(
             *(*EIGHT, "launch.partition=gpu,big", "launch.account=lab_1", "launch.qos=high", "launch.time=2-12:30"),
@@ -63,8 +63,10 @@ def test_good_slurm_jobs(tmp_path: Path):
             *("launch.container=pyxis", "launch.container_image=nvcr.io#nvidia/pytorch:25.01"),
             *("launch.container_mounts=[/data:/data, /scratch]", "launch.environment=[NCCL_DEBUG=INFO, EMPTY=]"),
             *("launch.rollout_nodes=2", "rollout.tensor_parallel=4"),
-        )
+        ),
+        "train",
     )
+    check_slurm(config(*EIGHT), "sft")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,8 @@ def test_good_slurm_jobs(tmp_path: Path):
         (("launch.sbatch_options=[exclusive]",), "is no option of sbatch", "launch.sbatch_options"),
         (('launch.sbatch_options=["--comment=a b"]',), "is no option of sbatch", "launch.sbatch_options"),
         (('launch.sbatch_options=["--mem=1\\n#SBATCH --x"]',), "is no option of sbatch", "launch.sbatch_options"),
-        (("launch.sbatch_options=--nodes=3",), "--nodes is set by the section `launch`", "launch.sbatch_options"),
+        (("launch.sbatch_options=--nodes=3",), "--nodes is left to `launch slurm`", "launch.sbatch_options"),
+        (("launch.sbatch_options=--wait",), "--wait is left to `launch slurm`", "launch.sbatch_options"),
         (("run.directory=a%b",), "Slurm cannot write logs below 'a%b'", "run.directory"),
         (('run.directory=a"b',), "Slurm cannot write logs", "run.directory"),
         (("launch.time=soon",), "'soon' is no time limit", "launch.time"),
@@ -87,9 +90,11 @@ def test_good_slurm_jobs(tmp_path: Path):
         (("launch.environment=[1A=2]",), "'1A=2' does not set a variable", "launch.environment"),
         (("launch.environment=[A]",), "'A' does not set a variable", "launch.environment"),
         (('launch.environment=["A;x=2"]',), "does not set a variable", "launch.environment"),
+        (("launch.environment=[UID=5]",), "does not set a variable", "launch.environment"),
         (("launch.setup_file=nowhere.sh",), "the file does not exist", "launch.setup_file = nowhere.sh"),
         (("launch.container=pyxis",), "there is no image to run", "launch.container = pyxis"),
         (("launch.container_image=x.sif",), "an image needs something that runs it", "launch.container = none"),
+        (("launch.container=apptainer", "launch.container_image=-x.sif"), "be taken for an option", "container_image"),
         (("launch.container_mounts=[/data]",), "there is no container to mount it in", "launch.container_mounts"),
         (
             ("launch.container=apptainer", "launch.container_image=x.sif", "launch.container_mounts=[data]"),
@@ -103,16 +108,30 @@ def test_good_slurm_jobs(tmp_path: Path):
 )
 def test_what_is_refused_before_anything_is_submitted(overrides: tuple[str, ...], said: str, where: str):
     with pytest.raises(UserError) as error:
-        check_slurm(config(*EIGHT, *overrides))
+        check_slurm(config(*EIGHT, *overrides), "train")
     assert said in error.value.what
     assert where in (error.value.where or "")
     assert error.value.fix
 
 
+@pytest.mark.parametrize(("command", "settings"), [("sft", ()), ("eval", ("evaluation.ask=endpoint",))])
+def test_no_machines_for_servers_that_nobody_asks(command: str, settings: tuple[str, ...]):
+    with pytest.raises(UserError, match="nobody would ask the servers") as error:
+        check_slurm(config(*EIGHT, "launch.rollout_nodes=1", *settings), command)
+    assert f"--job {command}" in error.value.where
+
+
+def test_a_container_needs_a_folder_that_can_be_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a:b").mkdir()
+    monkeypatch.chdir(tmp_path / "a:b")
+    with pytest.raises(UserError, match="a:b, where the job runs, cannot be mounted"):
+        check_slurm(config(*EIGHT, "launch.container=pyxis", "launch.container_image=x.sqsh"), "train")
+
+
 def test_times():
     assert signal_seconds(config("launch.grace_seconds=0.5").launch) == 31
     for time in ("3", "2:31", "0:2:31", "0-0:3", "0-1", "1-0:0:0"):
-        check_slurm(config(f"launch.time={time}"))
+        check_slurm(config(f"launch.time={time}"), "train")
 
 
 def test_servers_use_up_the_gpus():

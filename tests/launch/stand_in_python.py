@@ -29,18 +29,24 @@ if command == "serve":
         write(f"{port}-ended", number)
         sys.exit(0)
 
-    signal.signal(signal.SIGTERM, end)
+    assert "--ignore-sigterm" in arguments
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, end)
     write(port, note)
     time.sleep(600)
 restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
 write(restarts, note)
 if restarts == "0":
     run, stop = Path(os.environ["RUN"]), Path(arguments[arguments.index("--stop-file") + 1])
-    (run / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+    if "FOLDER" in os.environ:
+        run.mkdir()
+        (run / "config.yaml").touch()
     until = time.monotonic() + 120
     while not stop.exists() and time.monotonic() < until:
+        if "FAIL" in os.environ and list(notes.glob("serve-*.json")):
+            break
         time.sleep(0.1)
-    if "CHECKPOINT" in os.environ:
-        (run / "checkpoints" / "step-00000001" / "manifest.json").touch()
+    if "FAIL" in os.environ:
+        sys.exit(1)
     write("stopped", stop.exists())
     sys.exit(75)

@@ -109,7 +109,7 @@ def test_no_value_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert [path.name for path in tmp_path.iterdir()] == [setup.name]
     # Slurm reads options up to the first line that is no comment.
     before_code = takewhile(lambda line: line.startswith("#") or not line, text.splitlines())
-    options = sbatch_options(load_config(None, ["model.path=m"]).config, JobFiles(Path("x")))
+    options = sbatch_options(load_config(None, ["model.path=m"]).config, JobFiles(Path("x"), "t"))
     assert len([line for line in before_code if "SBATCH" in line]) == len(options)
 
 

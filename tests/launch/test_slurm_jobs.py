@@ -6,7 +6,6 @@ tests/end_to_end/test_slurm_run.py trains in such a job.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -51,13 +50,26 @@ class Job:
 
     def launch(self) -> int:
         """Submit it; the job's number."""
+        return self.number_of(self.submit())
+
+    def submit(self, *further: str) -> subprocess.CompletedProcess[str]:
+        """`perl-megatron launch slurm` with further settings or options."""
         (self.work / "empty.yaml").write_text("")
-        command = [sys.executable, "-m", "perl_megatron", "launch", "slurm", "empty.yaml", *self.overrides]
+        command = [sys.executable, "-m", "perl_megatron", "launch", "slurm", "empty.yaml", *self.overrides, *further]
         environment = self.environment | {"PYTHONPATH": str(REPOSITORY)}
-        result = subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
+        return subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=120)
+
+    def number_of(self, submitted: subprocess.CompletedProcess[str]) -> int:
+        """The job's number, from what was printed."""
+        assert submitted.returncode == 0, submitted.stderr
         assert list(self.work.rglob("hit")) == []
-        return int(result.stdout.split()[1].rstrip(":"))
+        return int(submitted.stdout.split()[1].rstrip(":"))
+
+    @property
+    def config_file(self) -> Path:
+        """As it was submitted, once."""
+        [file] = self.files.glob("config-*.yaml")
+        return file
 
     def note(self, name: str) -> dict:
         """What the stand-in wrote, once it has."""
@@ -87,7 +99,7 @@ def test_a_job_is_told_to_go_queued_again_and_resumed(cluster: SlurmCluster, tmp
     setup = tmp_path / "set up"
     setup.write_text('export SAID="$SAID and set up"\n')
     launch = ["launch.nodes=2", "parallel.data=2", f"launch.environment=[{json.dumps(f'SAID={HOSTILE}')}]"]
-    job = Job(cluster, tmp_path, *launch, f"launch.setup_file={setup}", "launch.time=10", CHECKPOINT="1")
+    job = Job(cluster, tmp_path, *launch, f"launch.setup_file={setup}", "launch.time=10", FOLDER="1")
     number = job.launch()
     first = job.note("launch-perl0-0.json")
     second = job.note("launch-perl1-0.json")
@@ -100,7 +112,7 @@ def test_a_job_is_told_to_go_queued_again_and_resumed(cluster: SlurmCluster, tmp
     endpoint = setting(arguments, "launch.endpoint")
     assert endpoint == f"127.0.0.1:{20000 + number % 10000}"
     assert option(arguments, "--logs") == f"./a run's/job.slurm/job-{number}.0"
-    submitted = load_config(job.files / "config.yaml").config
+    submitted = load_config(job.config_file).config
     assert submitted.data.system_prompt == HOSTILE
     assert (submitted.launch.nodes, setting(arguments, "launch.nodes")) == (2, "2")
     cluster.call("scancel", "--batch", "--signal=USR1", str(number))
@@ -115,19 +127,46 @@ def test_a_job_is_told_to_go_queued_again_and_resumed(cluster: SlurmCluster, tmp
     assert list(job.work.rglob("hit")) == []
 
 
-def test_a_restart_before_the_first_checkpoint_begins_anew(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_restart_before_there_is_a_run_folder_is_no_resume(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """With one the run is resumed, checkpoint or not; tests/end_to_end/test_slurm_run.py has one without."""
     job = Job(cluster, tmp_path)
     number = job.launch()
     job.note("launch-perl0-0.json")
     cluster.call("scancel", "--batch", "--signal=USR1", str(number))
     cluster.wait(number, lambda job: job["JobState"] == "COMPLETED")
     assert "--resume" not in job.note("launch-perl0-1.json")["arguments"]
-    assert [path.name for path in job.files.parent.iterdir() if "before" in path.name] == [f"job.before-{number}.1"]
+
+
+def test_each_submission_has_its_own_config(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """And two jobs that wait would not train into one folder."""
+    job = Job(cluster, tmp_path, "launch.sbatch_options=[--hold]")
+    first = job.launch()
+    [config] = job.files.glob("config-*.yaml")
+    submitted = config.read_bytes()
+    second = job.submit("data.system_prompt=other")
+    assert second.returncode == 2
+    assert f"job {first} (PENDING) of the same run is not over" in second.stderr
+    behind = f"launch.sbatch_options=[--dependency=afterany:{first}]"
+    assert behind in second.stderr
+    assert list(job.files.glob("config-*.yaml")) == [config]
+    third = job.number_of(job.submit("data.system_prompt=other", behind))
+    evaluation = job.number_of(job.submit("--job=eval", "data.evaluation=data.jsonl"))
+    assert config.read_bytes() == submitted
+    assert len(list(job.files.glob("config-*.yaml"))) == 3
+    cluster.call("scontrol", "release", str(first))
+    arguments = job.note("launch-perl0-0.json")["arguments"]
+    assert f"./a run's/job.slurm/{config.name}" in arguments
+    cluster.call("scancel", str(first), str(third), str(evaluation))
+    cluster.wait(first, lambda job: job["JobState"] == "CANCELLED")
+    fourth = job.launch()
+    assert [path.name for path in job.files.glob("job-*.sbatch")] == [f"job-{fourth}.sbatch"]
+    assert len(list(job.files.glob("config-*.yaml"))) == 1
+    assert not config.exists()
 
 
 @pytest.mark.parametrize("by", ["user", "no requeue"])
 def test_a_cancelled_job_ends_by_itself_and_is_not_queued_again(cluster: SlurmCluster, tmp_path: Path, by: str) -> None:
-    job = Job(cluster, tmp_path, *(["launch.requeue=false"] if by == "no requeue" else []), CHECKPOINT="1")
+    job = Job(cluster, tmp_path, *(["launch.requeue=false"] if by == "no requeue" else []), FOLDER="1")
     number = job.launch()
     job.note("launch-perl0-0.json")
     signal = ["--batch", "--signal=USR1"] if by == "no requeue" else ["--batch", "--signal=TERM"]
@@ -138,7 +177,7 @@ def test_a_cancelled_job_ends_by_itself_and_is_not_queued_again(cluster: SlurmCl
 
 
 def test_servers_run_beside_the_trainer_and_end_with_it(cluster: SlurmCluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, "launch.rollout_nodes=1", "launch.server_port=18000", CHECKPOINT="1")
+    job = Job(cluster, tmp_path, "launch.rollout_nodes=1", "launch.server_port=18000", FOLDER="1")
     number = job.launch()
     server, trainer = job.note("serve-perl1-18000.json"), job.note("launch-perl0-0.json")
     assert option(server["arguments"], "--host") == "0.0.0.0"
@@ -146,21 +185,24 @@ def test_servers_run_beside_the_trainer_and_end_with_it(cluster: SlurmCluster, t
     assert setting(trainer["arguments"], "rollout.api_key_file") == key
     assert len((job.work / key).read_text().strip()) > 20
     assert (job.work / key).stat().st_mode & 0o777 == 0o600
-    config = load_config(
-        job.files / "config.yaml", trainer["arguments"][trainer["arguments"].index("--stop-file") + 3 :]
-    )
+    config = load_config(job.config_file, trainer["arguments"][trainer["arguments"].index("--stop-file") + 3 :])
     assert config.config.rollout.engine == "server"
     assert config.config.rollout.servers == ("http://127.0.0.1:18000",)
     cluster.call("scancel", "--batch", "--signal=TERM", str(number))
     cluster.wait(number, lambda job: job["JobState"] == "FAILED")
-    assert job.note("serve-perl1-18000-ended.json") == 15
+    assert job.note("serve-perl1-18000-ended.json") == 2
 
 
-def test_what_slurm_refuses_is_told(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_servers_end_where_the_trainer_fails(cluster: SlurmCluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "launch.rollout_nodes=1", "launch.server_port=18000", FAIL="1")
+    done = cluster.wait(job.launch(), lambda job: job["JobState"] == "FAILED")
+    assert (done["Restarts"], done["ExitCode"]) == ("0", "1:0")
+    assert job.note("serve-perl1-18000-ended.json") == 2
+
+
+def test_what_slurm_refuses_is_told_and_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, "launch.partition=nowhere")
-    command = [sys.executable, "-m", "perl_megatron", "launch", "slurm", "empty.yaml", *job.overrides]
-    (job.work / "empty.yaml").write_text("")
-    environment = {**job.environment, "PYTHONPATH": str(REPOSITORY), "PATH": os.environ["PATH"]}
-    result = subprocess.run(command, cwd=job.work, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2
-    assert "Slurm refused the job: sbatch: error: invalid partition specified: nowhere" in result.stderr
+    refused = job.submit()
+    assert refused.returncode == 2
+    assert "Slurm refused the job: sbatch: error: invalid partition specified: nowhere" in refused.stderr
+    assert not job.files.exists()

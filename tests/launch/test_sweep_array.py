@@ -15,7 +15,14 @@ from perl_megatron.launch.sweep_array import render_array, submit
 
 
 def render(tmp_path: Path, command: list[str], **options: object) -> str:
-    given = {"workers": 3, "name": "case", "folder": tmp_path, "options": ("--partition=gpu",), "setup": None}
+    given = {
+        "workers": 3,
+        "nodes": 2,
+        "name": "case",
+        "folder": tmp_path,
+        "options": ("--partition=gpu",),
+        "setup": None,
+    }
     return render_array(command, **{**given, **options})  # type: ignore[arg-type]
 
 
@@ -66,12 +73,15 @@ def test_a_worker_that_was_asked_to_stop_is_queued_again(tmp_path: Path, state: 
 def test_the_head_has_the_users_options(tmp_path: Path) -> None:
     lines = render(tmp_path, ["true"], setup=tmp_path / "my setup.sh").splitlines()
     assert "#SBATCH --array=0-2" in lines
+    assert "#SBATCH --nodes=2 --ntasks-per-node=1" in lines
     assert "#SBATCH --partition=gpu" in lines
     assert f". '{tmp_path}/my setup.sh'" in lines
     with pytest.raises(UserError, match="no option of sbatch"):
         render(tmp_path, ["true"], options=("--partition=gpu\nrm -rf /",))
     with pytest.raises(UserError, match="no option of sbatch"):
         render(tmp_path, ["true"], options=("-p gpu",))
+    with pytest.raises(UserError, match="--nodes=4 is set by the sweep itself"):
+        render(tmp_path, ["true"], options=("--nodes=4",))
 
 
 def test_it_is_given_to_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

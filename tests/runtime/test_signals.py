@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -44,3 +46,33 @@ def test_ranks_agree():
         assert stop.requested(lambda mine: True)  # another rank was asked
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested(lambda mine: mine)
+
+
+def test_a_server_ends_by_sigint_only_and_so_does_what_it_starts(tmp_path):
+    """Also where it was started as a shell's background job, and where the child has a handler of its own."""
+    child = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
+        "print('ready', flush=True); time.sleep(1.5); print('child ends', flush=True)"
+    )
+    parent = (
+        "import subprocess, sys\n"
+        "from perl_megatron.runtime.signals import leave_only_interrupt\n"
+        "leave_only_interrupt()\n"
+        f"try: subprocess.run([sys.executable, '-c', {child!r}]); print('parent waits', flush=True); input()\n"
+        "except KeyboardInterrupt: print('interrupted', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509 - only a system call
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        assert [process.stdout.readline() for _ in range(2)] == ["child ends\n", "parent waits\n"]
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+    assert process.returncode == 0

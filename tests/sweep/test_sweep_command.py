@@ -141,6 +141,30 @@ def test_a_dry_run_says_what_would_run(case: SweepCase, capsys: pytest.CaptureFi
     assert not case.sweep.folder.exists()
 
 
+def test_the_workers_of_slurm_have_the_machines_of_their_runs(
+    case: SweepCase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = case.path.read_text()
+    dry_run = ["sweep", str(case.path), "--dry-run", "--slurm", "2"]
+    for nodes, printed in (("parallel.data=4, launch.nodes=2", "--nodes=2 "), ("parallel.data=4", "--nodes=1 ")):
+        case.path.write_text(text.replace("seeds:", f"overrides: [{nodes}]\n  seeds:"))
+        assert cli.main(dry_run) == 0
+        assert f"#SBATCH {printed}" in capsys.readouterr().out
+    # A sweep over it: the array has the most that a run needs.
+    case.path.write_text(
+        text.replace("seeds:", "overrides: [parallel.data=4]\n  seeds:") + "  launch.nodes: [1, 4, 2]\n"
+    )
+    assert cli.main(dry_run) == 0
+    assert "#SBATCH --nodes=4 " in capsys.readouterr().out
+    for overrides, said in (
+        ("launch.rollout_nodes=1", "a trial has no machines for rollout servers"),
+        ("parallel.data=3, launch.nodes=2", "3 processes (data 3"),
+    ):
+        case.path.write_text(text.replace("seeds:", f"overrides: [{overrides}]\n  seeds:"))
+        assert cli.main(dry_run) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:Heartbeat")
 def test_failed_points_are_begun_again_on_request(case: SweepCase, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(case)

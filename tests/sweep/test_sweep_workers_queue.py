@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from sweep_case import SweepCase, make_case, wait_until
 
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.results import read_results, to_markdown
-from perl_megatron.sweep.storage import point_of
+from perl_megatron.sweep.storage import PREEMPTED, point_of
 from perl_megatron.sweep.study import QUEUE_LOCK, open_study
 
 pytestmark = pytest.mark.slow
@@ -69,6 +70,20 @@ def test_an_interrupted_worker_gives_its_trial_back_at_once(grid: SweepCase) -> 
     status, output = grid.work()
     assert status == 0, output
     assert states(grid) == {"COMPLETE": 3, "FAIL": 1}
+    assert [step for step, _ in grid.steps(0)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_worker_whose_run_was_told_to_stop_gives_its_trial_back_and_ends(grid: SweepCase) -> None:
+    """As where Slurm preempts a job: it tells the steps, not the batch script. That is no failure of the point."""
+    first = grid.start()
+    wait_until(lambda: len(grid.steps(0)) >= 2, first)
+    os.kill(grid.steps(0)[0][1], signal.SIGTERM)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 75, output
+    assert "is in the queue again" in output
+    assert states(grid) == {"FAIL": 1, "WAITING": 3}
+    assert [trial.user_attrs.get(PREEMPTED) for trial in grid.study.get_trials()][:1] == [1]
+    assert grid.work()[0] == 0
     assert [step for step, _ in grid.steps(0)] == [1, 2, 3, 4, 5, 6]
 
 

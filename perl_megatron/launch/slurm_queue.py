@@ -1,0 +1,84 @@
+"""Submit a Slurm job, beside those of the same run that Slurm has already."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from perl_megatron.errors import UserError
+from perl_megatron.launch.slurm import JobFiles
+
+NO_ANSWER_FIX = "submit from a login node of the cluster, or look at the script with --dry-run"
+
+
+def require_slurm() -> None:
+    """UserError where jobs cannot be submitted from this machine."""
+    if shutil.which("sbatch") is None:
+        raise UserError("Slurm's `sbatch` is not here", where="PATH", fix=NO_ANSWER_FIX)
+
+
+def jobs_in_queue(name: str) -> dict[int, str]:
+    """Number → state of all jobs of that name that wait, run or end. UserError where Slurm does not answer."""
+    command = ["squeue", "--noheader", f"--name={name}", "--format=%A %T"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise UserError(f"Slurm does not answer: {result.stderr.strip()}", where="squeue", fix=NO_ANSWER_FIX)
+    return {int(number): state for number, state in map(str.split, result.stdout.splitlines())}
+
+
+def check_alone(files: JobFiles, name: str, *, command: str, sbatch_options: Sequence[str]) -> None:
+    """UserError where a job in the queue is to write the same files as this one, which is not to wait for it.
+
+    What jobs left that are not in the queue any more is removed: their scripts and configs; logs stay.
+    """
+    queue = jobs_in_queue(name)
+    for script in files.root.glob("job-*.sbatch"):
+        number, text = int(script.stem.removeprefix("job-")), script.read_text(encoding="utf-8")
+        if number not in queue:
+            _forget(script, text)
+            continue
+        # A run and its evaluation write different files.
+        same = ("\ncommand=eval\n" in text) == (command == "eval")
+        if same and not any(option.startswith("--dependency=") for option in sbatch_options):
+            raise UserError(
+                f"job {number} ({queue[number]}) of the same run is not over, and both would write the same files",
+                where=f"run.name = {name}",
+                fix=f"wait for it, end it (scancel {number}), choose another run.name, or let this one wait in Slurm: "
+                f"launch.sbatch_options=[--dependency=afterany:{number}]",
+            )
+
+
+def submit(files: JobFiles, script: str) -> int:
+    """Submit the script and keep it; the job's number. UserError with Slurm's words where it is refused."""
+    # It reads the script once, and keeps a copy of its own.
+    result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+    number = result.stdout.strip().partition(";")[0]
+    if result.returncode != 0 or not number.isdecimal():
+        files.config.unlink()
+        with suppress(OSError):  # where this was the first submission
+            files.root.rmdir()
+        raise UserError(
+            f"Slurm refused the job: {result.stderr.strip() or result.stdout.strip()}",
+            where=f"sbatch, for {files.root}",
+            fix="change launch.partition, account, qos, time, nodes, gpus_per_node or sbatch_options",
+        )
+    files.script(int(number)).write_text(script, encoding="utf-8")
+    return int(number)
+
+
+def write_key(file: Path) -> None:
+    """A new key of the rollout servers, for this user's eyes only; one that is there stays."""
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_urlsafe() + "\n", encoding="ascii")
+
+
+def _forget(script: Path, text: str) -> None:
+    for config in script.parent.glob("config-*.yaml"):
+        if config.name in text:
+            config.unlink(missing_ok=True)
+    script.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""Submission beside other jobs of the same run, with a stand-in for Slurm; test_slurm_jobs.py has a real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perl_megatron.errors import UserError
+from perl_megatron.launch.slurm import JobFiles
+from perl_megatron.launch.slurm_queue import check_alone, jobs_in_queue, submit
+
+
+class Queue:
+    """What `squeue` and `sbatch` say."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def program(self, name: str, text: str) -> None:
+        file = self.folder / name
+        file.write_text(f"#!/bin/sh\n{text}\n")
+        file.chmod(0o755)
+
+    def has(self, *lines: str) -> None:
+        self.program("squeue", "\n".join(f"echo '{line}'" for line in lines))
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
+    return Queue(tmp_path / "bin")
+
+
+def submitted(root: Path, token: str, number: int, command: str = "train") -> JobFiles:
+    """The files of a job."""
+    files = JobFiles(root, token)
+    root.mkdir(exist_ok=True)
+    files.config.write_text("")
+    files.script(number).write_text(f"#!/bin/bash\nconfig={files.config}\ncommand={command}\n")
+    return files
+
+
+def check(root: Path, command: str = "train", *sbatch_options: str) -> None:
+    check_alone(JobFiles(root, "new"), "mine", command=command, sbatch_options=sbatch_options)
+
+
+@pytest.mark.parametrize(("theirs", "mine"), [("train", "train"), ("sft", "train"), ("eval", "eval")])
+def test_two_jobs_do_not_write_the_same_files(queue: Queue, tmp_path: Path, theirs: str, mine: str) -> None:
+    root = tmp_path / "mine.slurm"
+    submitted(root, "a", 7, theirs)
+    queue.has("7 PENDING", "12 RUNNING")  # another folder's run may have the name
+    with pytest.raises(UserError, match=r"job 7 \(PENDING\) of the same run is not over") as error:
+        check(root, mine)
+    assert "--dependency=afterany:7" in error.value.fix
+    check(root, mine, "--exclusive", "--dependency=afterany:7")
+    check(root, "train" if mine == "eval" else "eval")
+    assert jobs_in_queue("mine") == {7: "PENDING", 12: "RUNNING"}
+
+
+def test_what_jobs_left_that_are_over_is_removed(queue: Queue, tmp_path: Path) -> None:
+    root = tmp_path / "mine.slurm"
+    over, waiting = submitted(root, "a", 7), submitted(root, "b", 8, "eval")
+    being_submitted = JobFiles(root, "c").config
+    being_submitted.touch()
+    (root / "job-7.log").touch()
+    queue.has("8 PENDING")
+    check(root)
+    assert sorted(root.iterdir()) == sorted([waiting.config, waiting.script(8), being_submitted, root / "job-7.log"])
+    assert not over.config.exists()
+
+
+def test_nothing_is_submitted_or_removed_where_slurm_does_not_answer(queue: Queue, tmp_path: Path) -> None:
+    files = submitted(tmp_path / "mine.slurm", "a", 7)
+    queue.program("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
+        check(files.root)
+    assert files.config.exists()
+
+
+def test_sbatch_reads_the_script_once(queue: Queue, tmp_path: Path) -> None:
+    files = JobFiles(tmp_path / "mine.slurm", "a")
+    files.root.mkdir()
+    files.config.touch()
+    queue.program("sbatch", f'cat > {tmp_path}/read; [ "$*" = --parsable ] && echo "9;cluster"')
+    assert submit(files, "script\n") == 9
+    assert (tmp_path / "read").read_text() == files.script(9).read_text() == "script\n"
+    queue.program("sbatch", "echo 'sbatch: error: no' >&2; exit 1")
+    files.script(9).unlink()
+    with pytest.raises(UserError, match="Slurm refused the job: sbatch: error: no"):
+        submit(files, "script\n")
+    assert not files.root.exists()

@@ -1,0 +1,63 @@
+"""The lock of a run's folder, between processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from perl_megatron.errors import UserError
+from perl_megatron.observability.run_lock import RunLock
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from perl_megatron.observability.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+if os.fork() == 0:
+    time.sleep(60)  # a worker that outlives its parent
+    os._exit(0)
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextmanager
+def held(path: Path, seconds: float = 60) -> Iterator[subprocess.Popen[str]]:
+    """By another process, which has a child."""
+    command = [sys.executable, "-c", HOLDER, str(path), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, 9)
+
+
+def test_a_second_job_is_told_who_has_the_folder(tmp_path: Path) -> None:
+    with held(tmp_path / "lock") as process:
+        with pytest.raises(UserError, match=f"another job trains this run: process {process.pid} on "):
+            RunLock(tmp_path / "lock").acquire(0)
+        process.kill()
+        process.wait()
+        lock = RunLock(tmp_path / "lock")  # its child lives on, and does not have it
+        lock.acquire(0)
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+        lock.release()
+
+
+def test_a_job_that_ends_soon_is_waited_for(tmp_path: Path) -> None:
+    with held(tmp_path / "lock", 1):
+        lock, began = RunLock(tmp_path / "lock"), time.monotonic()
+        lock.acquire(30)
+        assert time.monotonic() - began > 0.5
+        lock.acquire(0)  # it has it
+        lock.release()
