@@ -22,7 +22,6 @@ from perl_megatron.checkpoint.retention import (
     MANIFEST,
     TEMPORARY,
     Retention,
-    delete_checkpoint,
     list_checkpoints,
     step_of,
 )
@@ -181,11 +180,7 @@ def _publish(temporary: Path, target: Path, retention: Retention) -> None:
     sync_path(target.parent)
     if replaced.exists() and replaced.name.startswith(TEMPORARY):
         shutil.rmtree(replaced)
-    for old in retention.superfluous(target):
-        try:
-            delete_checkpoint(old)
-        except OSError as error:  # the new one is complete all the same
-            logger.warning("%s could not be deleted: %s", old, error)
+    retention.delete_superfluous(target)
 
 
 def _write(path: Path, text: str) -> None:

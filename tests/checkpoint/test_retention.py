@@ -99,3 +99,29 @@ def test_half_deleted_is_no_checkpoint(tmp_path, monkeypatch):
     assert steps(tmp_path) == []
     write(tmp_path, 2, Retention())
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_late_scores_change_what_is_kept_and_nothing_else(tmp_path):
+    for step in range(1, 4):
+        write(tmp_path, step, scored({1: 0.3}.get(step), keep=2))
+    write(tmp_path, 9, Retention(run="theirs"))
+    assert steps(tmp_path) == [1, 2, 3, 9]
+    values = {1: 0.3, 2: 0.7, 3: float("inf"), 9: 1.0}
+    scored(None, keep=1).score_late(tmp_path / "step-00000003", values.get)
+    assert steps(tmp_path) == [2, 3, 9]
+    facts = json.loads((tmp_path / "step-00000002" / MANIFEST).read_text())
+    assert facts["score"] == {"metric": "evaluation/accuracy", "value": 0.7}
+    assert latest_checkpoint(tmp_path, refuse=refuse_others) == tmp_path / "step-00000003"
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+def refuse_others(checkpoint):
+    if json.loads((checkpoint / MANIFEST).read_text())["run"] != "ours":
+        raise UserError("it belongs to another run", where=str(checkpoint))
+
+
+def test_a_score_for_a_damaged_manifest_is_left_out(tmp_path):
+    write(tmp_path, 1, scored(None))
+    (tmp_path / "step-00000001" / MANIFEST).write_text('{"run": "ours"')
+    scored(None).score_late(tmp_path / "step-00000001", {1: 0.5}.get)
+    assert (tmp_path / "step-00000001" / MANIFEST).read_text() == '{"run": "ours"'
