@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from perl_megatron.checkpoint.background import BackgroundWriter
+from perl_megatron.checkpoint.disk import write_failure
 from perl_megatron.checkpoint.manifest import list_checkpoints, on_rank_zero
 from perl_megatron.checkpoint.retention import Retention
 from perl_megatron.config.load import LoadedConfig
@@ -25,7 +26,7 @@ from perl_megatron.observability.metrics import find_metric
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.runtime.agreement import Agreement
-from perl_megatron.runtime.collective import any_rank, gather_objects
+from perl_megatron.runtime.collective import any_rank, gather_objects, together
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.runtime.watchdog import Watchdog
@@ -99,21 +100,27 @@ class Session:
             self._saved_step = step
         self._first_step = step
         on_rank_zero(self._create_folder, what="the run folder")
-        self._journal = Journal(
-            self.folder,
-            total_steps=self.total_steps,
-            first_step=step,
-            writes=self.topology.rank == 0,
-            image_of=self.encoder.image if self.config.run.record_rollouts else None,
-            seconds_before=seconds,
-            memory=self._memory,
-        )
+        self._journal = together(lambda: self._open_journal(step, seconds))
         if checkpoint is not None:  # the run may have ended between a measurement and what follows from it
             self._score_late(step)
         elif self._resume:
             self.journal.note("no checkpoint was written yet: the run begins anew")
         self._skipped.forget_after(step)
         return step
+
+    def _open_journal(self, step: int, seconds: float) -> Journal:
+        try:
+            return Journal(
+                self.folder,
+                total_steps=self.total_steps,
+                first_step=step,
+                writes=self.topology.rank == 0,
+                image_of=self.encoder.image if self.config.run.record_rollouts else None,
+                seconds_before=seconds,
+                memory=self._memory,
+            )
+        except OSError as error:
+            raise write_failure(error, "the run's logs", self.folder.root) from error
 
     @property
     def journal(self) -> Journal:

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from session_case import Evaluation, start
+from small_disk import Ballast, small_disk
 
 from perl_megatron import training_session
+from perl_megatron.errors import UserError
+from perl_megatron.observability.json_lines import read_rows
 from perl_megatron.training_session import TrainingSession
 
 BEST = ("run.keep_best=evaluation/accuracy", "run.keep_checkpoints=1")
@@ -142,3 +145,38 @@ def test_what_the_last_save_took_is_not_time_of_the_step_that_is_under_way(
     os.kill(os.getpid(), signal.SIGUSR1)
     assert session.collector.asks_to_stop()  # type: ignore[union-attr]
     assert asked == [2.0]
+
+
+def test_a_full_disk_costs_neither_the_run_nor_a_row(
+    stack: ExitStack, accuracies: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stack.enter_context(small_disk(tmp_path / "disk", num_kib=256))
+    ballast, options = Ballast(folder), ("run.steps=6", "run.save_every=2", "evaluation.every=3")
+    with ExitStack() as first:
+        session = start(first, folder, *options)
+        session.restore()
+        accuracies += [0.1, 0.2]
+        for step in range(1, 7):
+            session.journal.groups(step, [{"step": step, "text": "x" * 9000}])
+            session.journal.step(step, {"loss": 0.5})
+            session.evaluate_and_save_if_due(step)
+            if step == 2:
+                session._writer.wait()
+                ballast.fill()
+        with pytest.raises(UserError, match="No space left"):  # as before: the policy could not be kept otherwise
+            session.finish(6)
+        assert scores(folder) == {"step-00000002": None}
+        assert len(read_rows(session.folder.groups)) == 2
+        ballast.free()
+    assert [row["step"] for row in read_rows(session.folder.metrics)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert len(read_rows(session.folder.groups)) == 6
+    output = capsys.readouterr().err
+    assert output.count("the disk is full") == 1
+    assert "the last checkpoint failed, see above; the run goes on" in output
+    assert output.splitlines()[-1] == "[run] the disk was full; missing: answers of evaluations (2)"
+    with ExitStack() as again:
+        assert start(again, folder, *options, resume=True).restore() == 2
+    ballast.fill()
+    with ExitStack() as again, pytest.raises(UserError, match="No space left"):
+        start(again, folder, *options, resume=True).restore()
+    assert [row["step"] for row in read_rows(session.folder.metrics)] == [1, 2]

@@ -1,4 +1,4 @@
-"""JSON-lines files that survive a crash in the middle of a line."""
+"""JSON-lines files that survive a crash in the middle of a line, and files that appear whole."""
 
 from __future__ import annotations
 
@@ -26,9 +26,18 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write any text so."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write anything so; where that fails, nothing of it takes space."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def to_line(row: dict[str, Any]) -> str:
