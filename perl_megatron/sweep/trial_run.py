@@ -21,6 +21,8 @@ from perl_megatron.sweep.measure import Measure
 
 POLL_SECONDS = 0.5
 LOG_TAIL_LINES = 15
+KILL_SECONDS = 10.0
+"""What a killed process may take to be gone: one in the middle of writing to a network disk cannot go at once."""
 
 
 class RunFailedError(Exception):
@@ -47,7 +49,9 @@ class TrialRun:
         config: the config file.
         overrides: of this run, without its name and directory.
         folder: its folder; what is there is continued if it has a checkpoint.
-        lock: descriptor of the point's lock, which the process inherits: it is free when no process is left.
+        lock: descriptor of the point's lock, which `perl-megatron train` inherits, and nothing that it starts. With
+            several ranks that is their launcher: it ends after them, unless it is killed itself, by SIGKILL; then they
+            get a signal, and end when the lock is free already.
     """
 
     def __init__(self, config: Path, overrides: Sequence[str], folder: Path, *, lock: int):
@@ -134,6 +138,9 @@ class TrialRun:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()
+        end = time.monotonic() + KILL_SECONDS
+        while any(map(_lives, tree)) and time.monotonic() < end:  # ranks too: the lock does not wait for them
+            time.sleep(0.01)
 
     def drop_weights(self) -> None:
         """Delete checkpoints and exported policy."""
@@ -151,6 +158,14 @@ class TrialRun:
         reason = "was stopped from outside" if status == EXIT_STOPPED else f"ended with status {status}"
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([f"the run {self.folder.root} {reason}; {self.log} ends with:", *lines])
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it can still do something; one whose end nobody has asked for yet cannot."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signature(path: Path) -> tuple[int, int]:
