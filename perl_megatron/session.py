@@ -14,7 +14,6 @@ from perl_megatron.checkpoint.disk import write_failure
 from perl_megatron.checkpoint.manifest import list_checkpoints, on_rank_zero
 from perl_megatron.checkpoint.retention import Retention
 from perl_megatron.config.load import LoadedConfig
-from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.errors import UserError
@@ -33,7 +32,6 @@ from perl_megatron.runtime.watchdog import Watchdog
 from perl_megatron.skipped import SkippedUpdates
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
-from perl_megatron.types import EncodedPrompt, Record
 
 
 class Session:
@@ -97,6 +95,7 @@ class Session:
             extra = self.actor.restore(checkpoint, verify=False)  # it has just been verified
             step, seconds = extra["step"], extra["seconds"]
             self.load_progress(extra)
+            self._skipped.load_state(extra.get("skipped", ()))  # checkpoints from before it was kept say nothing
             self._saved_step = step
         self._first_step = step
         on_rank_zero(self._create_folder, what="the run folder")
@@ -206,7 +205,7 @@ class Session:
     def _begin_save(self, step: int) -> None:
         retention = self._retention(step)
         on_rank_zero(self.journal.sync, what="the metrics")
-        extra = {"step": step, "seconds": self.journal.seconds, **self.progress()}
+        extra = {"step": step, "seconds": self.journal.seconds, "skipped": self._skipped.state(), **self.progress()}
         self._writer.start(self.actor.prepare_save(self.folder.checkpoints, step, extra, retention))
         self._saved_step = step
 
@@ -302,27 +301,3 @@ def _check_metric(name: str | None) -> None:
         raise UserError(
             f"no metric is called {name!r}", where="run.keep_best", fix="name one of metrics.jsonl: evaluation/accuracy"
         )
-
-
-class SupervisedSession(Session):
-    """Imitation of demonstrations."""
-
-    supervised = True
-
-    def demonstrations(self) -> list[TrainingSequence]:
-        """The next batch, each question in its original order."""
-        sequences = []
-        for question in self.questions.next(self.config.supervised.batch_size):
-            record = question.record
-            if question.problem is not None:
-                continue
-            assert record.demonstration is not None, "records without demonstration are dropped at load"
-            sequences.append(TrainingSequence(self._prompt(record), self.encoder.encode_response(record.demonstration)))
-        return sequences
-
-    def log_supervised_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log one supervised step."""
-        self.journal.step(step, {**metrics, **self.save_times(), **self.phases.take()})
-
-    def _prompt(self, record: Record) -> EncodedPrompt:
-        return self.encoder.encode(apply_order(record, range(len(record.images)), 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,15 +22,15 @@ ALONE = Topology(0, 1, 0, 1, 0, 1, 0, 1)
 
 
 class StandInActor:
-    """Its training state is a text file in a real checkpoint folder."""
+    """Its training state is what the session adds to one, in a real checkpoint folder."""
 
     num_updates = 0
 
     def prepare_save(self, directory: Path, step: int, extra: Any, retention: Retention) -> Callable[[], Path]:
-        pending = PendingCheckpoint.begin(directory, step)
+        pending, state = PendingCheckpoint.begin(directory, step), json.dumps(extra)
 
         def write() -> Path:
-            pending.write("state.txt", str(step))
+            pending.write("state.txt", state)
             return pending.commit(retention)
 
         return write
@@ -38,8 +39,7 @@ class StandInActor:
         return latest_checkpoint(directory)
 
     def restore(self, checkpoint: Path, *, verify: bool) -> dict[str, Any]:
-        step = int((checkpoint / "state.txt").read_text())
-        return {"step": step, "seconds": 0.0, "sampler": {}}
+        return json.loads((checkpoint / "state.txt").read_text())
 
     def weights(self) -> list[Any]:
         return []

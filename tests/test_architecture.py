@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"questions"},
     {
         *("collect", "drawn", "step_metrics", "session", "skipped", "loop", "build", "jobs", "serving", "ahead"),
-        *("training_session", "evaluation_job", "step_in_progress", "launching", "export"),
+        *("training_session", "evaluation_job", "step_in_progress", "launching", "export", "supervised_session"),
     },
     {"cli"},
     {"__main__"},

@@ -147,6 +147,18 @@ def test_what_the_last_save_took_is_not_time_of_the_step_that_is_under_way(
     assert asked == [2.0]
 
 
+def test_updates_that_were_skipped_in_a_row_are_counted_on(stack: ExitStack, tmp_path: Path) -> None:
+    with stack:
+        session = start(stack, tmp_path)
+        session.restore()
+        session._skipped.load_state(["step-000001", "step-000002"])
+        session.save(2)
+    with ExitStack() as again:
+        session = start(again, tmp_path, resume=True)
+        session.restore()
+        assert session._skipped.state() == ["step-000001", "step-000002"]
+
+
 def test_a_full_disk_costs_neither_the_run_nor_a_row(
     stack: ExitStack, accuracies: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

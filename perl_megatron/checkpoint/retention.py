@@ -49,9 +49,12 @@ class Retention:
         }
 
     def is_own(self, checkpoint: Path) -> bool:
-        """Whether this run wrote it. Checkpoints from before runs had names of their own count as its own."""
-        written_by = read_facts(checkpoint).get("run")
-        return self.run is None or written_by is None or written_by == self.run
+        """Whether this run wrote it, as far as is known: nobody's is one whose manifest cannot be read.
+
+        Checkpoints from before runs had names of their own count as its own.
+        """
+        facts = read_facts(checkpoint)
+        return self.run is None or (bool(facts) and facts.get("run") in (None, self.run))
 
     def superfluous(self, newest: Path) -> list[Path]:
         """The checkpoints beside ``newest`` that are not kept."""

@@ -9,14 +9,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from perl_megatron.errors import UserError
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows, in order; a last line that was cut off is left out. An absent file has no rows."""
+    """All whole rows, in order; a last line that was cut off is left out. An absent file has no rows.
+
+    UserError names a line that is damaged.
+    """
     if not path.exists():
         return []
     # By newline only: str.splitlines would also cut at U+2028 inside a response. What follows the last newline is torn.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            fix = "remove this line; no other row depends on it"
+            raise UserError(f"the line is damaged: {line[:40]!r}", where=f"{path}:{number}", fix=fix)
+        rows.append(row)
+    return rows
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -63,6 +63,25 @@ def test_a_step_of_another_run_is_put_aside(tmp_path):
     assert json.loads((tmp_path / "other-run-step-00000001" / MANIFEST).read_text())["run"] == "theirs"
 
 
+def test_one_whose_manifest_cannot_be_read_may_be_another_runs_and_stays(tmp_path):
+    write(tmp_path, 1, Retention(run="theirs"))
+    (tmp_path / "step-00000001" / MANIFEST).write_text("{")
+    for step in (2, 3, 4):
+        write(tmp_path, step, Retention(keep=2, run="ours"))
+    assert steps(tmp_path) == [1, 3, 4]
+
+
+def test_whatever_was_put_aside_before_stays(tmp_path):
+    for run in ("theirs", "ours", "theirs", "ours", "theirs", "ours"):
+        write(tmp_path, 1, Retention(run=run))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "other-run-step-00000001",
+        *(f"other-run-step-00000001.{n}" for n in (2, 3, 4, 5)),
+        "step-00000001",
+    ]
+
+
 def test_damaged_ones_of_later_steps_do_not_push_out_good_ones(tmp_path):
     """The run went on from step 2, as step 9 was damaged; keeping one must not keep that one alone."""
     write(tmp_path, 2, Retention(keep=1, run="ours"))
