@@ -26,7 +26,7 @@ from perl_megatron.runtime import platform
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.runtime.watchdog import Watchdog
-from perl_megatron.session import SupervisedSession
+from perl_megatron.supervised_session import SupervisedSession
 from perl_megatron.train.actor import Actor
 from perl_megatron.training_session import TrainingSession
 from perl_megatron.types import Record

@@ -1,7 +1,8 @@
-"""The error that is meant for a person: what is wrong, where it was set, how to mend it."""
+"""The error that is meant for a person (what is wrong, where it was set, how to mend it), and kinds of other errors."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 
@@ -24,6 +25,11 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[Callable[..., UserError], tuple[str, str | None, str | None]]:
         """Errors travel between ranks: pickle the parts, not the joined text."""
         return _rebuild, (self.what, self.where, self.fix)
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether the system said that there is no space left, or that a quota is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _rebuild(what: str, where: str | None, fix: str | None) -> UserError:

@@ -13,6 +13,7 @@ from perl_megatron.build import build_supervised, build_training
 from perl_megatron.config.load import LoadedConfig
 from perl_megatron.launch.torchrun import launcher_pid
 from perl_megatron.loop import supervise, train
+from perl_megatron.observability.full_disk import FullDisk
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.summary import read_summary, summary_table
 from perl_megatron.runtime import garbage, platform, topology
@@ -37,7 +38,8 @@ def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
         with watchdog, StopRequest(last=True) as stop:
             session = _run_session(command, loaded, place, resume=resume, stop=stop, memory=memory, watchdog=watchdog)
         if place.rank == 0:
-            _say_where_to_look(session)
+            with FullDisk().tolerated("lines of the summary"):  # all is done, and on another disk maybe
+                _say_where_to_look(session)
         return session.exit_status
     finally:
         topology.shutdown()

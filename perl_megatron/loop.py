@@ -11,8 +11,8 @@ from perl_megatron.collect import assign_advantages
 from perl_megatron.config.schema import AlgorithmConfig
 from perl_megatron.data.planner import swap_probability
 from perl_megatron.drawn import Drawn
-from perl_megatron.session import SupervisedSession
 from perl_megatron.step_metrics import rollout_metrics
+from perl_megatron.supervised_session import SupervisedSession
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.training_session import TrainingSession
 from perl_megatron.types import Group

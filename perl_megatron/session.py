@@ -5,38 +5,35 @@ Every rank holds one and calls the same methods; only rank 0 writes.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from perl_megatron.checkpoint.background import BackgroundWriter
-from perl_megatron.checkpoint.hf_files import save_checkpoint
+from perl_megatron.checkpoint.disk import write_failure
 from perl_megatron.checkpoint.manifest import list_checkpoints, on_rank_zero
 from perl_megatron.checkpoint.retention import Retention
 from perl_megatron.config.load import LoadedConfig
-from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.data.question_stream import QuestionStream
 from perl_megatron.data_idle import DataIdle
 from perl_megatron.errors import UserError
+from perl_megatron.export import export_policy, exported_step
 from perl_megatron.launch.failures import stop_status
 from perl_megatron.observability.journal import Journal
-from perl_megatron.observability.json_lines import write_text
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.metrics import find_metric
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.observability.run_lock import RunLock
 from perl_megatron.runtime.agreement import Agreement
-from perl_megatron.runtime.collective import any_rank, gather_objects
+from perl_megatron.runtime.collective import any_rank, gather_objects, together
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
 from perl_megatron.runtime.watchdog import Watchdog
 from perl_megatron.skipped import SkippedUpdates
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
-from perl_megatron.types import EncodedPrompt, Record
 
 
 class Session:
@@ -104,24 +101,33 @@ class Session:
             extra = self.actor.restore(checkpoint, verify=False)  # it has just been verified
             step, seconds = extra["step"], extra["seconds"]
             self.load_progress(extra)
+            self._skipped.load_state(extra.get("skipped", ()))  # checkpoints from before it was kept say nothing
             self._saved_step = step
         self._first_step = step
         self.questions.prepare()
         on_rank_zero(self._create_folder, what="the run folder")
-        self._journal = Journal(
-            self.folder,
-            total_steps=self.total_steps,
-            first_step=step,
-            writes=self.topology.rank == 0,
-            image_of=self.encoder.image if self.config.run.record_rollouts else None,
-            seconds_before=seconds,
-            memory=self._memory,
-        )
-        if self._resume and checkpoint is None:
+        self._journal = together(lambda: self._open_journal(step, seconds))
+        if checkpoint is not None:  # the run may have ended between a measurement and what follows from it
+            self._score_late(step)
+        elif self._resume:
             self.journal.note("no checkpoint was written yet: the run begins anew")
         self._skipped.forget_after(step)
         self.encoder.take_waits()  # for images that were checked at load: they belong to no step
         return step
+
+    def _open_journal(self, step: int, seconds: float) -> Journal:
+        try:
+            return Journal(
+                self.folder,
+                total_steps=self.total_steps,
+                first_step=step,
+                writes=self.topology.rank == 0,
+                image_of=self.encoder.image if self.config.run.record_rollouts else None,
+                seconds_before=seconds,
+                memory=self._memory,
+            )
+        except OSError as error:
+            raise write_failure(error, "the run's logs", self.folder.root) from error
 
     @property
     def journal(self) -> Journal:
@@ -174,17 +180,40 @@ class Session:
             self._saved_step = -1
             self.journal.note("the last checkpoint failed, see above; the run goes on, and saves again when it is due")
 
-    def _begin_save(self, step: int) -> None:
+    def score_if_saved(self, step: int) -> None:
+        """After a measurement at ``step``: its checkpoint, if it was written before, is one of those compared."""
+        if self.config.run.keep_best is not None and step == self._saved_step:
+            with self.phases("save", step=step):
+                self._await_save()
+                self._score_late(step)
+
+    def _retention(self, step: int) -> Retention:
         run = self.config.run
-        retention = Retention(
+        return Retention(
             keep=run.keep_checkpoints,
             run=self.folder.read_identity() if self.topology.rank == 0 else None,
             metric=run.keep_best,
             highest=run.best_is == "highest",
-            value=None if run.keep_best is None else self.journal.value(step, run.keep_best),
+            value=self._score(step),
         )
+
+    def _score(self, step: int) -> float | None:
+        """The value of `run.keep_best` at a step, where this rank has logged it."""
+        name = self.config.run.keep_best
+        return None if name is None else self.journal.value(step, name)
+
+    def _score_late(self, step: int) -> None:
+        """Tell the checkpoints up to this step, which is saved already, what was measured after they were written."""
+        newest, retention = self.folder.checkpoints / f"step-{step:08d}", self._retention(step)
+        try:
+            on_rank_zero(lambda: retention.score_late(newest, self._score), what="the score of a checkpoint")
+        except UserError as error:
+            self.journal.note(f"{error}\nthe checkpoint is whole, but does not count as the best one")
+
+    def _begin_save(self, step: int) -> None:
+        retention = self._retention(step)
         on_rank_zero(self.journal.sync, what="the metrics")
-        extra = {"step": step, "seconds": self.journal.seconds, **self.progress()}
+        extra = {"step": step, "seconds": self.journal.seconds, "skipped": self._skipped.state(), **self.progress()}
         self._writer.start(self.actor.prepare_save(self.folder.checkpoints, step, extra, retention))
         self._saved_step = step
 
@@ -242,32 +271,10 @@ class Session:
 
     def _export(self, step: int) -> None:
         """Write the policy as a Hugging Face folder."""
-        if step == self._first_step and any_rank(self._exported_step() == step):
+        if step == self._first_step and any_rank(exported_step(self.folder) == step):
             return  # a finished run that was resumed has nothing new
-        weights, writes = iter(self.actor.weights()), self.topology.rank == 0
-        fresh = self.folder.export.with_name("export.new")
-        failure: str | None = None
-        try:
-            if writes:
-                shutil.rmtree(fresh, ignore_errors=True)
-            save_checkpoint(fresh, weights, self.config.model.path, write=writes)
-            if writes:
-                shutil.rmtree(self.folder.export, ignore_errors=True)  # of an earlier, shorter end of this run
-                fresh.rename(self.folder.export)
-                write_text(self.folder.exported_step, str(step))
-        except (OSError, UserError) as error:
-            failure = error.what if isinstance(error, UserError) else str(error)
-            for _ in weights:  # a collective stream: the other ranks wait for this one until its end
-                pass
-        for text in gather_objects(failure):
-            if text is not None:
-                fix = "free some space and resume: the last checkpoint is complete"
-                raise UserError(f"the policy could not be exported: {text}", where=str(self.folder.export), fix=fix)
-
-    def _exported_step(self) -> int | None:
-        """That of the policy in the folder; it may be of an earlier, shorter end of this run."""
-        step = self.folder.exported_step
-        return int(step.read_text(encoding="utf-8")) if step.exists() and self.folder.export.exists() else None
+        writes = self.topology.rank == 0
+        export_policy(self.folder, step, self.actor.weights(), self.config.model.path, writes=writes)
 
     def layout(self) -> str:
         """The layout in words."""
@@ -304,28 +311,3 @@ def _check_metric(name: str | None) -> None:
         raise UserError(
             f"no metric is called {name!r}", where="run.keep_best", fix="name one of metrics.jsonl: evaluation/accuracy"
         )
-
-
-class SupervisedSession(Session):
-    """Imitation of demonstrations."""
-
-    supervised = True
-
-    def demonstrations(self) -> list[TrainingSequence]:
-        """The next batch, each question in its original order."""
-        with self.phases("data"), self.encoder.waits("questions"):
-            questions = self.questions.next(self.config.supervised.batch_size)
-            return [self._demonstration(question.record) for question in questions if question.problem is None]
-
-    def log_supervised_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log one supervised step."""
-        times = self.phases.take()
-        idle = self.data_idle.follow(self.encoder.take_waits(), times["seconds/step"])
-        self.journal.step(step, {**metrics, **self.save_times(), **idle, **times})
-
-    def _demonstration(self, record: Record) -> TrainingSequence:
-        assert record.demonstration is not None, "records without demonstration are dropped at load"
-        return TrainingSequence(self._prompt(record), self.encoder.encode_response(record.demonstration))
-
-    def _prompt(self, record: Record) -> EncodedPrompt:
-        return self.encoder.encode(apply_order(record, range(len(record.images)), 0))

@@ -64,6 +64,14 @@ class SkippedUpdates:
                 "resume with a lower learning rate, or from an older checkpoint",
             )
 
+    def state(self) -> list[str]:
+        """The names of the batches of the last updates, if those were skipped in a row; JSON."""
+        return [path.name for path in self._in_a_row]
+
+    def load_state(self, names: Sequence[str]) -> None:
+        """Count on from what ``state`` gave."""
+        self._in_a_row = [self._folder / name for name in names]
+
     def forget_after(self, step: int) -> None:
         """Where a run goes on from ``step``: removes the batches of later steps. Collective.
 

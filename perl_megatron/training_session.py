@@ -38,7 +38,11 @@ class TrainingSession(Session):
         self._is_exhausted = False
         self._grace = Grace(self._stop, self.config.launch.grace_seconds)
         self._is_warned = False
-        collector.stop_by(lambda: any_rank(self._grace.is_over_before_step(self.phases.elapsed)))
+        collector.stop_by(lambda: any_rank(self._grace.is_over_before_step(self._elapsed())))
+
+    def _elapsed(self) -> float:
+        """Seconds of the step that is under way. The last one's checkpoint came after its times were taken."""
+        return self.phases.elapsed - self.phases.spent("save")
 
     def await_rollouts(self, step: int) -> None:
         """Wait for the rollouts that were begun during the last update; the policy has made ``step`` steps.
@@ -134,9 +138,10 @@ class TrainingSession(Session):
             self.sync_weights(step)
             evaluation = evaluate(self.config, self.evaluation_records, self.encoder, self.engine)
             self.engine.take_cache_use()  # belongs to no step
-        self._grace.learn({"seconds/evaluate": self.phases.take()["seconds/evaluate"]})  # belongs to no step
-        self.collector.take_waits()
+            self.collector.take_waits()
         self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
+        self.score_if_saved(step)
+        self._grace.learn({"seconds/evaluate": self.phases.take()["seconds/evaluate"]})  # belongs to no step
 
     def finish(self, step: int) -> None:
         """As every session; evaluates the final policy first."""

@@ -33,7 +33,8 @@ FLOORS: list[set[str]] = [
     {"questions"},
     {
         *("collect", "drawn", "step_metrics", "session", "skipped", "loop", "build", "jobs", "serving", "ahead"),
-        *("training_session", "evaluation_job", "step_in_progress", "launching", "data_idle"),
+        *("training_session", "supervised_session", "evaluation_job", "step_in_progress", "launching", "data_idle"),
+        "export",
     },
     {"cli"},
     {"__main__"},

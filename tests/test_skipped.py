@@ -36,6 +36,23 @@ def follower(folder: Path, notes: list[str], limit: int) -> SkippedUpdates:
     return SkippedUpdates(config, lambda key: Image.new("RGB", (28, 28), "red"), supervised=False, note=notes.append)
 
 
+def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
+    """Else one that is preempted often would never end."""
+    notes: list[str] = []
+    updates = follower(tmp_path, notes, limit=3)
+    for step in (0, 1):
+        updates.follow(step, BATCH, BAD)
+    state = updates.state()
+    resumed = follower(tmp_path, notes, limit=3)
+    resumed.load_state(state)
+    with pytest.raises(UserError, match="3 updates in a row") as error:
+        resumed.follow(2, BATCH, BAD)
+    assert str(tmp_path / "run" / "skipped" / "step-000001") in str(error.value)
+    resumed.load_state(state)
+    resumed.follow(2, BATCH, GOOD)
+    assert resumed.state() == []
+
+
 def test_only_skipped_updates_in_a_row_end_the_run(tmp_path: Path) -> None:
     notes: list[str] = []
     updates = follower(tmp_path, notes, limit=3)

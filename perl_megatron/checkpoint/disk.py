@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from perl_megatron.errors import UserError
+from perl_megatron.errors import UserError, is_full_disk
 
 
 class WriteFailure(UserError):
@@ -15,7 +15,7 @@ class WriteFailure(UserError):
 
 def write_failure(error: OSError, what: str, path: Path) -> WriteFailure:
     """What a person is told when the operating system cannot write ``what`` to ``path``."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = is_full_disk(error) or error.errno == errno.EFBIG
     fix = "free some space there, or choose another folder" if full else "choose a folder that can be written"
     return WriteFailure(f"cannot write {what}: {error.strerror or error}", where=str(path), fix=fix)
 

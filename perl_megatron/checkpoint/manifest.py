@@ -22,7 +22,6 @@ from perl_megatron.checkpoint.retention import (
     MANIFEST,
     TEMPORARY,
     Retention,
-    delete_checkpoint,
     list_checkpoints,
     step_of,
 )
@@ -173,19 +172,22 @@ def _publish(temporary: Path, target: Path, retention: Retention) -> None:
     sync_path(temporary)
     replaced = target.with_name(f"{TEMPORARY}replaced-{target.name}")
     if target.exists() and not retention.is_own(target):
-        replaced = target.with_name(f"other-run-{target.name}")  # somebody put it there, and may want it back
-        logger.warning("%s is another run's, and is now called %s", target, replaced.name)
+        replaced = _free_name(target.with_name(f"other-run-{target.name}"))  # somebody may want it back
+        logger.warning("%s is not known to be this run's, and is now called %s", target, replaced.name)
     if target.exists():
         target.rename(replaced)
     temporary.rename(target)
     sync_path(target.parent)
     if replaced.exists() and replaced.name.startswith(TEMPORARY):
         shutil.rmtree(replaced)
-    for old in retention.superfluous(target):
-        try:
-            delete_checkpoint(old)
-        except OSError as error:  # the new one is complete all the same
-            logger.warning("%s could not be deleted: %s", old, error)
+    retention.delete_superfluous(target)
+
+
+def _free_name(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number, free = number + 1, path.with_name(f"{path.name}.{number + 1}")
+    return free
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,10 +7,13 @@ than the step that a run went on from (damaged, it was passed over), does not co
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".incomplete-"
 """What begins with this is no checkpoint, and is deleted by the next save."""
 _NAME = re.compile(r"step-(\d{8,})")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,16 +49,46 @@ class Retention:
         }
 
     def is_own(self, checkpoint: Path) -> bool:
-        """Whether this run wrote it. Checkpoints from before runs had names of their own count as its own."""
-        written_by = read_facts(checkpoint).get("run")
-        return self.run is None or written_by is None or written_by == self.run
+        """Whether this run wrote it, as far as is known: nobody's is one whose manifest cannot be read.
+
+        Checkpoints from before runs had names of their own count as its own.
+        """
+        facts = read_facts(checkpoint)
+        return self.run is None or (bool(facts) and facts.get("run") in (None, self.run))
 
     def superfluous(self, newest: Path) -> list[Path]:
         """The checkpoints beside ``newest`` that are not kept."""
-        own = [path for path in list_checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
-        own = [path for path in own if self.is_own(path)]
+        own = self._own(newest)
         kept = {*own[-self.keep :], self.best(own)}
         return [path for path in own if path not in kept]
+
+    def delete_superfluous(self, newest: Path) -> None:
+        """Delete them; one that cannot be deleted is named in a warning, as the others are complete all the same."""
+        for old in self.superfluous(newest):
+            try:
+                delete_checkpoint(old)
+            except OSError as error:
+                logger.warning("%s could not be deleted: %s", old, error)
+
+    def score_late(self, newest: Path, value_of: Callable[[int], float | None]) -> None:
+        """Give each checkpoint up to ``newest`` the value of its step, then delete those that are not kept any more.
+
+        For values that were measured after the checkpoint was written: an evaluation that was made up for, or that of
+        the final policy. ``value_of`` says None where a step has no value; what the manifest says of it then stays.
+        OSError where a manifest cannot be written; it is then as it was.
+        """
+        if self.metric is None or not newest.is_dir():
+            return
+        for path in self._own(newest):
+            late = replace(self, value=value_of(step_of(path))).facts().get("score")
+            if late is not None and read_facts(path).get("score") != late:
+                _add_facts(path, {"score": late})
+        self.delete_superfluous(newest)
+
+    def _own(self, newest: Path) -> list[Path]:
+        """This run's checkpoints up to this one, oldest first."""
+        own = [path for path in list_checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
+        return [path for path in own if self.is_own(path)]
 
     def best(self, checkpoints: list[Path]) -> Path | None:
         """The one with the best value, of several the latest; None where none has one."""
@@ -86,6 +121,25 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
         return {name: value for name, value in content.items() if name != "files"}
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def _add_facts(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Say more in the manifest, which is the old one or the new one at any moment; nothing where it is damaged."""
+    manifest = checkpoint / MANIFEST
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        files = content.pop("files")
+    except (ValueError, KeyError, AttributeError, FileNotFoundError):
+        return
+    temporary = manifest.with_name(f"{MANIFEST}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({**content, **facts, "files": files}, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, manifest)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def delete_checkpoint(checkpoint: Path) -> None:

@@ -109,11 +109,14 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 def _copy_to_cpu(writer: FileSystemWriterAsync) -> None:
-    """In place: the next update changes the tensors. From a GPU, all copies run at once."""
+    """In place: the next update changes the tensors.
+
+    From a GPU, one copy after the other into ordinary memory. torch page-locks the memory of copies that need not be
+    waited for, each block rounded up to a power of two, and never gives it back: up to twice the checkpoint's size.
+    """
     for _, _, (_, tensors) in writer.write_buckets or ():
         for index, (item, tensor) in enumerate(tensors):
-            tensors[index] = (item, tensor.detach().to("cpu", copy=True, non_blocking=True))
-    torch.cuda.synchronize()
+            tensors[index] = (item, tensor.detach().to("cpu", copy=True))
 
 
 def _failure(error: Exception, folder: Path) -> UserError:

@@ -149,6 +149,7 @@ def _read_file(
         raise UserError("a config file holds sections such as `model:`", where=f"{path}:1")
     settings: dict[str, _Setting] = {}
     own_presets: tuple[str, ...] = ()
+    is_resolved = _is_resolved(path)
     for key, key_node, value_node in yaml_source.items(root, str(path)):
         if key == PRESET_KEY and schema is Config:
             where = f"{path}:{yaml_source.line(key_node)}"
@@ -162,7 +163,8 @@ def _read_file(
             settings = inherited | settings
         elif key not in beside:
             origin = f"{path}:{yaml_source.line(key_node)}"
-            settings.update(_read_value(key, value_node, schema, where=str(path), origin=origin))
+            value = _read_value(key, value_node, schema, where=str(path), origin=origin, is_resolved=is_resolved)
+            settings.update(value)
     presets += own_presets
     return settings
 
@@ -184,9 +186,12 @@ def _read_override(override: str, schema: type[BaseModel]) -> dict[str, _Setting
 
 
 def _read_value(
-    key: str, node: yaml.Node | None, schema: type[BaseModel], *, where: str, origin: str
+    key: str, node: yaml.Node | None, schema: type[BaseModel], *, where: str, origin: str, is_resolved: bool = False
 ) -> dict[str, _Setting]:
-    """The settings under a dotted key: one for a field, all of its fields for a section."""
+    """The settings under a dotted key: one for a field, all of its fields for a section.
+
+    A file that a run wrote (``is_resolved``) may hold keys of an earlier version, which are left out.
+    """
     fields = config_fields(schema)
     if key in fields:
         return {key: _Setting(_field_value(fields[key], node, where), origin)}
@@ -201,7 +206,7 @@ def _read_value(
     for name, key_node, value_node in yaml_source.items(node, where):
         dotted = f"{key}.{name}"
         place = origin if origin == COMMAND_LINE else f"{where}:{yaml_source.line(key_node)}"
-        if dotted in RETIRED and _is_resolved(where):
+        if dotted in RETIRED and is_resolved:
             continue  # a run of an earlier version goes on with what came in its place
         if dotted not in fields:
             raise _unknown_key(dotted, schema, place)
@@ -235,11 +240,9 @@ RETIRED = {
 """Keys of earlier versions, which run folders of theirs still have, and what came in their place."""
 
 
-def _is_resolved(where: str) -> bool:
+def _is_resolved(path: Path) -> bool:
     """Whether a run wrote the file."""
-    if where == COMMAND_LINE:
-        return False
-    with open(where, encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         return file.readline().rstrip("\n") == RESOLVED
 
 

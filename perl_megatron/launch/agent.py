@@ -13,6 +13,8 @@ import signal
 import sys
 from types import FrameType
 
+from perl_megatron.launch.failures import record_ends
+
 DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PARENT_DIED = signal.SIGHUP
 """Ends torchrun, which passes it on to its ranks."""
@@ -25,7 +27,13 @@ def main() -> None:
     # torchrun's option --signals-to-handle, which older ones do not have; it would set handlers of its own.
     os.environ["PET_SIGNALS_TO_HANDLE"] = PARENT_DIED.name
     sys.argv[0] = "torchrun"
-    runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+    except Exception as error:
+        # torchrun's ChildFailedError knows who ended how. Its class is torch's, which this package does without.
+        failures = getattr(error, "failures", {})
+        record_ends({rank: failure.exitcode for rank, failure in failures.items()})
+        raise
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

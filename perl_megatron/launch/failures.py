@@ -6,10 +6,11 @@ import json
 import os
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from perl_megatron.errors import UserError
+from perl_megatron.errors import UserError, is_full_disk
 
 DIRECTORY_VARIABLE = "PERL_MEGATRON_FAILURES"
 EXIT_USER_ERROR = 2
@@ -17,6 +18,7 @@ EXIT_FAILURE = 1
 EXIT_STOPPED = 75
 """A run that was asked to stop before its last step (EX_TEMPFAIL of sysexits.h: start it again with --resume)."""
 STOPPED_FILE = "stopped"
+ENDS_FILE = "ends.json"
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,17 @@ class Failure:
 
 
 def record_failure(error: BaseException) -> bool:
-    """Tell the launcher about the error that ends this rank; False where no launcher listens (then print it)."""
+    """Tell the launcher about the error that ends this rank.
+
+    False where it cannot be told (there is none, or the disk is full): then print it.
+    """
     directory = os.environ.get(DIRECTORY_VARIABLE)
     if directory is None:
         return False
     user_error = isinstance(error, UserError)
     text = str(error) if user_error else "".join(traceback.format_exception(error))
     failure = Failure(rank=int(os.environ.get("RANK", "0")), time=time.time(), user_error=user_error, text=text)
-    path = Path(directory) / f"rank-{failure.rank}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-    os.replace(temporary, path)
-    return True
+    return _write(Path(directory) / f"rank-{failure.rank}.json", json.dumps(asdict(failure)))
 
 
 def stop_status() -> int:
@@ -54,13 +55,49 @@ def stop_status() -> int:
     directory = os.environ.get(DIRECTORY_VARIABLE)
     if directory is None:
         return EXIT_STOPPED
-    (Path(directory) / STOPPED_FILE).touch()
+    try:
+        (Path(directory) / STOPPED_FILE).touch()
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        return EXIT_STOPPED  # which the launcher learns from torchrun (``record_ends``)
     return 0
 
 
 def was_stopped(directory: Path) -> bool:
     """Whether a rank said that the run was stopped by request."""
     return (directory / STOPPED_FILE).exists()
+
+
+def record_ends(exit_codes: Mapping[int, int]) -> None:
+    """In torchrun: the exit code of each rank that failed; a negative one: it was killed by the signal of that number.
+
+    Those that torchrun ended thereupon are not among them.
+    """
+    directory = os.environ.get(DIRECTORY_VARIABLE)
+    if directory is not None and exit_codes:
+        _write(Path(directory) / ENDS_FILE, json.dumps(dict(exit_codes)))
+
+
+def read_ends(directory: Path) -> dict[int, int]:
+    """Rank → exit code, as torchrun saw them; empty where it did not get to say so."""
+    path = directory / ENDS_FILE
+    if not path.exists():
+        return {}
+    return {int(rank): code for rank, code in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _write(path: Path, text: str) -> bool:
+    """Write a file whole; False where the disk is full."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        return False
+    return True
 
 
 def first_failure(directory: Path) -> Failure | None:

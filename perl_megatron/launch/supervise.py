@@ -15,6 +15,7 @@ from typing import TextIO
 
 import psutil
 
+from perl_megatron.errors import is_full_disk
 from perl_megatron.launch.agent import DEAF_TO, PARENT_DIED
 
 POLL_SECONDS = 0.2
@@ -137,6 +138,10 @@ class _Tail:
         # Whole lines only, so that no character is cut in two.
         end = new.rfind(b"\n") + 1
         if end:
-            self._console.write(new[:end].decode("utf-8", errors="replace"))
-            self._console.flush()
             self._offset += end
+            try:
+                self._console.write(new[:end].decode("utf-8", errors="replace"))
+                self._console.flush()
+            except OSError as error:  # what is shown may be kept on a full disk; the ranks' own logs have it too
+                if not is_full_disk(error):
+                    raise

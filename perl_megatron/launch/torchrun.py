@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,14 +15,9 @@ from pathlib import Path
 
 from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.schema import Config
-from perl_megatron.launch.failures import (
-    DIRECTORY_VARIABLE,
-    EXIT_FAILURE,
-    EXIT_STOPPED,
-    EXIT_USER_ERROR,
-    first_failure,
-    was_stopped,
-)
+from perl_megatron.errors import is_full_disk
+from perl_megatron.launch.conclusion import conclude
+from perl_megatron.launch.failures import DIRECTORY_VARIABLE, EXIT_USER_ERROR
 from perl_megatron.launch.ports import HOST, free_port, require_free_port
 from perl_megatron.launch.supervise import Supervisor, die_with_parent
 
@@ -94,9 +88,8 @@ def launch(
     The first rank's output is on the console; every rank's is kept. Logs are in a temporary folder until the folder
     that holds `log_dir` exists (a refused run leaves no folder), then in `log_dir/TIME`; or from the start in `logs`.
     The first SIGINT, SIGTERM or SIGUSR1 is passed to the ranks, once, which end after their step or keep what they
-    have; so is SIGUSR1 when `stop_file` appears. A second SIGINT ends everything at once. Ends with the first failing
-    rank's traceback. Exit code: 0; 75 for a run that was stopped by request; 2 for a user's mistake; 130 when ended at
-    once by Ctrl-C; 1 for the rest.
+    have; so is SIGUSR1 when `stop_file` appears. A second SIGINT ends everything at once. Ends with what `conclude`
+    tells of the end, and returns its exit code.
 
     Args:
         rendezvous: with the other machines of the job; None: there are none.
@@ -127,7 +120,8 @@ def launch(
             supervisor.watch_for(stop_file)
         code = supervisor.wait()
     place = final.settle()
-    status = conclude(code, place, ended_at_once=supervisor.ended_at_once, asked_by=supervisor.asked_by)
+    run = None if log_dir is None else log_dir.parent
+    status = conclude(code, place, ended_at_once=supervisor.ended_at_once, asked_by=supervisor.asked_by, run=run)
     if place == staging and logs is None and status in (0, EXIT_USER_ERROR):
         shutil.rmtree(staging)  # no run began, and nothing is left to find out
     return status
@@ -147,8 +141,12 @@ class _Logs:
     def link(self) -> None:
         """Show the logs in the run's folder while the run goes."""
         if self._final is not None and not self._final.is_symlink() and self._final.parent.parent.is_dir():
-            self._final.parent.mkdir(exist_ok=True)
-            self._final.symlink_to(self._staging)
+            try:
+                self._final.parent.mkdir(exist_ok=True)
+                self._final.symlink_to(self._staging)
+            except OSError as error:
+                if not is_full_disk(error):  # else it is tried again: the ranks do without it
+                    raise
 
     def settle(self) -> Path:
         """Move the logs to where they stay; returns the place."""
@@ -161,35 +159,6 @@ class _Logs:
         except OSError:  # a full disk: how the job ended is still told
             return self._staging
         return self._final
-
-
-def conclude(code: int, logs: Path, *, ended_at_once: bool, asked_by: signal.Signals | None = None) -> int:
-    """Tell a person how the job ended, the first failure last; returns the exit code of `launch`."""
-    # Before its first step a run has nothing to lose: who asked by another signal than Ctrl-C can start it again.
-    before_first_step = 130 if asked_by in (None, signal.SIGINT) else EXIT_STOPPED
-    if ended_at_once:
-        print(f"ended at once; logs: {logs}", file=sys.stderr)
-        return before_first_step
-    if code == 0:
-        return EXIT_STOPPED if was_stopped(logs / "failures") else 0
-    failure = first_failure(logs / "failures")
-    if failure is not None and failure.user_error:
-        print(f"error: {failure.text}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    if failure is not None:
-        print(f"\nrank {failure.rank} failed first:\n{failure.text}logs of all ranks: {logs}", file=sys.stderr)
-    elif asked_by is not None:
-        print(f"stopped before the first step; logs: {logs}", file=sys.stderr)
-        return before_first_step
-    else:
-        reason = "no rank said why: one was killed (out of memory?) or crashed"
-        print(f"\n{reason}\nlogs of all ranks: {logs}; torchrun's account:", file=sys.stderr)
-        print(_tail(logs / "torchrun.log"), file=sys.stderr)
-    return EXIT_FAILURE
-
-
-def _tail(path: Path, num_lines: int = 25) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
 
 def torchrun_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from perl_megatron.observability.full_disk import FullDisk
 from perl_megatron.observability.group_ledger import GroupLedger
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.observability.metrics_log import MetricsLog
@@ -19,9 +21,15 @@ from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.observability.summary import summarize, write_summary
 from perl_megatron.types import Group
 
+logger = logging.getLogger(__name__)
+
+SHOWN = "lines of what the run shows"
+
 
 class Journal:
     """Metrics, rollout records, progress, summary and report of one run.
+
+    Where the disk is full, the run goes on without them: a person is told once, and in the end what is missing.
 
     Args:
         folder: the run's folder, already created.
@@ -46,17 +54,19 @@ class Journal:
         memory: PeakMemory | None,
     ):
         self.folder = folder
+        self._progress: RunProgress | None = None
         self._start = (time.monotonic() if memory is None else memory.start) - seconds_before
         self._log: MetricsLog | None = None
         if not writes or memory is None:
             return
-        self._log = MetricsLog(folder.metrics, folder.tensorboard, resumed_step=first_step)
-        self._ledger = GroupLedger(folder.groups, resumed_step=first_step)
+        self._disk = FullDisk(self._tell)
+        self._ledger = GroupLedger(folder.groups, resumed_step=first_step, disk=self._disk)
         self._recorder = None
         if image_of is not None:
             self._recorder = RolloutRecorder(folder.rollouts, image_of=image_of, resumed_step=first_step)
-        self._progress = RunProgress(folder.root.name, total_steps, first_step=first_step)
         self._memory = memory
+        self._log = MetricsLog(folder.metrics, folder.tensorboard, resumed_step=first_step, disk=self._disk)
+        self._progress = RunProgress(folder.root.name, total_steps, first_step=first_step)
 
     def has(self, step: int, name: str) -> bool:
         """Whether this rank has logged the metric at this step, in an earlier start of the run too."""
@@ -79,24 +89,28 @@ class Journal:
 
     def phase(self, name: str) -> None:
         """Show which phase begins."""
-        if self._log is not None:
-            self._progress.phase(name)
+        if self._progress is not None:
+            with self._disk.tolerated(SHOWN):
+                self._progress.phase(name)
 
     def note(self, text: str) -> None:
         """Tell the person something once."""
-        if self._log is not None:
-            self._progress.note(text)
+        if self._progress is not None:
+            with self._disk.tolerated(SHOWN):
+                self._progress.note(text)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log one step's metrics, with the peak memory so far."""
-        if self._log is not None:
+        if self._log is not None and self._progress is not None:
             self._log.log(step, {**metrics, "memory/peak_rss_gib": self._memory.gib})
-            self._progress.step(step, metrics)
+            with self._disk.tolerated(SHOWN):
+                self._progress.step(step, metrics)
 
     def rollouts(self, step: int, kept: Sequence[Group], dropped: Sequence[Group]) -> None:
         """Record all rollouts of a step."""
         if self._log is not None and self._recorder is not None:
-            self._recorder.record(step, kept=kept, dropped=dropped)
+            with self._disk.tolerated("recorded steps"):
+                self._recorder.record(step, kept=kept, dropped=dropped)
 
     def groups(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what became of every group of a step to the ledger."""
@@ -106,7 +120,8 @@ class Journal:
     def evaluation(self, step: int, metrics: Mapping[str, float], write_outputs: Callable[[Path], None]) -> None:
         """Log one evaluation and keep its raw outputs."""
         if self._log is not None:
-            write_outputs(self.folder.evaluation_outputs(step))  # first: what is logged is not evaluated again
+            with self._disk.tolerated("answers of evaluations"):
+                write_outputs(self.folder.evaluation_outputs(step))  # first: what is logged is not evaluated again
             self._log.log(step, metrics)
             accuracy, flip_rate = metrics["evaluation/accuracy"], metrics["evaluation/flip_rate"]
             self.note(f"held-out after step {step}: accuracy {accuracy:.1%}, flip rate {flip_rate:.1%}")
@@ -118,18 +133,28 @@ class Journal:
         summary = summarize(
             self._log.rows, engine=engine, layout=layout, seconds_total=self.seconds, peak_rss_gib=self._memory.gib
         )
-        write_summary(self.folder.summary, summary)
+        with self._disk.tolerated("summary, which --resume writes"):
+            write_summary(self.folder.summary, summary)
         return summary
 
     def report(self) -> None:
         """Write the plot and the HTML report."""
         if self._log is not None:
-            write_report(self.folder)
+            with self._disk.tolerated("report, which --resume writes"):
+                write_report(self.folder)
 
     def close(self) -> None:
         """Flush and close all files."""
-        if self._log is not None:
-            self._progress.close()
+        if self._log is not None and self._progress is not None:
             self._memory.close()
             self._ledger.close()
             self._log.close()
+            self._disk.tell_missing()
+            self._progress.close()
+
+    def _tell(self, text: str) -> None:
+        """What the disk has to say, maybe before there is a progress."""
+        if self._progress is None:
+            logger.warning(text)
+        else:
+            self._progress.note(text)

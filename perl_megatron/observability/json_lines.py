@@ -1,4 +1,4 @@
-"""JSON-lines files that survive a crash in the middle of a line."""
+"""JSON-lines files that survive a crash in the middle of a line, and files that appear whole."""
 
 from __future__ import annotations
 
@@ -9,14 +9,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from perl_megatron.errors import UserError
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows, in order; a last line that was cut off is left out. An absent file has no rows."""
+    """All whole rows, in order; a last line that was cut off is left out. An absent file has no rows.
+
+    UserError names a line that is damaged.
+    """
     if not path.exists():
         return []
     # By newline only: str.splitlines would also cut at U+2028 inside a response. What follows the last newline is torn.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            fix = "remove this line; no other row depends on it"
+            raise UserError(f"the line is damaged: {line[:40]!r}", where=f"{path}:{number}", fix=fix)
+        rows.append(row)
+    return rows
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -26,9 +41,18 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write any text so."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write anything so; where that fails, nothing of it takes space."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def to_line(row: dict[str, Any]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from perl_megatron.observability.append_file import AppendFile
+from perl_megatron.observability.event_file import EventFile
+from perl_megatron.observability.full_disk import FullDisk
 from perl_megatron.observability.json_lines import read_rows, to_line, write_rows
 from perl_megatron.observability.metrics import check_names
 
@@ -23,15 +23,17 @@ class MetricsLog:
         tensorboard: folder of the event files.
         resumed_step: the step that the run continues from (0: a new run). Rows and events of later steps are removed,
             so that a step is never logged twice.
+        disk: is told where the disk is full; None: one of its own. Rows that wait for space
+            are known all the same.
     """
 
-    def __init__(self, metrics_file: Path, tensorboard: Path, *, resumed_step: int = 0):
-        self.path = metrics_file
+    def __init__(self, metrics_file: Path, tensorboard: Path, *, resumed_step: int = 0, disk: FullDisk | None = None):
+        self.path, disk = metrics_file, disk or FullDisk()
         self._rows = [row for row in read_rows(metrics_file) if row["step"] <= resumed_step]
         write_rows(metrics_file, self._rows)
-        self._file = metrics_file.open("a", encoding="utf-8")
+        self._file = AppendFile(metrics_file, disk, what=f"rows of {metrics_file.name}")
         is_resumed = tensorboard.is_dir() and any(tensorboard.iterdir())
-        self._writer = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1 if is_resumed else None)
+        self._events = EventFile(tensorboard, disk, purge_step=resumed_step + 1 if is_resumed else None)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -49,20 +51,17 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Wait for the disk."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one row now; every name has to be in the catalogue (assert)."""
         check_names(metrics)
         row = {"step": step, "time": round(time.time(), 3), **{name: float(value) for name, value in metrics.items()}}
         self._rows.append(row)
-        self._file.write(to_line(row))
-        self._file.flush()
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._file.append(to_line(row).encode())
+        self._events.log(step, metrics)
 
     def close(self) -> None:
         """Close both files."""
         self._file.close()
-        self._writer.close()
+        self._events.close()

@@ -36,6 +36,10 @@ class Phases:
         """Seconds since the last call of ``take``."""
         return time.perf_counter() - self._step_start
 
+    def spent(self, name: str) -> float:
+        """Seconds in a phase since the last call of ``take``; not those of one that is under way."""
+        return self._seconds.get(name, 0.0)
+
     @property
     def depth(self) -> int:
         """How many phases are within each other: 1 in one that is in no other."""

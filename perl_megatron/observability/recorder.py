@@ -6,6 +6,7 @@ log-probabilities are there one by one, so that `perl-megatron triage` can compu
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from perl_megatron.observability.json_lines import write_rows
+from perl_megatron.observability.json_lines import write_bytes, write_rows
 from perl_megatron.types import Group, Rollout
 
 
@@ -40,17 +41,20 @@ class RolloutRecorder:
         return self._directory / f"step-{step:06d}.jsonl"
 
     def record(self, step: int, *, kept: Sequence[Group], dropped: Sequence[Group] = ()) -> None:
-        """Write all rollouts of the step; those of kept groups carry advantages and the trainer's log-probabilities."""
+        """Write all rollouts of the step; those of kept groups carry advantages and the trainer's log-probabilities.
+
+        OSError where that fails: then the step has no file, and no image is there in part.
+        """
         rows = [
             row(step, group, rollout, kept=is_kept)
             for groups, is_kept in ((kept, True), (dropped, False))
             for group in groups
             for rollout in group.rollouts
         ]
-        write_rows(self.path(step), rows)
-        if self._image_of is not None:
+        if self._image_of is not None:  # first: a step that is recorded has its images
             keys = {key for group in (*kept, *dropped) for prompt in group.prompts for key in prompt.image_keys}
             self._store_images(sorted(keys), self._image_of)
+        write_rows(self.path(step), rows)
 
     def _store_images(self, keys: Sequence[str], image_of: Callable[[str], Image]) -> None:
         store = self._directory / "images"
@@ -58,7 +62,9 @@ class RolloutRecorder:
         for key in keys:
             path = store / f"{key}.png"
             if not path.exists():
-                image_of(key).save(path)
+                content = io.BytesIO()
+                image_of(key).save(content, format="png")
+                write_bytes(path, content.getvalue())
 
 
 def row(step: int, group: Group, rollout: Rollout, *, kept: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from perl_megatron.observability.json_lines import read_rows
+from perl_megatron.observability.json_lines import read_rows, write_text
 from perl_megatron.observability.metrics import find_metric
 from perl_megatron.observability.plot import plot_curves
 from perl_megatron.observability.run_folder import RunFolder
@@ -43,7 +43,7 @@ def write_report(folder: RunFolder) -> None:
     config = html.escape(folder.config.read_text(encoding="utf-8"))
     parts += ["<h2>Config</h2>", f"<details><summary>config.yaml</summary><pre>{config}</pre></details>"]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>'
-    folder.report.write_text(f"{page}<style>{STYLE}</style>{''.join(parts)}</html>\n", encoding="utf-8")
+    write_text(folder.report, f"{page}<style>{STYLE}</style>{''.join(parts)}</html>\n")
 
 
 def _evaluation_by_kind(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from perl_megatron.observability.json_lines import write_text
 
 GB_PER_GIB = 2**30 / 1e9
 
@@ -45,9 +46,7 @@ def summarize(
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write the summary as JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 def read_summary(path: Path) -> dict[str, Any]:

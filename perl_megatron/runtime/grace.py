@@ -39,8 +39,9 @@ class Grace:
         self._took |= took
 
     def is_over_before_step(self, elapsed: float) -> bool:
-        """Whether the step that began ``elapsed`` seconds ago would end too late for a checkpoint after it.
+        """Whether the step under way, of ``elapsed`` seconds so far, would end too late for a checkpoint after it.
 
+        As in what ``learn`` knows of a step, the checkpoint of the one before does not belong to those seconds.
         Of a run that has not made a step yet nothing is known: any grace period is too short.
         """
         if self.seconds_left() == math.inf:

@@ -15,7 +15,11 @@ POLL_SECONDS = 0.5
 
 
 class FileLock:
-    """flock(2) of a file. A child that inherits ``descriptor`` holds it too, also when this process is gone."""
+    """flock(2) of a file.
+
+    The lock belongs to the opened file, not to a process. A forked child has that too, and so has a program that is
+    given ``descriptor`` when it is started (``pass_fds``); either holds the lock, also when this process is gone.
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,9 +44,9 @@ class FileLock:
             time.sleep(POLL_SECONDS)
 
     def release(self) -> None:
-        """Let others have it. Children that inherited the descriptor keep it."""
+        """Let others have it at once, also where children have inherited it: they do not hold it any more."""
         fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Let go of the file. What a child inherited stays locked until the child ends."""
+        """Let go of the file. A child that inherited the lock holds it until it ends."""
         os.close(self.descriptor)

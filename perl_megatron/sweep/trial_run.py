@@ -22,6 +22,8 @@ from perl_megatron.sweep.measure import Measure
 
 POLL_SECONDS = 0.5
 LOG_TAIL_LINES = 15
+KILL_SECONDS = 10.0
+"""What a killed process may take to be gone: one in the middle of writing to a network disk cannot go at once."""
 STEP_END_SECONDS = 60.0
 """In which Slurm ends a step on all machines."""
 
@@ -54,7 +56,9 @@ class TrialRun:
         config: the config file.
         overrides: of this run, without its name and directory.
         folder: its folder; what is there is continued if it has a checkpoint.
-        lock: descriptor of the point's lock, which the process inherits: it is free when no process is left.
+        lock: descriptor of the point's lock, which `perl-megatron train` inherits, and nothing that it starts. With
+            several ranks that is their launcher: it ends after them, unless it is killed itself, by SIGKILL; then they
+            get a signal, and end when the lock is free already.
         step: on several machines of a Slurm job; None: a process of this machine.
     """
 
@@ -158,6 +162,9 @@ class TrialRun:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()
+        end = time.monotonic() + KILL_SECONDS
+        while any(map(_lives, tree)) and time.monotonic() < end:  # ranks too: the lock does not wait for them
+            time.sleep(0.01)
 
     def drop_weights(self) -> None:
         """Delete checkpoints and exported policy."""
@@ -174,6 +181,14 @@ class TrialRun:
     def _failure(self, status: int) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([f"the run {self.folder.root} ended with status {status}; {self.log} ends with:", *lines])
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it can still do something; one whose end nobody has asked for yet cannot."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signature(path: Path) -> tuple[int, int]:

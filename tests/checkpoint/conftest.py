@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from actor_fixtures import case, encoder, sequences, topology  # noqa: F401 - fixtures
 
 
 @contextmanager

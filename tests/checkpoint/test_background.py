@@ -5,42 +5,17 @@ import threading
 
 import numpy as np
 import pytest
-from actor_case import make_case, make_config, make_encoder, make_sequences, weights_of
+from actor_case import make_config, weights_of
 
 from perl_megatron.checkpoint.background import BackgroundWriter
 from perl_megatron.checkpoint.retention import Retention, list_checkpoints
-from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.errors import UserError
-from perl_megatron.runtime import topology as layout
 from perl_megatron.train.actor import Actor
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("case")
-    make_case(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def topology():
-    yield layout.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
-    layout.shutdown()
-
-
-@pytest.fixture(scope="module")
-def encoder(case):
-    return make_encoder(case)
 
 
 @pytest.fixture
 def actor(case, topology, encoder):
     return Actor(make_config(case), topology, encoder, total_steps=10)
-
-
-@pytest.fixture
-def sequences(case, encoder):
-    return make_sequences(case, encoder)
 
 
 @pytest.fixture

@@ -63,6 +63,25 @@ def test_a_step_of_another_run_is_put_aside(tmp_path):
     assert json.loads((tmp_path / "other-run-step-00000001" / MANIFEST).read_text())["run"] == "theirs"
 
 
+def test_one_whose_manifest_cannot_be_read_may_be_another_runs_and_stays(tmp_path):
+    write(tmp_path, 1, Retention(run="theirs"))
+    (tmp_path / "step-00000001" / MANIFEST).write_text("{")
+    for step in (2, 3, 4):
+        write(tmp_path, step, Retention(keep=2, run="ours"))
+    assert steps(tmp_path) == [1, 3, 4]
+
+
+def test_whatever_was_put_aside_before_stays(tmp_path):
+    for run in ("theirs", "ours", "theirs", "ours", "theirs", "ours"):
+        write(tmp_path, 1, Retention(run=run))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "other-run-step-00000001",
+        *(f"other-run-step-00000001.{n}" for n in (2, 3, 4, 5)),
+        "step-00000001",
+    ]
+
+
 def test_damaged_ones_of_later_steps_do_not_push_out_good_ones(tmp_path):
     """The run went on from step 2, as step 9 was damaged; keeping one must not keep that one alone."""
     write(tmp_path, 2, Retention(keep=1, run="ours"))
@@ -99,3 +118,29 @@ def test_half_deleted_is_no_checkpoint(tmp_path, monkeypatch):
     assert steps(tmp_path) == []
     write(tmp_path, 2, Retention())
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_late_scores_change_what_is_kept_and_nothing_else(tmp_path):
+    for step in range(1, 4):
+        write(tmp_path, step, scored({1: 0.3}.get(step), keep=2))
+    write(tmp_path, 9, Retention(run="theirs"))
+    assert steps(tmp_path) == [1, 2, 3, 9]
+    values = {1: 0.3, 2: 0.7, 3: float("inf"), 9: 1.0}
+    scored(None, keep=1).score_late(tmp_path / "step-00000003", values.get)
+    assert steps(tmp_path) == [2, 3, 9]
+    facts = json.loads((tmp_path / "step-00000002" / MANIFEST).read_text())
+    assert facts["score"] == {"metric": "evaluation/accuracy", "value": 0.7}
+    assert latest_checkpoint(tmp_path, refuse=refuse_others) == tmp_path / "step-00000003"
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+def refuse_others(checkpoint):
+    if json.loads((checkpoint / MANIFEST).read_text())["run"] != "ours":
+        raise UserError("it belongs to another run", where=str(checkpoint))
+
+
+def test_a_score_for_a_damaged_manifest_is_left_out(tmp_path):
+    write(tmp_path, 1, scored(None))
+    (tmp_path / "step-00000001" / MANIFEST).write_text('{"run": "ours"')
+    scored(None).score_late(tmp_path / "step-00000001", {1: 0.5}.get)
+    assert (tmp_path / "step-00000001" / MANIFEST).read_text() == '{"run": "ours"'

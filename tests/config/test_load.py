@@ -191,3 +191,19 @@ def test_a_run_of_an_earlier_version_can_go_on(tmp_path):
     file.write_text(text.replace("run:\n", "run:\n  colective_timeout: 1800.0  # default\n"))
     with pytest.raises(UserError, match="unknown key"):
         load_config(file)
+
+
+def test_a_file_is_looked_at_once_however_many_old_keys_it_has(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    save_resolved(load_config(None, ["model.path=policy"]), file)
+    old = {"run:\n": "  collective_timeout: 1800.0\n", "optimizer:\n": "  micro_batch_sequences: 8\n"}
+    text = file.read_text()
+    for section, line in old.items():
+        text = text.replace(section, section + line)
+    file.write_text(text)
+    opened, open_file = [], Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *args, **options: opened.append(path) or open_file(path, *args, **options)
+    )
+    assert load_config(file).config.model.path == Path("policy")
+    assert opened.count(file) == 2  # its text, and whether a run wrote it

@@ -32,6 +32,18 @@ def rank(mode: str, folder: Path) -> None:
                 time.sleep(0.05)
             time.sleep(1.5)  # the rest of the step
             say(folder, "stopped")
+    elif mode == "killed":
+        checkpoint = folder / "run" / "checkpoints" / "step-00000002"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "manifest.json").touch()
+        with StopRequest(last=True) as stop:
+            say(folder, "ready")
+            while not stop.requested():
+                time.sleep(0.05)
+            if number == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1.5)  # what it waits for is gone
+            raise ConnectionError("connection closed by peer")
     elif mode == "early":
         say(folder, "ready")
         time.sleep(600)

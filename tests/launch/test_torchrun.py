@@ -14,9 +14,8 @@ import pytest
 
 from perl_megatron.config.load import load_config
 from perl_megatron.errors import UserError
-from perl_megatron.launch.failures import DIRECTORY_VARIABLE, record_failure
 from perl_megatron.launch.ports import free_port, require_free_port
-from perl_megatron.launch.torchrun import conclude, launch, needs_launch
+from perl_megatron.launch.torchrun import launch, needs_launch
 
 DRIVER = Path(__file__).with_name("launch_driver.py")
 
@@ -121,6 +120,19 @@ def test_a_file_can_tell_the_ranks_and_before_the_first_step_nothing_is_lost(tmp
     assert [pid for pid in pids(tmp_path) if alive(pid)] == []
 
 
+def test_a_rank_that_is_killed_in_its_last_save_is_named_and_the_run_can_be_queued_again(tmp_path):
+    process = start("killed", tmp_path)
+    wait_for(lambda: ready(tmp_path))
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "before the first step" not in err
+    assert err.splitlines()[-3:-1] == [
+        "rank 1 was killed by SIGKILL, after the run was told to stop (SIGUSR1)",
+        f"newest checkpoint, from which --resume goes on: {tmp_path}/run/checkpoints/step-00000002",
+    ]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
     process = start("stop", tmp_path)
@@ -150,22 +162,3 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match="not a port"):
         require_free_port(70000)
     require_free_port(free_port())
-
-
-def test_failures_are_ordered_and_told(tmp_path, monkeypatch, capsys):
-    assert not record_failure(RuntimeError("nobody listens"))
-    failures = tmp_path / "failures"
-    failures.mkdir()
-    (tmp_path / "torchrun.log").write_text("Signal 9 (SIGKILL) received by PID 1\n")
-    assert conclude(1, tmp_path, ended_at_once=False) == 1
-    assert "Signal 9" in capsys.readouterr().err
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(failures))
-    for rank, error in ((1, RuntimeError("first")), (0, RuntimeError("echo"))):
-        monkeypatch.setenv("RANK", str(rank))
-        assert record_failure(error)
-    assert conclude(1, tmp_path, ended_at_once=False) == 1
-    assert "rank 1 failed first:\nRuntimeError: first\n" in capsys.readouterr().err
-    monkeypatch.setenv("RANK", "2")
-    record_failure(UserError("a mistake", fix="mend it"))
-    assert conclude(1, tmp_path, ended_at_once=False) == 2
-    assert capsys.readouterr().err == "error: a mistake\n  fix:   mend it\n"

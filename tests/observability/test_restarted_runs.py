@@ -8,6 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perl_megatron.config.load import LoadedConfig, load_config
+from perl_megatron.errors import UserError
 from perl_megatron.observability.group_ledger import GroupLedger
 from perl_megatron.observability.metrics_log import MetricsLog
 from perl_megatron.observability.run_folder import RunFolder
@@ -79,3 +80,13 @@ def test_the_ledger_can_be_waited_for(tmp_path: Path) -> None:
     ledger.sync()
     ledger.close()
     assert (tmp_path / "groups.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "lo{"step": 2}', "\0" * 20, "7"])
+def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(UserError, match="damaged") as caught:
+        MetricsLog(path, tmp_path / "tensorboard", resumed_step=2)
+    assert caught.value.where == f"{path}:2"
+    assert path.read_text().count("\n") == 3, "it is as it was"

@@ -9,39 +9,16 @@ from actor_case import (
     GRADIENT_STEP,
     Reference,
     gradient,
-    make_case,
     make_config,
-    make_encoder,
-    make_sequences,
     norm,
     weights_of,
     with_log_probs,
     worst_relative_error,
 )
 
-from perl_megatron.config.schema import ParallelConfig
-from perl_megatron.runtime import topology as layout
 from perl_megatron.train.actor import Actor
 
 CLIPPED_ADAM = {"learning_rate": 1e-3, "epsilon": 1e-3, "weight_decay": 0.1, "clip_gradient": 0.5}
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("case")
-    make_case(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def topology():
-    yield layout.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
-    layout.shutdown()
-
-
-@pytest.fixture(scope="module")
-def encoder(case):
-    return make_encoder(case)
 
 
 @pytest.fixture
@@ -50,11 +27,6 @@ def start(case, topology, encoder):
         return Actor(make_config(case, **sections), topology, encoder, total_steps=total_steps)
 
     return start
-
-
-@pytest.fixture
-def sequences(case, encoder):
-    return make_sequences(case, encoder)
 
 
 @pytest.fixture

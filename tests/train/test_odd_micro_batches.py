@@ -6,38 +6,16 @@ from actor_case import (
     GRADIENT_STEP,
     ODD_VIEWS,
     gradient,
-    make_case,
     make_config,
-    make_encoder,
     make_odd_sequences,
     weights_of,
     with_log_probs,
 )
 from actor_yardstick import expect_of
 
-from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.kernels.scores import ScoreOptions
-from perl_megatron.runtime import topology as layout
 from perl_megatron.train import optimizer, scorer
 from perl_megatron.train.actor import Actor
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("case")
-    make_case(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def topology():
-    yield layout.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
-    layout.shutdown()
-
-
-@pytest.fixture(scope="module")
-def encoder(case):
-    return make_encoder(case)
 
 
 @pytest.fixture

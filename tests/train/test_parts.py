@@ -7,9 +7,7 @@ from actor_case import (
     GRADIENT_STEP,
     Reference,
     gradient,
-    make_case,
     make_config,
-    make_encoder,
     make_sequences,
     weights_of,
     with_log_probs,
@@ -17,32 +15,13 @@ from actor_case import (
 from actor_yardstick import expect_of
 
 from perl_megatron.checkpoint.qwen25_vl_table import table
-from perl_megatron.config.schema import OptimizerSection, ParallelConfig
+from perl_megatron.config.schema import OptimizerSection
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
-from perl_megatron.runtime import topology as layout
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.parts import multipliers, part_of
 
 FROZEN = [("vision",), ("merger",), ("language",), ("vision", "merger"), ("vision", "language"), ("merger", "language")]
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("case")
-    make_case(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def topology():
-    yield layout.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
-    layout.shutdown()
-
-
-@pytest.fixture(scope="module")
-def encoder(case):
-    return make_encoder(case)
 
 
 @pytest.fixture

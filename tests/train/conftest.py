@@ -1,0 +1,1 @@
+from actor_fixtures import case, encoder, sequences, topology  # noqa: F401 - fixtures
