@@ -21,8 +21,7 @@ from perl_megatron.training_session import TrainingSession
 
 LONG = 20.0
 MAIN = threading.main_thread()
-WAITS = {True: DataWaits(1.0, 0.5, 0.25), False: DataWaits(1000.0, 200.0, 0.0)}
-"""For data, in the main thread and in another one."""
+WAITS = {True: DataWaits(1.0, 0.5, 0.25), False: DataWaits(1000.0, 200.0, 0.0)}  # in the main thread, in another one
 
 
 class ScriptedEngine:
@@ -31,8 +30,7 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.brought: list[threading.Thread] = []
         self.is_given_up = threading.Event()
-        self.give_up = self.is_given_up.set
-        self.sleep = self.wake = lambda: None
+        self.give_up, self.sleep, self.wake = self.is_given_up.set, lambda: None, lambda: None
         self.bring_again: Callable[[], None] = lambda: self.brought.append(threading.current_thread())
 
 
@@ -335,7 +333,7 @@ def test_a_run_that_is_stopped_saves_and_waits_for_no_servers() -> None:
     session.collector, session.total_steps = ahead_of(scripted, engine), 4
     session._is_exhausted = False
     session.engine, session._journal = engine, SimpleNamespace(note=lambda text: None, close=lambda: None)
-    session._writer = SimpleNamespace(close=lambda: None)
+    session._writer, session._lock = SimpleNamespace(close=lambda: None), SimpleNamespace(release=lambda: None)
     session.save = lambda step: order.append((step, session.progress()))
     engine.close = lambda: order.append("closed")
     session.collector.collect(0, 0.0)
