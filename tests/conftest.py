@@ -1,5 +1,6 @@
 """Every test process may import torchvision, transformers and megatron-core after this, quickly."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads that wait for each other's next piece of work would keep the cores that another process's need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+gc.disable()  # until all is imported: see perl_megatron/runtime/garbage.py
 from perl_megatron.runtime import garbage, torchvision_schema  # noqa: E402
 
 torchvision_schema.install()
@@ -26,3 +28,4 @@ torchvision_schema.install()
 def pytest_collection_finish():
     """What the tests import stays to the end of the run."""
     garbage.stay()
+    gc.enable()
