@@ -123,19 +123,18 @@ def _run_slurm(options: argparse.Namespace, loaded: LoadedConfig, check: Check) 
         servers = ("rollout.engine=server", "rollout.servers=http://rollout-node:8000")
         as_in_job = load_config(options.config, [*options.overrides, *servers])
     check(as_in_job, _job(options), processes_per_node(config) * config.launch.nodes)
-    script = slurm.render(config, files, command=options.job, resume=options.resume)
     if options.dry_run:
-        print(script, end="")
+        print(slurm.render(config, files, command=options.job, resume=options.resume), end="")
         return 0
     slurm_queue.require_slurm()
     try:
-        slurm_queue.check_alone(
-            files, config.run.name, command=options.job, sbatch_options=config.launch.sbatch_options
-        )
+        how = {"command": options.job, "sbatch_options": config.launch.sbatch_options}
+        is_behind = slurm_queue.check_alone(files, config.run.name, **how)
         files.root.mkdir(parents=True, exist_ok=True)
         save_resolved(loaded, files.config)
         if config.launch.rollout_nodes and config.rollout.api_key_file is None:
             slurm_queue.write_key(files.key)
+        script = slurm.render(config, files, command=options.job, resume=options.resume, is_behind=is_behind)
         number = slurm_queue.submit(files, script)
     except OSError as error:
         raise UserError(f"the job's files cannot be written: {error}", where=str(files.root)) from error

@@ -50,8 +50,8 @@ class JobFiles:
         return self.root / f"job-{job}.sbatch"
 
 
-def render(config: Config, files: JobFiles, *, command: str, resume: bool) -> str:
-    """The batch script. ``command``: train, sft or eval."""
+def render(config: Config, files: JobFiles, *, command: str, resume: bool, is_behind: bool = False) -> str:
+    """The batch script. ``command``: train, sft or eval. ``is_behind``: the job waits for another one of its run."""
     launch = config.launch
     with_servers = launch.rollout_nodes > 0
     key = config.rollout.api_key_file or files.key
@@ -68,6 +68,7 @@ def render(config: Config, files: JobFiles, *, command: str, resume: bool) -> st
         "stopped_status": str(EXIT_STOPPED),
         "requeue": "1" if launch.requeue else "",
         "resume": ["--resume"] if resume else [],
+        "behind": "1" if is_behind else "",
     }
     if with_servers:
         values |= {

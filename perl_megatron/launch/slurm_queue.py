@@ -30,26 +30,32 @@ def jobs_in_queue(name: str) -> dict[int, str]:
     return {int(number): state for number, state in map(str.split, result.stdout.splitlines())}
 
 
-def check_alone(files: JobFiles, name: str, *, command: str, sbatch_options: Sequence[str]) -> None:
-    """UserError where a job in the queue is to write the same files as this one, which is not to wait for it.
+def check_alone(files: JobFiles, name: str, *, command: str, sbatch_options: Sequence[str]) -> bool:
+    """Whether a job in the queue is to write the same files as this one, which waits for it (`--dependency`).
 
-    What jobs left that are not in the queue any more is removed: their scripts and configs; logs stay.
+    What jobs left that are not in the queue any more is removed: their scripts and configs; logs stay. UserError where
+    this job would not wait for the other.
     """
-    queue = jobs_in_queue(name)
+    queue, is_behind = jobs_in_queue(name), False
     for script in files.root.glob("job-*.sbatch"):
-        number, text = int(script.stem.removeprefix("job-")), script.read_text(encoding="utf-8")
+        digits, text = script.stem.removeprefix("job-"), script.read_text(encoding="utf-8")
+        if not digits.isdecimal():  # somebody's own
+            continue
+        number = int(digits)
         if number not in queue:
             _forget(script, text)
-            continue
         # A run and its evaluation write different files.
-        same = ("\ncommand=eval\n" in text) == (command == "eval")
-        if same and not any(option.startswith("--dependency=") for option in sbatch_options):
+        elif ("\ncommand=eval\n" in text) == (command == "eval"):
+            is_behind = any(option.startswith("--dependency=") for option in sbatch_options)
+            if is_behind:
+                continue
             raise UserError(
                 f"job {number} ({queue[number]}) of the same run is not over, and both would write the same files",
                 where=f"run.name = {name}",
                 fix=f"wait for it, end it (scancel {number}), choose another run.name, or let this one wait in Slurm: "
                 f"launch.sbatch_options=[--dependency=afterany:{number}]",
             )
+    return is_behind
 
 
 def submit(files: JobFiles, script: str) -> int:

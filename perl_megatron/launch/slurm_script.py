@@ -24,7 +24,7 @@ ask() {{  # the ranks finish their step if there is time, else they keep what th
 trap 'ask USR1' USR1  # the time of the job is over soon, or it is preempted
 trap 'ask TERM' TERM  # it is cancelled
 
-if (( restarts > 0 )) && [[ $command != eval && -e $run/config.yaml ]]; then
+if [[ $command != eval && -e $run/config.yaml ]] && {{ (( restarts > 0 )) || [[ $behind ]]; }}; then
     resume=(--resume)  # which begins a run anew that ended before its first checkpoint
 fi
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from itertools import takewhile
 from pathlib import Path
@@ -111,6 +112,36 @@ def test_no_value_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before_code = takewhile(lambda line: line.startswith("#") or not line, text.splitlines())
     options = sbatch_options(load_config(None, ["model.path=m"]).config, JobFiles(Path("x"), "t"))
     assert len([line for line in before_code if "SBATCH" in line]) == len(options)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "is_behind", "command", "is_resumed"),
+    [("", True, "train", True), ("", False, "train", False), ("1", False, "sft", True), ("1", False, "eval", False)],
+)
+def test_a_run_that_has_begun_is_resumed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    restarts: str,
+    is_behind: bool,
+    command: str,
+    is_resumed: bool,
+):
+    """By a job that was queued again, and by one that waited for another job of the run."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "NodeName=a NodeAddr=a JobState=RUNNING"\n')
+    for program in ("srun", "scontrol"):
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.chdir(tmp_path)
+    variables = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "SLURM_RESTART_COUNT": restarts or "0"}
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for begun in (False, True):
+        config = load_config(None, ["model.path=m", "run.name=mine"]).config
+        text = render(config, JobFiles.of(config), command=command, resume=False, is_behind=is_behind)
+        job = subprocess.run(["bash", "-c", text], env=os.environ | variables, capture_output=True, text=True)
+        assert (job.returncode, job.stderr) == (0, "")
+        assert (" --resume " in job.stdout) == (begun and is_resumed)
+        (tmp_path / "runs" / "mine" / "config.yaml").touch()
 
 
 def test_bash_reads_it():

@@ -6,6 +6,7 @@ tests/end_to_end/test_slurm_run.py trains in such a job.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -149,15 +150,24 @@ def test_each_submission_has_its_own_config(cluster: SlurmCluster, tmp_path: Pat
     behind = f"launch.sbatch_options=[--dependency=afterany:{first}]"
     assert behind in second.stderr
     assert list(job.files.glob("config-*.yaml")) == [config]
-    third = job.number_of(job.submit("data.system_prompt=other", behind))
+    third = job.number_of(job.submit("data.system_prompt=other", behind, "launch.requeue=false"))
     evaluation = job.number_of(job.submit("--job=eval", "data.evaluation=data.jsonl"))
     assert config.read_bytes() == submitted
     assert len(list(job.files.glob("config-*.yaml"))) == 3
     cluster.call("scontrol", "release", str(first))
     arguments = job.note("launch-perl0-0.json")["arguments"]
     assert f"./a run's/job.slurm/{config.name}" in arguments
-    cluster.call("scancel", str(first), str(third), str(evaluation))
-    cluster.wait(first, lambda job: job["JobState"] == "CANCELLED")
+    # The one behind it goes on with its run, if that has begun.
+    (job.work / "a run's" / "job").mkdir()
+    (job.work / "a run's" / "job" / "config.yaml").touch()
+    (job.notes / "launch-perl0-0.json").unlink()
+    cluster.call("scancel", str(first), str(evaluation))
+    job.until(lambda: list(job.notes.glob("launch-*-0.json")) != [], "the job behind it")
+    [note] = job.notes.glob("launch-*-0.json")
+    assert "--resume" in json.loads(note.read_text())["arguments"]
+    cluster.call("scancel", str(third))
+    cluster.wait(third, lambda job: job["JobState"] == "CANCELLED")
+    shutil.rmtree(job.work / "a run's" / "job")
     fourth = job.launch()
     assert [path.name for path in job.files.glob("job-*.sbatch")] == [f"job-{fourth}.sbatch"]
     assert len(list(job.files.glob("config-*.yaml"))) == 1

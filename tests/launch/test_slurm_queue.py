@@ -42,8 +42,8 @@ def submitted(root: Path, token: str, number: int, command: str = "train") -> Jo
     return files
 
 
-def check(root: Path, command: str = "train", *sbatch_options: str) -> None:
-    check_alone(JobFiles(root, "new"), "mine", command=command, sbatch_options=sbatch_options)
+def check(root: Path, command: str = "train", *sbatch_options: str) -> bool:
+    return check_alone(JobFiles(root, "new"), "mine", command=command, sbatch_options=sbatch_options)
 
 
 @pytest.mark.parametrize(("theirs", "mine"), [("train", "train"), ("sft", "train"), ("eval", "eval")])
@@ -54,8 +54,8 @@ def test_two_jobs_do_not_write_the_same_files(queue: Queue, tmp_path: Path, thei
     with pytest.raises(UserError, match=r"job 7 \(PENDING\) of the same run is not over") as error:
         check(root, mine)
     assert "--dependency=afterany:7" in error.value.fix
-    check(root, mine, "--exclusive", "--dependency=afterany:7")
-    check(root, "train" if mine == "eval" else "eval")
+    assert check(root, mine, "--exclusive", "--dependency=afterany:7")
+    assert not check(root, "train" if mine == "eval" else "eval")
     assert jobs_in_queue("mine") == {7: "PENDING", 12: "RUNNING"}
 
 
@@ -64,10 +64,12 @@ def test_what_jobs_left_that_are_over_is_removed(queue: Queue, tmp_path: Path) -
     over, waiting = submitted(root, "a", 7), submitted(root, "b", 8, "eval")
     being_submitted = JobFiles(root, "c").config
     being_submitted.touch()
-    (root / "job-7.log").touch()
+    for name in ("job-7.log", "job-mine.sbatch"):
+        (root / name).touch()
     queue.has("8 PENDING")
-    check(root)
-    assert sorted(root.iterdir()) == sorted([waiting.config, waiting.script(8), being_submitted, root / "job-7.log"])
+    assert not check(root, "train", "--dependency=afterany:8")  # another kind of job
+    left = [waiting.config, waiting.script(8), being_submitted, root / "job-7.log", root / "job-mine.sbatch"]
+    assert sorted(root.iterdir()) == sorted(left)
     assert not over.config.exists()
 
 
