@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 
+from perl_megatron.launch.console import say
 from perl_megatron.launch.failures import (
     EXIT_FAILURE,
     EXIT_STOPPED,
@@ -37,28 +37,28 @@ def conclude(
     """
     by_person = asked_by in (None, signal.SIGINT)
     if ended_at_once:
-        _say(f"ended at once; logs: {logs}")
+        say(f"ended at once; logs: {logs}")
         return EXIT_INTERRUPTED if by_person else EXIT_STOPPED
     if code == 0:
         return EXIT_STOPPED if was_stopped(logs / "failures") else 0
     failure, ends = first_failure(logs / "failures"), read_ends(logs / "failures")
     if failure is not None and failure.user_error:
-        _say(f"error: {failure.text}")
+        say(f"error: {failure.text}")
         return EXIT_USER_ERROR
     # Nothing but the outside kills by SIGKILL: what other ranks say of it are echoes.
     was_killed = -signal.SIGKILL in ends.values()
     if failure is not None and not was_killed:
-        _say(f"\nrank {failure.rank} failed first:\n{failure.text}logs of all ranks: {logs}")
+        say(f"\nrank {failure.rank} failed first:\n{failure.text}logs of all ranks: {logs}")
         return EXIT_FAILURE
     if asked_by is not None and ends and _died_of(asked_by, ends):
-        _say(f"stopped before the first step; logs: {logs}")
+        say(f"stopped before the first step; logs: {logs}")
         return EXIT_INTERRUPTED if by_person else EXIT_STOPPED
     if failure is not None:
-        _say(f"\nrank {failure.rank} says:\n{failure.text.rstrip()}")
+        say(f"\nrank {failure.rank} says:\n{failure.text.rstrip()}")
     if not ends:
-        _say("\nno rank said why: one was killed (out of memory?) or crashed; torchrun's account:")
-        _say(_tail(logs / "torchrun.log"))
-    _say("\n".join([*_account(ends, asked_by), *_newest_checkpoint(run), f"logs of all ranks: {logs}"]))
+        say("\nno rank said why: one was killed (out of memory?) or crashed; torchrun's account:")
+        say(_tail(logs / "torchrun.log"))
+    say("\n".join([*_account(ends, asked_by), *_newest_checkpoint(run), f"logs of all ranks: {logs}"]))
     return EXIT_FAILURE if by_person else EXIT_STOPPED
 
 
@@ -99,7 +99,3 @@ def _name(number: int) -> str:
 
 def _tail(path: Path, num_lines: int = 25) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

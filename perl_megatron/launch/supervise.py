@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Literal
 
 import psutil
 
-from perl_megatron.errors import is_full_disk
 from perl_megatron.launch.agent import DEAF_TO, PARENT_DIED
+from perl_megatron.launch.console import say, show
 
 POLL_SECONDS = 0.2
 SCAN_SECONDS = 1.0
@@ -45,8 +45,8 @@ class Supervisor:
         """The first signal that asked the ranks to stop."""
         self._agent, self._on_tick = agent, on_tick
         self._tails = [
-            _Tail(first_rank_logs, "*/attempt_0/0/stdout.log", sys.stdout),
-            _Tail(first_rank_logs, "*/attempt_0/0/stderr.log", sys.stderr),
+            _Tail(first_rank_logs, "*/attempt_0/0/stdout.log", "stdout"),
+            _Tail(first_rank_logs, "*/attempt_0/0/stderr.log", "stderr"),
         ]
         self._stop_file: Path | None = None
         self._known: set[psutil.Process] = set()
@@ -88,7 +88,7 @@ class Supervisor:
         self.asked_by = self.asked_by or number
         if is_first and ranks:
             more = "; once more to end at once" if number == signal.SIGINT else f" ({number.name})"
-            print(f"stopping after this step{more}", file=sys.stderr, flush=True)
+            say(f"stopping after this step{more}")
             for rank in ranks:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     rank.send_signal(number)
@@ -122,8 +122,8 @@ def _descendants(pid: int, *, recursive: bool = True) -> list[psutil.Process]:
 class _Tail:
     """Copies what is new in a log file to the console."""
 
-    def __init__(self, directory: Path, pattern: str, console: TextIO):
-        self._directory, self._pattern, self._console = directory, pattern, console
+    def __init__(self, directory: Path, pattern: str, stream: Literal["stdout", "stderr"]):
+        self._directory, self._pattern, self._stream = directory, pattern, stream
         self._path: Path | None = None
         self._offset = 0
         self._earlier = set(directory.glob(pattern))  # of another launch that kept its logs here
@@ -139,9 +139,4 @@ class _Tail:
         end = new.rfind(b"\n") + 1
         if end:
             self._offset += end
-            try:
-                self._console.write(new[:end].decode("utf-8", errors="replace"))
-                self._console.flush()
-            except OSError as error:  # what is shown may be kept on a full disk; the ranks' own logs have it too
-                if not is_full_disk(error):
-                    raise
+            show(new[:end].decode("utf-8", errors="replace"), self._stream)

@@ -63,11 +63,12 @@ class Grace:
     def too_short_for(self, *, sampling: bool) -> tuple[str, float] | None:
         """What cannot be interrupted and would not end within a grace period that began as it did, with its seconds.
 
-        None where all would: the update with the log-probabilities before it, and with ``sampling`` a step's sampling.
+        None where all would: the update with the log-probabilities before it, an evaluation, and with ``sampling`` a
+        step's sampling.
         """
-        for name, phases in (("generate", ("generate",)), ("update", TRAINING)):
+        for name, phases in (("generate", ("generate",)), ("update", TRAINING), ("evaluate", ("evaluate",))):
             seconds = MARGIN * sum(self._took.get(f"seconds/{phase}", 0.0) for phase in phases) + self._checkpoint()
-            if seconds > self._seconds and (sampling or name == "update"):
+            if seconds > self._seconds and (sampling or name != "generate"):
                 return name, seconds
         return None
 

@@ -73,3 +73,12 @@ def test_a_period_that_is_too_short_is_told_before_it_begins():
     assert grace.too_short_for(sampling=False) == ("update", 8.5)
     grace.learn({"seconds/update": 4.0, "save/background_seconds": 0.0})
     assert grace.too_short_for(sampling=False) == ("update", 8.25)
+
+
+def test_an_evaluation_that_is_longer_than_the_period_is_told_too():
+    """It is begun where no signal has come yet, and is not broken off when one comes."""
+    grace = told(8, None)
+    grace.learn({**STEP, "seconds/evaluate": 4.0})
+    assert grace.too_short_for(sampling=False) is None
+    grace.learn({"seconds/evaluate": 5.0})
+    assert grace.too_short_for(sampling=False) == ("evaluate", 8.25)
