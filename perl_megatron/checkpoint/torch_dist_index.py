@@ -11,6 +11,7 @@ import json
 import pickle
 from collections import defaultdict
 from dataclasses import dataclass
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -138,9 +139,18 @@ _ALLOWED = {
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} does not belong into an index")
         return super().find_class(module, name)
+
+
+def _member(kind: object, name: object) -> Enum:
+    """A member of an enumeration, which some Pythons (3.11.2, Debian 12's) pickle as ``getattr(kind, name)``."""
+    if not isinstance(kind, EnumType) or name not in kind.__members__:
+        raise pickle.UnpicklingError("an attribute that is no member of an enumeration does not belong into an index")
+    return kind[name]
 
 
 def _load_index(file: Path) -> Metadata:

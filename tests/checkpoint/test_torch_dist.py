@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from megatron_checkpoint import load_policy, parameters, save_policy
 from tiny_policy import FFN, HIDDEN, VOCABULARY, hf_model
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from perl_megatron.checkpoint.convert import plan_conversion
 from perl_megatron.checkpoint.open_weights import open_weights
@@ -135,6 +137,16 @@ def test_overwritten_bytes_are_named(folder, tmp_path):
         open_weights(checkpoint, config=folder / "tied")["model.norm.weight"]
 
 
+class Reduced:
+    """Pickled as a call."""
+
+    def __init__(self, function, arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
 def test_a_damaged_index_is_an_error_and_a_hostile_one_does_nothing(folder, tmp_path):
     checkpoint = damaged(folder, tmp_path)
     index = checkpoint / ".metadata"
@@ -142,17 +154,29 @@ def test_a_damaged_index_is_an_error_and_a_hostile_one_does_nothing(folder, tmp_
     with pytest.raises(UserError, match="index cannot be read"):
         open_weights(checkpoint, config=folder / "tied")
 
-    class Hostile:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "harm",)
-
-    index.write_bytes(pickle.dumps(Hostile()))
+    index.write_bytes(pickle.dumps(Reduced(Path.touch, (tmp_path / "harm",))))
     with pytest.raises(UserError, match="does not belong into an index"):
         open_weights(checkpoint, config=folder / "tied")
     assert not (tmp_path / "harm").exists()
+    for value in (Reduced(getattr, (Path, "touch")), Reduced(getattr, (WriteItemType, "__subclasses__"))):
+        index.write_bytes(pickle.dumps(value))
+        with pytest.raises(UserError, match="no member of an enumeration"):
+            open_weights(checkpoint, config=folder / "tied")
     index.unlink()
     with pytest.raises(UserError, match=r"index .* is missing"):
         open_weights(checkpoint, config=folder / "tied")
+
+
+def test_an_index_as_python_3_11_2_writes_it_is_read(folder, tmp_path, monkeypatch):
+    """It pickles a member of an enumeration as an attribute of its class."""
+    checkpoint = damaged(folder, tmp_path)
+    index = checkpoint / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    monkeypatch.setattr(Enum, "__reduce_ex__", lambda member, protocol: (getattr, (type(member), member.name)))
+    written = pickle.dumps(metadata)
+    assert b"getattr" in written
+    index.write_bytes(written)
+    assert open_weights(checkpoint, config=folder / "tied").keys() == open_weights(folder / "tied").keys()
 
 
 def test_another_config_is_refused_and_the_tensors_named(folder):
