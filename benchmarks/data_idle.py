@@ -36,7 +36,7 @@ from perl_megatron.types import PermutationContract, Record, ReferenceRule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGES, SIDES, MAX_PIXELS = 4, (640, 480), 262_144
-QUESTIONS = 4
+QUESTIONS = 2
 """Of a step."""
 WARM_STEPS = 2
 BOUND = 0.05
