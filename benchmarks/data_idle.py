@@ -36,7 +36,7 @@ from perl_megatron.types import PermutationContract, Record, ReferenceRule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGES, SIDES, MAX_PIXELS = 4, (640, 480), 262_144
-QUESTIONS = 4
+QUESTIONS = 2
 """Of a step."""
 WARM_STEPS = 2
 BOUND = 0.05
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--worker", choices=[*SETTINGS, "images"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=10, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=8, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker == "images":
         print(json.dumps(work_on_images(options.folder)))
