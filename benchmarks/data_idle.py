@@ -32,6 +32,7 @@ from perl_megatron.data.images import smart_resize
 from perl_megatron.data.node_folder import own_pixels
 from perl_megatron.data.patches import PATCH_SIZE
 from perl_megatron.data.records import write_records
+from perl_megatron.data_idle import MAX_SHARE
 from perl_megatron.types import PermutationContract, Record, ReferenceRule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -39,8 +40,6 @@ IMAGES, SIDES, MAX_PIXELS = 4, (640, 480), 262_144
 QUESTIONS = 2
 """Of a step."""
 WARM_STEPS = 2
-BOUND = 0.05
-"""Of a step: what `perl_megatron/data_idle.py` says more of."""
 SETTINGS = {
     "2 processes": ("data.check=draw", "data.decode_processes=2"),
     "1 process": ("data.check=draw", "data.decode_processes=1"),
@@ -136,7 +135,7 @@ def rows_of(found: dict[str, list[dict[str, Any]]], configs: Sequence[str]) -> l
                 make_row(f"{name}: {what}", steps(name, key), "no process", steps("no process", key), unit, None)
             )
         if name == "2 processes":
-            rows.append(make_row(f"{name}: idle share", steps(name, "share"), "bound", [BOUND], "1", 1.0))
+            rows.append(make_row(f"{name}: idle share", steps(name, "share"), "bound", [MAX_SHARE], "1", 1.0))
     decoded = [run["ms"] for run in found["images"]]
     for config, (num_images, seconds) in plans(configs).items():
         case = f"{config}: an image, of {num_images:.0f} in {seconds:.0f} s"

@@ -77,7 +77,7 @@ class AheadCollector:
         if self._pending is not None:
             begin = time.perf_counter()
             self._pending.wait(lambda: self._bring(bring_weights))
-            self._waited_seconds += time.perf_counter() - begin
+            self._waited_seconds += time.perf_counter() - begin - self._pending.bring_seconds
 
     def watch(self, phases: Phase) -> None:
         """Nothing: the phases of a thread beside the trainer are not the trainer's."""
@@ -142,7 +142,7 @@ class _Pending:
     def __init__(self, collector: GroupCollector, step: int, alpha: float, group: object):
         self.step = step
         self.state_before = collector.state()
-        self.data_waits = DataWaits()
+        self.data_waits, self.bring_seconds = DataWaits(), 0.0
         self._collector, self._alpha, self._group = collector, alpha, group
         self._drawn: Drawn | None = None
         self._error: BaseException | None = None
@@ -158,7 +158,9 @@ class _Pending:
                 self._condition.wait_for(lambda: self._is_done or self._wants_weights)
                 if self._is_done:
                     break
+            begin = time.perf_counter()
             bring_weights()
+            self.bring_seconds += time.perf_counter() - begin
             with self._condition:
                 self._wants_weights = False
                 self._condition.notify_all()

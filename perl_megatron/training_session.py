@@ -56,7 +56,8 @@ class TrainingSession(Session):
         if self._synced_step == step:
             self.engine.wake()
             return
-        self._let_engine_sleep()  # where it has just been started: its cache must not be there beside the buckets
+        if self._engine_sleeps:  # where it has just been started: its cache must not be there beside the buckets
+            self.engine.sleep()
         report = self.engine.update_weights(self.actor.weights(), version=step)
         self._synced_step = step
         self._sync_metrics = {
@@ -68,12 +69,14 @@ class TrainingSession(Session):
 
     def rest_engine(self, step: int) -> None:
         """Let a colocated engine give its device memory to the trainer; ``sync_weights`` wakes it."""
-        with self.phases("sync", step=step):
-            self._let_engine_sleep()
+        if self._engine_sleeps:
+            with self.phases("sync", step=step):
+                self.engine.sleep()
 
-    def _let_engine_sleep(self) -> None:
-        if self.config.rollout.sleep_mode:
-            self.engine.sleep()
+    @property
+    def _engine_sleeps(self) -> bool:
+        """Whether the engine has memory of the trainer's devices to give."""
+        return self.engine.name != "server" and self.config.rollout.sleep_mode
 
     def log_step(self, step: int, drawn: Drawn, updates: Sequence[dict[str, float]], metrics: dict[str, float]) -> None:
         """Log one step and record its rollouts. Of several updates, numbers are averaged, counts are added up."""
@@ -149,6 +152,7 @@ class TrainingSession(Session):
             if self.stop_requested():
                 self.save(step)  # the evaluation may outlast the grace period
             self.evaluate(step)
+            self.rest_engine(step)  # the export has buckets as an update of the weights has
         super().finish(step)
         self._keep_step_in_progress()
 

@@ -30,7 +30,7 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.brought: list[threading.Thread] = []
         self.is_given_up = threading.Event()
-        self.give_up, self.sleep, self.wake = self.is_given_up.set, lambda: None, lambda: None
+        self.give_up, self.wake, self.name = self.is_given_up.set, lambda: None, "server"
         self.bring_again: Callable[[], None] = lambda: self.brought.append(threading.current_thread())
 
 
@@ -249,7 +249,6 @@ def test_a_session_brings_the_weights_as_often_as_they_are_lost() -> None:
 
     session.collector = ahead_of(ScriptedCollector(lose_weights_twice), engine)
     session.engine, session.actor, session._synced_step = engine, SimpleNamespace(weights=lambda: ()), 0
-    session.config = SimpleNamespace(rollout=SimpleNamespace(sleep_mode=True))
     session.collector.collect(0, 0.0)
     session.await_rollouts(1)
     # The engine alone brings them again, and only where they are missing.

@@ -21,6 +21,8 @@ from perl_megatron.training_session import TrainingSession
 class NotingEngine:
     """Refuses to sample while it sleeps."""
 
+    name = "vllm"
+
     def __init__(self, notes: list[str]) -> None:
         self.notes, self.is_awake = notes, True
 
@@ -131,11 +133,12 @@ def make_session(notes: list[str], draw: Draw, *, steps: int, evaluate_every: in
         evaluation=lambda step, metrics, write: evaluated.add(step),
         note=ignore,
     )
-    session.collector = SimpleNamespace(collect=collect, await_rollouts=ignore, in_progress=None)
+    session.collector = SimpleNamespace(collect=collect, await_rollouts=ignore, take_waits=ignore, in_progress=None)
     session._grace = SimpleNamespace(learn=ignore, is_over_before=lambda phase: False)
     session._stop = SimpleNamespace(requested=lambda agree: False)
     session.encoder, session.restore = None, lambda: 0
-    for name in ("_agree", "save", "save_if_due", "log_step", "_export", "_conclude", "_record_refused"):
+    session._export = lambda step: notes.append("export beside the engine" if session.engine.is_awake else "export")
+    for name in ("_agree", "save", "save_if_due", "log_step", "_conclude", "_record_refused"):
         setattr(session, name, ignore)
     session._skipped = SimpleNamespace(follow=ignore)
     session.position = dict
@@ -147,35 +150,43 @@ def test_the_engine_sleeps_while_the_trainer_works_and_is_awake_for_every_questi
     notes_of: Callable[..., list[str]],
 ) -> None:
     """Before the first update too, as an engine that has just been started has its cache already."""
-    assert notes_of() == ["sleep", "weights 0", "generate", *WORK, "weights 1", "generate", *WORK]
+    assert notes_of() == ["sleep", "weights 0", "generate", *WORK, "weights 1", "generate", *WORK, "export"]
 
 
 def test_an_evaluation_finds_the_engine_awake_and_leaves_it_so(notes_of: Callable[..., list[str]]) -> None:
-    """The next step then has its weights already."""
+    """The next step then has its weights already. The last one is followed by the export."""
     assert notes_of(evaluate_every=1) == [
         *("sleep", "weights 0", "evaluate"),
         *("generate", *WORK, "weights 1", "evaluate"),
-        *("generate", *WORK, "weights 2", "evaluate"),
+        *("generate", *WORK, "weights 2", "evaluate", "sleep", "export"),
     ]
 
 
 def test_without_sleep_mode_the_engine_keeps_its_memory(notes_of: Callable[..., list[str]]) -> None:
     work = [f"{kind} beside the engine" for kind in WORK[1:]]
-    assert notes_of(sleep_mode=False) == ["weights 0", "generate", *work, "weights 1", "generate", *work]
+    begin = ["weights 0", "generate", *work, "weights 1", "generate", *work]
+    assert notes_of(sleep_mode=False) == [*begin, "export beside the engine"]
 
 
-def test_a_step_that_is_interrupted_or_ends_the_run_does_not_put_it_to_sleep(
-    notes_of: Callable[..., list[str]],
-) -> None:
+def test_a_step_that_is_interrupted_does_not_put_it_to_sleep(notes_of: Callable[..., list[str]]) -> None:
     assert notes_of(lambda step: Drawn(step, is_interrupted=True)) == ["sleep", "weights 0", "generate"]
-    assert notes_of(lambda step: Drawn(step, exhausted=True, is_complete=True)) == ["sleep", "weights 0", "generate"]
+
+
+def test_it_sleeps_for_the_export_where_the_questions_are_used_up(notes_of: Callable[..., list[str]]) -> None:
+    notes = notes_of(lambda step: Drawn(step, exhausted=True, is_complete=True))
+    assert notes == ["sleep", "weights 0", "generate", "sleep", "export"]
 
 
 def test_a_step_without_groups_is_followed_by_one_with(notes_of: Callable[..., list[str]]) -> None:
     """As `filter.skip_empty_steps` allows."""
     begin = ["sleep", "weights 0", "generate", "sleep", "log_probs", "reference_log_probs"]
     notes = notes_of(lambda step: Drawn(step, is_complete=True) if step == 0 else drawn_group())
-    assert notes == [*begin, "weights 1", "generate", *WORK]
+    assert notes == [*begin, "weights 1", "generate", *WORK, "export"]
+
+
+def test_a_server_is_asked_for_no_memory(notes_of: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NotingEngine, "name", "server")
+    assert "sleep" not in notes_of(evaluate_every=1)
 
 
 def test_an_engine_that_has_the_weights_is_woken() -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from perl_megatron.data.image_reader import ImageReader
 from perl_megatron.data.pixel_store import StoredImage
-from perl_megatron.data.worker_pool import WorkerDied, WorkerPool
+from perl_megatron.data.worker_pool import WorkerDied, WorkerNotStarted, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +105,15 @@ class ImagesAhead:
                 # The kernel may have ended it for memory that others took. What a decoder crashes over, it does again.
                 logger.warning("%s: %s; it is tried once more", path, error.what)
                 return self._pool.submit(path).result().unshared
-        except (RuntimeError, CancelledError) as error:  # no process can be started, or they are being ended
+        except CancelledError:  # the processes are being ended
+            return None
+        except WorkerNotStarted as error:
             if not self._has_warned:
                 self._has_warned = True
                 logger.warning("images are not decoded ahead, but by this process: %s", error)
+            return None
+        except RuntimeError as error:  # an error in decoding it, which is met here again where the image is to blame
+            logger.warning("%s could not be decoded ahead: %s", path, error)
             return None
 
     def _take(self, path: Path) -> Future[_Decoded]:

@@ -137,7 +137,8 @@ class QuestionStream:
             indices = self.sampler.peek(missing + max(count, self._look_ahead.num_questions))
             coming = [index for index in indices if index not in self._problems]
             # Records that lie in files are not read again for every call.
-            self._coming = {index: self._coming.get(index) or self.records[index].images for index in coming}
+            known = self._coming
+            self._coming = {index: known[index] if index in known else self.records[index].images for index in coming}
             self._look_ahead.expect(image for index in coming for image in self._coming[index])
 
     def _check(self, indices: Sequence[int], records: Sequence[Record], checks: DrawChecks) -> None:

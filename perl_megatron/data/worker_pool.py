@@ -38,6 +38,10 @@ class WorkerDied(UserError):
     """The process that worked on an item ended, or took too long."""
 
 
+class WorkerNotStarted(RuntimeError):
+    """There is no process to work on an item."""
+
+
 class WorkerPool(Generic[Item, Result]):
     """Applies ``function`` to items in ``num_processes`` processes, which are started when there is work for them.
 
@@ -58,10 +62,15 @@ class WorkerPool(Generic[Item, Result]):
         self._closed = False
 
     def submit(self, item: Item) -> Future[Result]:
-        """The future result of ``item``: it raises what the function did, or ``WorkerDied``."""
+        """The future result of ``item``: it raises what the function did, ``WorkerDied`` or ``WorkerNotStarted``.
+
+        It is cancelled where the pool is closed.
+        """
         future: Future[Result] = Future()
         with self._lock:
-            assert not self._closed, "the pool is closed"
+            if self._closed:
+                future.cancel()
+                return future
             self._tasks.put((item, future))
             if len(self._threads) < self.num_processes:
                 self._threads.append(threading.Thread(target=self._serve, name="worker of a pool", daemon=True))
@@ -139,13 +148,13 @@ class _Worker:
                 )
                 self._connection = Connection(mine.detach())
         except OSError as error:  # no memory, no processes or no open files are left
-            raise RuntimeError(f"a worker process could not be started: {error}") from error
+            raise WorkerNotStarted(f"a worker process could not be started: {error}") from error
         try:
             self._connection.send(function)
             self._receive(START_SECONDS)
         except (EOFError, OSError) as error:
             how = self.end(error)
-            raise RuntimeError(f"a worker process {how} before it was ready; its own message is above") from error
+            raise WorkerNotStarted(f"a worker process {how} before it was ready; its own message is above") from error
 
     def apply(self, item: object, seconds: float) -> Any:
         """What the function returns for ``item``; raises EOFError or OSError where the process is gone or hangs."""

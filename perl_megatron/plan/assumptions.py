@@ -35,7 +35,7 @@ class Assumptions:
     engine_batched_tokens: float = _assume(16384, "tokens of one of vLLM's steps (its default on GPUs from 70 GiB on)")
 
     # Memory of a process on a CPU
-    cpu_process_gib: float = _assume(0.48, "GiB for the interpreter and libraries (torch, transformers, megatron-core)")
+    cpu_process_gib: float = _assume(0.38, "GiB for the interpreter and libraries (torch, transformers, megatron-core)")
     cpu_workspace_gib: float = _assume(0.05, "GiB for threads, communication and what the allocator keeps")
 
     # Memory traffic of the optimizer

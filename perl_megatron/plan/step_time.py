@@ -119,7 +119,7 @@ class Roofline:
             update=update,
             sync=sync,
             sync_bytes=sync_bytes,
-            sleep=2 * engine.share.host / (assumptions.pinned_copy_gb * 1e9),
+            sleep=2 * engine.share.host / (self._sleep_gb * 1e9),
             bubble=bubble,
             micro_batches=self.workload.micro_batches,
             update_flops=flops,
@@ -127,6 +127,11 @@ class Roofline:
             traffic=tuple(self._traffic(passes, sync_bytes, sync)),
             overlapped=config.rollout.max_staleness > 0,
         )
+
+    @property
+    def _sleep_gb(self) -> float:
+        """GB/s of a sleeping engine's weights: vLLM's host memory is pinned, the embedded engine's is not."""
+        return self.assumptions.pinned_copy_gb if self.derived.engine == "vllm" else self.assumptions.host_copy_gb
 
     def _group_flops(self, *, backward: bool) -> float:
         return self._cost(backward=backward).flops(self.workload.group).total

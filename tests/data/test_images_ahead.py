@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,16 @@ def test_an_image_is_tried_again_where_the_process_that_had_it_was_killed(reader
     assert caplog.text.count("it is tried once more") == 1
 
 
+def test_a_decoder_that_fails_is_named_with_its_image(ahead, paths, caplog):
+    """Each time, and not as if none were decoded ahead."""
+    for path in paths[:2]:
+        failed = ahead._begun[path] = Future()
+        failed.set_exception(RuntimeError("in a worker process: an error"))
+        assert ahead.read(path).pixels.tobytes() == load_image(path, *BOUNDS).tobytes()
+        assert f"{path} could not be decoded ahead" in caplog.text
+    assert "by this process" not in caplog.text
+
+
 def test_without_processes_images_are_decoded_here(reader, paths, monkeypatch, caplog):
     monkeypatch.setattr(worker_pool.sys, "executable", "/nowhere/python")
     ahead = ImagesAhead(reader, num_processes=1, max_bytes=2**30)
@@ -201,6 +212,7 @@ def test_threads_may_take_at_once(ahead, paths):
 
 ENDS_WHILE_IMAGES_ARE_DECODED = """
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from perl_megatron.data import node_folder
 from perl_megatron.data.image_reader import ImageReader

@@ -118,7 +118,7 @@ class CountedRecords(list):
 
 
 def test_records_are_not_read_again_for_every_draw():
-    records = CountedRecords(RECORDS)
+    records = CountedRecords([*RECORDS[:19], Record("r19", (), "?", "7", source="x.jsonl:19")])
     stream = QuestionStream(records, ShuffledSampler(20, 1), None, LookAhead(Expected(), 10))
     for _ in range(10):
         stream.next(1)

@@ -99,6 +99,7 @@ def test_one_step_off_on_two_processes(job: SmallJob, server: tuple[str, ...]) -
     """Every step but the first is sampled by the weights before the last update, and the objective knows."""
     rows = run(job, "ahead", *server, *ONE_STEP_OFF, "parallel.tensor=2", "optimizer.learning_rate=1e-3")
     assert [row["rollout/staleness_max"] for row in rows] == [0, 1, 1, 1]
+    assert rows[0]["data/idle_share"] > 0  # its questions are drawn by the trainer itself
     assert all(0 <= row["data/idle_share"] < 1 for row in rows)
     assert [row["rollout/staleness_mean"] for row in rows] == [0, 1, 1, 1]
     assert [versions(job, "ahead", step) for step in (1, 2, 3, 4)] == [{0}, {0}, {1}, {2}]

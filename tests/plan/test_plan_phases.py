@@ -58,7 +58,9 @@ def test_on_a_cpu_nothing_is_given_back():
     for engine in ("vllm", "embedded"):
         (stage,) = plan_of(f"rollout.engine={engine}", gpu="cpu").stages
         assert stage.engine.update == stage.engine.sync == stage.engine.generate > 0
-    (stage,) = plan_of("rollout.engine=embedded").stages
+    plan = plan_of("rollout.engine=embedded")
+    (stage,) = plan.stages
+    assert plan.time.sleep == pytest.approx(2 * stage.engine.host / 10e9)  # host memory that is not pinned
     assert stage.engine.update == 0 < stage.engine.sync < stage.engine.generate
 
 
