@@ -14,6 +14,7 @@ from sweep_case import SweepCase, make_case
 from perl_megatron.errors import UserError
 from perl_megatron.launch import job_step
 from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.sweep.command import SweepOptions, run
 from perl_megatron.sweep.storage import REFUSED
 from perl_megatron.sweep.trial_run import TrialRun
 from perl_megatron.sweep.worker import FAILURE, Worker
@@ -97,3 +98,22 @@ def test_runs_of_one_machine_do_not_need_slurms_answer(
     around.is_away(questions=1000)
     monkeypatch.setattr(TrialRun, "command", lambda run: ["sh", "-c", "exit 2"])
     assert work(case) == 1
+
+
+def test_several_workers_would_share_the_machines_of_one_job(
+    around: JobAround, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(
+        "perl_megatron.sweep.command.run_workers", lambda *_, workers, **__: calls.append(workers) or [0]
+    )
+    case = make_case(tmp_path, GRID.format(nodes=2))
+    with pytest.raises(UserError, match="on the same machines of this Slurm job") as error:
+        run(SweepOptions(case.path, (), workers=2))
+    assert "--slurm 2" in (error.value.fix or "")
+    assert not case.sweep.folder.exists()
+    run(SweepOptions(case.path, (), workers=1))
+    run(SweepOptions(case.path, ("sweep.overrides=[parallel.data=12]",), workers=2, dry_run=True))
+    monkeypatch.delenv("SLURM_JOB_ID")
+    run(SweepOptions(case.path, (), workers=2))
+    assert calls == [1, 2]
