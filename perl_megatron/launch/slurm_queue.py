@@ -59,12 +59,17 @@ def check_alone(files: JobFiles, name: str, *, command: str, sbatch_options: Seq
 
 
 def submit(files: JobFiles, script: str) -> int:
-    """Submit the script and keep it; the job's number. UserError with Slurm's words where it is refused."""
+    """Submit the script and keep it; the job's number. UserError with Slurm's words where it is refused.
+
+    OSError where the script cannot be written: nothing was submitted then.
+    """
+    files.draft.write_text(script, encoding="utf-8")
     # It reads the script once, and keeps a copy of its own.
     result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
     number = result.stdout.strip().partition(";")[0]
     if result.returncode != 0 or not number.isdecimal():
         files.config.unlink()
+        files.draft.unlink()
         with suppress(OSError):  # where this was the first submission
             files.root.rmdir()
         raise UserError(
@@ -72,7 +77,16 @@ def submit(files: JobFiles, script: str) -> int:
             where=f"sbatch, for {files.root}",
             fix="change launch.partition, account, qos, time, nodes, gpus_per_node or sbatch_options",
         )
-    files.script(int(number)).write_text(script, encoding="utf-8")
+    kept = files.script(int(number))
+    try:
+        files.draft.rename(kept)
+    except OSError as error:
+        raise UserError(
+            f"job {number} is in Slurm's queue, but later submissions would not see it: its script cannot be renamed "
+            f"({error.strerror})",
+            where=str(files.draft),
+            fix=f"end the job (scancel {number}), or rename the script to {kept.name}",
+        ) from error
     return int(number)
 
 

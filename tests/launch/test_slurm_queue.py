@@ -88,8 +88,26 @@ def test_sbatch_reads_the_script_once(queue: Queue, tmp_path: Path) -> None:
     queue.program("sbatch", f'cat > {tmp_path}/read; [ "$*" = --parsable ] && echo "9;cluster"')
     assert submit(files, "script\n") == 9
     assert (tmp_path / "read").read_text() == files.script(9).read_text() == "script\n"
+    assert sorted(files.root.iterdir()) == [files.config, files.script(9)]
     queue.program("sbatch", "echo 'sbatch: error: no' >&2; exit 1")
     files.script(9).unlink()
     with pytest.raises(UserError, match="Slurm refused the job: sbatch: error: no"):
         submit(files, "script\n")
     assert not files.root.exists()
+
+
+def test_a_job_is_not_submitted_before_its_script_is_there(queue: Queue, tmp_path: Path) -> None:
+    files = JobFiles(tmp_path / "mine.slurm", "a")
+    files.root.mkdir()
+    files.config.touch()
+    queue.program("sbatch", f"touch {tmp_path}/called; echo 9")
+    files.draft.mkdir()  # as where the disk is full
+    with pytest.raises(OSError, match="directory"):
+        submit(files, "script\n")
+    assert not (tmp_path / "called").exists()
+    files.draft.rmdir()
+    files.script(9).mkdir()
+    with pytest.raises(UserError, match="job 9 is in Slurm's queue") as error:
+        submit(files, "script\n")
+    assert "scancel 9" in (error.value.fix or "")
+    assert files.draft.read_text() == "script\n"
