@@ -69,20 +69,16 @@ def submit(files: JobFiles, script: str) -> int:
     OSError where the script cannot be written: nothing was submitted then.
     """
     files.draft.write_text(script, encoding="utf-8")
-    # It reads the script once, and keeps a copy of its own.
-    result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
-    number = result.stdout.strip().partition(";")[0]
-    if result.returncode != 0 or not number.isdecimal():
+    fix = "change launch.partition, account, qos, time, nodes, gpus_per_node or sbatch_options"
+    try:
+        number = sbatch(script, where=f"sbatch, for {files.root}", fix=fix)
+    except UserError:
         files.config.unlink()
         files.draft.unlink()
         with suppress(OSError):  # where this was the first submission
             files.root.rmdir()
-        raise UserError(
-            f"Slurm refused the job: {result.stderr.strip() or result.stdout.strip()}",
-            where=f"sbatch, for {files.root}",
-            fix="change launch.partition, account, qos, time, nodes, gpus_per_node or sbatch_options",
-        )
-    kept = files.script(int(number))
+        raise
+    kept = files.script(number)
     try:
         files.draft.rename(kept)
     except OSError as error:
@@ -92,6 +88,17 @@ def submit(files: JobFiles, script: str) -> int:
             where=str(files.draft),
             fix=f"end the job (scancel {number}), or rename the script to {kept.name}",
         ) from error
+    return number
+
+
+def sbatch(script: str, *, where: str, fix: str) -> int:
+    """Submit any batch script; the job's number. UserError, with this place and remedy, where Slurm refuses it."""
+    # It reads the script once, and keeps a copy of its own.
+    result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+    number = result.stdout.strip().partition(";")[0]
+    if result.returncode != 0 or not number.isdecimal():
+        said = result.stderr.strip() or result.stdout.strip()
+        raise UserError(f"Slurm refused the job: {said}", where=where, fix=fix)
     return int(number)
 
 

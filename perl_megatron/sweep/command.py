@@ -141,7 +141,7 @@ def _submit(sweep: Sweep, command: Sequence[str], options: SweepOptions) -> int:
     _prepare(sweep, retry_failed=options.retry_failed)
     path = sweep.folder / "workers.sbatch"
     path.write_text(script, encoding="utf-8")
-    print(submit(path))
+    print(f"job array {submit(path)}: {sweep.folder}/worker-N.log")
     print(f"the results so far: perl-megatron sweep {shlex.quote(str(sweep.path))} --results")
     return 0
 

@@ -177,7 +177,7 @@ def test_a_trial_of_a_sweep_has_two_nodes(cluster: SlurmCluster, job: SmallJob, 
     overrides = json.dumps([*SETTINGS, "run.steps=3", "run.save_every=1", "launch.nodes=2", *data])
     file = tmp_path / "sweep.yaml"
     file.write_text(SWEEP.format(work=tmp_path, overrides=overrides))
-    number = int(submit(cluster, "sweep", str(file), "--slurm", "1").split("Submitted batch job ")[1].split()[0])
+    number = int(submit(cluster, "sweep", str(file), "--slurm", "1").split("job array ")[1].partition(":")[0])
     folder = tmp_path / "sweeps" / "on_two_nodes"
     run = folder / "point-0000" / "seed-0"
 
