@@ -112,7 +112,7 @@ def write_key(file: Path) -> None:
 def _waits_for(number: int, script: Path, sbatch_options: Sequence[str]) -> bool:
     """Whether a job with these options does not begin before that one, of the same name, has ended."""
     given = [option.partition("=")[2] for option in sbatch_options if option.startswith("--dependency=")]
-    # Slurm waits for earlier jobs of the same name by itself, but only for those of the same user.
+    # `singleton` waits for earlier jobs of the same name, but only for those of the same user.
     is_mine = script.stat().st_uid == os.getuid()
 
     def includes_it(dependencies: str) -> bool:
