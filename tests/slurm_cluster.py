@@ -22,6 +22,7 @@ from perl_megatron.launch.ports import free_port
 DAEMONS = ("munged", "slurmctld", "slurmd")
 READY_SECONDS = 60
 END_SECONDS = 30
+MAX_FIRST_JOB = 1_000_000
 
 CONFIG = """
 ClusterName=perl
@@ -44,6 +45,7 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+FirstJobId={first_job}
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 
 ReturnToService=2
@@ -103,6 +105,25 @@ class SlurmCluster:
         words = self.call("scontrol", "--oneliner", "show", "job", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def processes_of(self, number: int) -> list[psutil.Process]:
+        """All that have the job's number in their environment, but for Slurm's own; other clusters have it too."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error, OSError):
+                own = process.environ().get("SLURM_JOB_ID") == str(number)
+                if own and not process.name().startswith("slurm"):
+                    found.append(process)
+        return found
+
+    def processes(self) -> list[psutil.Process]:
+        """Whatever has its configuration in the environment: daemons, Slurm's guards of job steps, and jobs."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"] and _is_running(process):
+                    found.append(process)
+        return found
+
     def wait(self, number: int, condition: Callable[[dict[str, str]], bool], seconds: float = 300) -> dict[str, str]:
         """The job once it is as it should be."""
         until = time.monotonic() + seconds
@@ -133,7 +154,9 @@ def _start(cluster: SlurmCluster) -> None:
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={len(cores)} State=UNKNOWN"
         for node, cores in zip(cluster.nodes, shares_of_cores(len(cluster.nodes)), strict=True)
     ]
-    config = CONFIG.format(host=host, root=root, controller_port=free_port())
+    # Ports follow from a job's number, and clusters of several test processes are on this machine at the same time.
+    first_job = 1 + secrets.randbelow(MAX_FIRST_JOB)
+    config = CONFIG.format(host=host, root=root, controller_port=free_port(), first_job=first_job)
     (root / "slurm.conf").write_text("\n".join([config, *lines, PARTITIONS]))
     (root / "state").mkdir()
     for node in cluster.nodes:
@@ -187,7 +210,7 @@ def _end(cluster: SlurmCluster) -> None:
         until = time.monotonic() + END_SECONDS
         while any(map(_is_running, daemons)) and time.monotonic() < until:
             time.sleep(0.1)
-    left = _left(cluster)
+    left = cluster.processes()
     for process in left:
         process.kill()
     assert not left, left
@@ -196,16 +219,6 @@ def _end(cluster: SlurmCluster) -> None:
 def _by_pid_file(root: Path, pattern: str) -> Sequence[psutil.Process]:
     pids = [int(file.read_text()) for file in root.glob(pattern) if file.read_text().strip()]
     return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-
-
-def _left(cluster: SlurmCluster) -> list[psutil.Process]:
-    """Whatever has this cluster's configuration in its environment: daemons, Slurm's guards of job steps, and jobs."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"] and _is_running(process):
-                found.append(process)
-    return found
 
 
 def _is_running(process: psutil.Process) -> bool:

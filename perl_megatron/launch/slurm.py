@@ -45,6 +45,11 @@ class JobFiles:
         """The key of the rollout servers, of all jobs of the run."""
         return self.root / "api_key"
 
+    @property
+    def draft(self) -> Path:
+        """The batch script until Slurm has given the job its number."""
+        return self.root / f"script-{self.token}.sbatch"
+
     def script(self, job: int) -> Path:
         """The batch script of a job that was submitted, for people; Slurm has its own copy."""
         return self.root / f"job-{job}.sbatch"

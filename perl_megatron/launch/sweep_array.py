@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_STOPPED
+from perl_megatron.launch.slurm_queue import require_slurm, sbatch
 
 SECONDS_BEFORE_THE_END = 300
 """When Slurm tells a worker that its time is nearly up, so that its run can write a checkpoint."""
@@ -68,15 +67,10 @@ def render_array(
     return "\n".join(lines) + "\n"
 
 
-def submit(script: Path) -> str:
-    """Give the script to sbatch; returns its answer. UserError where there is no sbatch, or it refuses."""
-    if shutil.which("sbatch") is None:
-        fix = f"run this on a login node, or look at the script: {script}"
-        raise UserError("there is no sbatch on this machine", where="--slurm", fix=fix)
-    answer = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
-    if answer.returncode != 0:
-        raise UserError(f"sbatch refused: {answer.stderr.strip()}", where=str(script), fix="correct slurm.options")
-    return answer.stdout.strip()
+def submit(script: Path) -> int:
+    """Give the script to Slurm; the array's number. UserError where there is no sbatch, or it refuses."""
+    require_slurm()
+    return sbatch(script.read_text(encoding="utf-8"), where=str(script), fix="correct slurm.options")
 
 
 def _quoted(path: Path) -> str:

@@ -34,6 +34,11 @@ def num_processes(sweep: Sweep) -> int:
     return max(launched_processes(config) for config in _checked_configs(sweep))
 
 
+def has_multi_node_runs(sweep: Sweep) -> bool:
+    """Whether one of its runs has several machines in a Slurm job, by the values that are checked."""
+    return any(config.launch.nodes > 1 for config in _checked_configs(sweep))
+
+
 def num_nodes(sweep: Sweep) -> int:
     """The most machines that one of its runs has in a Slurm job, by the values that are checked.
 

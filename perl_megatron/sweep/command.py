@@ -15,11 +15,12 @@ from optuna.trial import TrialState
 from perl_megatron.config.sweep_file import Sweep, read_sweep
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
+from perl_megatron.launch.job_step import SlurmJob
 from perl_megatron.launch.sweep_array import render_array, submit
 from perl_megatron.launch.sweep_workers import run_workers
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.sweep import results
-from perl_megatron.sweep.check import check_sweep, num_nodes, num_processes
+from perl_megatron.sweep.check import check_sweep, has_multi_node_runs, num_nodes, num_processes
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.plots import write_plots
 from perl_megatron.sweep.storage import JOURNAL_NAME, PREEMPTED, REFUSED, may_go_on, put_back, unfinished_points
@@ -55,6 +56,12 @@ def run(options: SweepOptions) -> int:
     command = [sys.executable, "-m", "perl_megatron", "sweep", str(options.path), "--worker", *options.overrides]
     if options.slurm is not None:
         return _submit(sweep, command, options)
+    if options.workers > 1 and SlurmJob.is_here() and has_multi_node_runs(sweep):
+        raise UserError(
+            "the runs of all workers would be on the same machines of this Slurm job, and meet at one port",
+            where=f"--workers {options.workers}, launch.nodes",
+            fix=f"use --slurm {options.workers}, where each worker has machines of its own, or --workers 1",
+        )
     if options.dry_run:
         _describe(sweep)
         return 0
@@ -134,7 +141,7 @@ def _submit(sweep: Sweep, command: Sequence[str], options: SweepOptions) -> int:
     _prepare(sweep, retry_failed=options.retry_failed)
     path = sweep.folder / "workers.sbatch"
     path.write_text(script, encoding="utf-8")
-    print(submit(path))
+    print(f"job array {submit(path)}: {sweep.folder}/worker-N.log")
     print(f"the results so far: perl-megatron sweep {shlex.quote(str(sweep.path))} --results")
     return 0
 

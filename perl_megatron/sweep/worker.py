@@ -17,9 +17,9 @@ from perl_megatron.config.sweep_domain import Choice
 from perl_megatron.config.sweep_file import Sweep
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED
-from perl_megatron.launch.job_step import JobStep
+from perl_megatron.launch.job_step import JobStep, SlurmJob
 from perl_megatron.runtime.signals import StopRequest
-from perl_megatron.sweep.check import measures
+from perl_megatron.sweep.check import has_multi_node_runs, measures
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.storage import (
     PREEMPTED,
@@ -56,6 +56,7 @@ class Worker:
         self._queue = FileLock(sweep.folder / QUEUE_LOCK)
         self._study = open_study(sweep, self._queue)
         self._holds_queue = self._is_run_stopped = False
+        self._job: SlurmJob | None = None
         self._measures = measures(sweep)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -63,8 +64,14 @@ class Worker:
         """Until the queue is empty and no other worker's trial could come back to it.
 
         Returns the exit status: 0 where every point has its value or was pruned, 1 where some have failed for good, 75
-        where the worker was asked to stop, or its run was: then its machine is about to be taken.
+        where the worker was asked to stop, or its run was: then its machine is about to be taken. UserError, with no
+        trial taken, where Slurm does not say which machines there are for runs of several.
         """
+        if SlurmJob.is_here() and has_multi_node_runs(self._sweep):
+            try:
+                self._job = SlurmJob.around(self._idle)
+            except _InterruptedError:
+                return EXIT_STOPPED
         while not self._is_stopped():
             try:
                 self._queue.acquire(self._idle)
@@ -138,7 +145,10 @@ class Worker:
         lock = FileLock(folder / RUN_LOCK)
         try:
             self._await_run(lock, trial)
-            return self._run_seeds(trial, values, lock)
+            try:
+                return self._run_seeds(trial, values, lock)
+            except UserError as error:  # it would be the same for every worker
+                raise RunFailedError(str(error), user_error=True) from error
         except UpdateFinishedTrialError as error:
             raise _TakenAwayError from error
         except (KeyboardInterrupt, _InterruptedError, RunStoppedError) as error:
@@ -158,7 +168,7 @@ class Worker:
         for index, seed in enumerate(section.seeds):
             overrides = self._sweep.overrides(values, seed)
             config = load_config(section.config, overrides).config
-            folder, step = lock.path.parent / f"seed-{seed}", JobStep.of(config)
+            folder, step = lock.path.parent / f"seed-{seed}", JobStep.of(config, self._job)
             run = TrialRun(section.config, overrides, folder, lock=lock.descriptor, step=step)
             self._watch(run, trial, reports=index == 0)
             for measure in self._measures:

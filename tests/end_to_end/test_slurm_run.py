@@ -71,7 +71,7 @@ class Submitted:
         while not (self.run / "config.yaml").is_file():
             assert time.monotonic() < until, self.said()
             time.sleep(0.02)
-        for process in processes_of(self.number):
+        for process in self.cluster.processes_of(self.number):
             with suppress(psutil.NoSuchProcess):
                 if "RANK" in process.environ():
                     process.kill()
@@ -88,7 +88,7 @@ class Submitted:
         """Until it is over; nothing of it is left then."""
         ends = ("COMPLETED", "FAILED", "CANCELLED")
         done = self.cluster.wait(self.number, lambda job: job["JobState"] in ends)
-        assert processes_of(self.number) == []
+        assert self.cluster.processes_of(self.number) == []
         return done
 
 
@@ -98,17 +98,6 @@ def await_steps(run: Path, number: int, said: Callable[[], str]) -> None:
     while not (run / "metrics.jsonl").is_file() or len(steps(run)) < number:
         assert time.monotonic() < until, said()
         time.sleep(0.1)
-
-
-def processes_of(job: int) -> list[psutil.Process]:
-    """All that have the job's number in their environment, but for Slurm's own."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            own = process.environ().get("SLURM_JOB_ID") == str(job)
-            if own and process.status() != psutil.STATUS_ZOMBIE and not process.name().startswith("slurm"):
-                found.append(process)
-    return found
 
 
 def test_a_run_is_killed_and_preempted_and_gives_the_numbers_of_an_uninterrupted_one(
@@ -188,7 +177,7 @@ def test_a_trial_of_a_sweep_has_two_nodes(cluster: SlurmCluster, job: SmallJob, 
     overrides = json.dumps([*SETTINGS, "run.steps=3", "run.save_every=1", "launch.nodes=2", *data])
     file = tmp_path / "sweep.yaml"
     file.write_text(SWEEP.format(work=tmp_path, overrides=overrides))
-    number = int(submit(cluster, "sweep", str(file), "--slurm", "1").split("Submitted batch job ")[1].split()[0])
+    number = int(submit(cluster, "sweep", str(file), "--slurm", "1").split("job array ")[1].partition(":")[0])
     folder = tmp_path / "sweeps" / "on_two_nodes"
     run = folder / "point-0000" / "seed-0"
 
@@ -202,5 +191,5 @@ def test_a_trial_of_a_sweep_has_two_nodes(cluster: SlurmCluster, job: SmallJob, 
     assert "point-0000, seed-0: continues" in said()
     assert [row["step"] for row in steps(run)] == [1, 2, 3]
     assert {path.name.partition("-node-")[2] for path in (run / "logs").iterdir()} == {"0", "1"}
-    assert processes_of(number) == []
+    assert cluster.processes_of(number) == []
     assert list(folder.glob("point-*/*.stop")) == []

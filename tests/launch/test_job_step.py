@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from slurm_job_case import JobAround
 
 from perl_megatron.config.load import load_config
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
-from perl_megatron.launch.job_step import JobStep
+from perl_megatron.launch import job_step
+from perl_megatron.launch.job_step import JobStep, SlurmJob
 
 
 def config(*overrides: str) -> Config:
@@ -17,24 +19,13 @@ def config(*overrides: str) -> Config:
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job of three machines, and the `scontrol` that knows them."""
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(
-        '#!/bin/sh\ncase "$*" in\n'
-        '"show hostnames gpu[07-09]") echo gpu07; echo gpu08; echo gpu09;;\n'
-        '"--oneliner show node gpu07") echo "NodeName=gpu07 NodeAddr=10.0.0.7 NodeHostName=gpu07";;\n'
-        "*) echo unknown >&2; exit 1;; esac\n"
-    )
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    for name, value in (("JOB_ID", "120042"), ("JOB_NUM_NODES", "3"), ("JOB_NODELIST", "gpu[07-09]")):
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    return scontrol
+def around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobAround:
+    return JobAround(tmp_path, monkeypatch)
 
 
-def test_torchrun_is_started_on_each_machine(slurm: Path) -> None:
-    step = JobStep.of(config("launch.nodes=2", "launch.cpus_per_node=8", "launch.python=/a b/python"))
+def test_torchrun_is_started_on_each_machine(around: JobAround) -> None:
+    job = SlurmJob.around(lambda: None)
+    step = JobStep.of(config("launch.nodes=2", "launch.cpus_per_node=8", "launch.python=/a b/python"), job)
     assert step is not None
     command = step.train_command(["c.yaml", "--resume", "launch.endpoint=elsewhere:1"], Path("a/seed-0.stop"))
     assert command == [
@@ -46,12 +37,29 @@ def test_torchrun_is_started_on_each_machine(slurm: Path) -> None:
     ]
 
 
-def test_runs_of_one_machine_and_those_outside_of_slurm_have_none(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert JobStep.of(config()) is None
+def test_runs_of_one_machine_and_those_outside_of_slurm_have_none(
+    around: JobAround, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = SlurmJob("120042", 3, "10.0.0.7:20042")
+    assert JobStep.of(config(), job) is None
     with pytest.raises(UserError, match="Slurm job 120042 has 3 machines"):
-        JobStep.of(config("launch.nodes=4"))
-    slurm.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
-    with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
-        JobStep.of(config("launch.nodes=2"))
+        JobStep.of(config("launch.nodes=4"), job)
+    assert SlurmJob.is_here()
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert JobStep.of(config("launch.nodes=2")) is None
+    assert not SlurmJob.is_here()
+    assert JobStep.of(config("launch.nodes=2"), None) is None
+
+
+def test_slurm_is_asked_again_while_it_does_not_answer(around: JobAround, monkeypatch: pytest.MonkeyPatch) -> None:
+    around.is_away(questions=2)
+    waits: list[None] = []
+    monkeypatch.setattr(job_step, "ANSWER_SECONDS", 60.0)
+    assert SlurmJob.around(lambda: waits.append(None)) == SlurmJob("120042", 3, "10.0.0.7:20042")
+    assert len(waits) == 2
+    monkeypatch.setattr(job_step, "ANSWER_SECONDS", 0.2)
+    around.is_away(questions=1000)
+    with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
+        SlurmJob.around(lambda: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"Slurm cannot be asked: .*scontrol"):
+        SlurmJob.around(lambda: None)

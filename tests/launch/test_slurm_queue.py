@@ -59,6 +59,50 @@ def test_two_jobs_do_not_write_the_same_files(queue: Queue, tmp_path: Path, thei
     assert jobs_in_queue("mine") == {7: "PENDING", 12: "RUNNING"}
 
 
+@pytest.mark.parametrize(
+    ("dependency", "waits"),
+    [
+        ("afterany:7", True),
+        ("7", True),
+        ("after:5,afternotok:6:7:8", True),
+        ("afterok:7,after:5", True),
+        ("singleton", True),
+        ("afterany:999", False),
+        ("afterany:77", False),
+        ("after:7", False),  # its beginning
+        ("after:7+5", False),
+        ("aftercorr:7", False),
+        ("afterany:999?afterany:7", False),  # whichever ends first
+    ],
+)
+def test_a_job_waits_for_the_one_that_it_names(queue: Queue, tmp_path: Path, dependency: str, waits: bool) -> None:
+    root = tmp_path / "mine.slurm"
+    submitted(root, "a", 7)
+    queue.has("7 RUNNING")
+    if waits:
+        assert check(root, "train", f"--dependency={dependency}")
+        with pytest.raises(UserError, match="job 7"):  # of several, Slurm takes one
+            check(root, "train", f"--dependency={dependency}", "--dependency=after:7")
+    else:
+        with pytest.raises(UserError, match="job 7"):
+            check(root, "train", f"--dependency={dependency}")
+
+
+def test_a_job_waits_for_all_that_there_are(queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "mine.slurm"
+    submitted(root, "a", 7)
+    submitted(root, "b", 8)
+    queue.has("7 RUNNING", "8 PENDING")
+    with pytest.raises(UserError, match="job 7") as error:
+        check(root, "train", "--dependency=afterany:8")
+    assert "--dependency=afterany:7:8]" in (error.value.fix or "")
+    assert check(root, "train", "--dependency=afterany:7:8")
+    assert check(root, "train", "--dependency=singleton")
+    monkeypatch.setattr("os.getuid", lambda: 12345)  # Slurm looks at jobs of this user only
+    with pytest.raises(UserError, match="of the same run is not over"):
+        check(root, "train", "--dependency=singleton")
+
+
 def test_what_jobs_left_that_are_over_is_removed(queue: Queue, tmp_path: Path) -> None:
     root = tmp_path / "mine.slurm"
     over, waiting = submitted(root, "a", 7), submitted(root, "b", 8, "eval")
@@ -88,8 +132,26 @@ def test_sbatch_reads_the_script_once(queue: Queue, tmp_path: Path) -> None:
     queue.program("sbatch", f'cat > {tmp_path}/read; [ "$*" = --parsable ] && echo "9;cluster"')
     assert submit(files, "script\n") == 9
     assert (tmp_path / "read").read_text() == files.script(9).read_text() == "script\n"
+    assert sorted(files.root.iterdir()) == [files.config, files.script(9)]
     queue.program("sbatch", "echo 'sbatch: error: no' >&2; exit 1")
     files.script(9).unlink()
     with pytest.raises(UserError, match="Slurm refused the job: sbatch: error: no"):
         submit(files, "script\n")
     assert not files.root.exists()
+
+
+def test_a_job_is_not_submitted_before_its_script_is_there(queue: Queue, tmp_path: Path) -> None:
+    files = JobFiles(tmp_path / "mine.slurm", "a")
+    files.root.mkdir()
+    files.config.touch()
+    queue.program("sbatch", f"touch {tmp_path}/called; echo 9")
+    files.draft.mkdir()  # as where the disk is full
+    with pytest.raises(OSError, match="directory"):
+        submit(files, "script\n")
+    assert not (tmp_path / "called").exists()
+    files.draft.rmdir()
+    files.script(9).mkdir()
+    with pytest.raises(UserError, match="job 9 is in Slurm's queue") as error:
+        submit(files, "script\n")
+    assert "scancel 9" in (error.value.fix or "")
+    assert files.draft.read_text() == "script\n"

@@ -87,12 +87,14 @@ def test_the_head_has_the_users_options(tmp_path: Path) -> None:
 def test_it_is_given_to_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     script = tmp_path / "workers.sbatch"
-    with pytest.raises(UserError, match="there is no sbatch"):
+    script.write_text("script")
+    with pytest.raises(UserError, match="`sbatch` is not here"):
         submit(script)
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text('#!/bin/sh\n[ "$1" = "${0%/*}/workers.sbatch" ] && echo "Submitted batch job 12"\n')
+    sbatch.write_text('#!/bin/sh\nread -r line\n[ "$line $*" = "script --parsable" ] && echo "12;cluster"\n')
     sbatch.chmod(0o755)
-    assert submit(script) == "Submitted batch job 12"
+    assert submit(script) == 12
     sbatch.write_text("#!/bin/sh\necho 'invalid partition' >&2; exit 1\n")
-    with pytest.raises(UserError, match="invalid partition"):
+    with pytest.raises(UserError, match="invalid partition") as error:
         submit(script)
+    assert "slurm.options" in (error.value.fix or "")

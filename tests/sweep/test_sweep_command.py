@@ -176,10 +176,13 @@ def test_failed_points_are_begun_again_on_request(case: SweepCase, monkeypatch: 
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat")
-def test_failed_points_are_begun_again_by_slurms_workers(case: SweepCase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_points_are_begun_again_by_slurms_workers(
+    case: SweepCase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fill(case)
-    monkeypatch.setattr("perl_megatron.sweep.command.submit", lambda _: "Submitted batch job 12")
+    monkeypatch.setattr("perl_megatron.sweep.command.submit", lambda _: 12)
     assert run_command(SweepOptions(case.path, (), slurm=2, retry_failed=True)) == 0
+    assert f"job array 12: {case.sweep.folder}/worker-N.log" in capsys.readouterr().out
     assert case.study.get_trials()[-1].state == TrialState.WAITING
     for options in (
         SweepOptions(case.path, (), worker=True, retry_failed=True),
