@@ -27,7 +27,7 @@ def conclude(
     """Tell a person how the job ended, the first failure last.
 
     Args:
-        code: torchrun's exit code.
+        code: torchrun's exit code (``agent``).
         logs: of all ranks, with what they and torchrun said of their ends.
         ended_at_once: whether the launcher killed all ranks.
         asked_by: the signal that asked the run to stop, if one did.
@@ -51,6 +51,8 @@ def conclude(
     if failure is not None and failure.user_error:
         say(f"error: {failure.text}")
         return EXIT_USER_ERROR
+    if failure is None and EXIT_STOPPED in (code, *ends.values()):
+        return EXIT_STOPPED  # the rank had no room to say so by a file
     # Nothing but the outside kills by SIGKILL: what other ranks say of it are echoes.
     was_killed = -signal.SIGKILL in ends.values()
     if failure is not None and not was_killed:

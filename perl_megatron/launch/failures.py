@@ -60,7 +60,7 @@ def stop_status() -> int:
     except OSError as error:
         if not is_full_disk(error):
             raise
-        return EXIT_STOPPED  # which the launcher learns from torchrun (``record_ends``)
+        return EXIT_STOPPED  # which torchrun passes on to the launcher (``agent``)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from pathlib import Path
@@ -109,6 +110,30 @@ def test_echoes_of_a_killed_rank_are_no_failures_of_their_own(
     lines = capsys.readouterr().err.splitlines()
     assert lines[1:3] == ["rank 0 says:", "ConnectionError: closed by peer"]
     assert lines[-2] == "rank 1 was killed by SIGKILL, after the run was told to stop (SIGUSR1)"
+
+
+@pytest.mark.parametrize("asked_by", [signal.SIGINT, signal.SIGUSR1, None])
+def test_a_rank_that_had_no_room_to_say_that_it_was_stopped(
+    asked_by: signal.Signals | None,
+    failures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its status says so, as torchrun saw it; the request may have come to another machine."""
+
+    def has_no_room(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", has_no_room)
+    assert stop_status() == 75
+    assert not was_stopped(failures)
+    assert conclude(75, tmp_path, ended_at_once=False, asked_by=asked_by) == 75
+    record_ends({0: 75, 1: -15})
+    assert conclude(1, tmp_path, ended_at_once=False, asked_by=asked_by) == 75
+    assert capsys.readouterr().err == ""
+    record(monkeypatch, 1, RuntimeError("its own"))
+    assert conclude(75, tmp_path, ended_at_once=False, asked_by=asked_by) == 1
 
 
 def test_a_machine_that_knows_nothing_takes_what_ranks_of_others_reported(
