@@ -13,7 +13,7 @@ import signal
 import sys
 from types import FrameType
 
-from perl_megatron.launch.failures import record_ends
+from perl_megatron.launch.failures import EXIT_STOPPED, record_ends
 
 DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PARENT_DIED = signal.SIGHUP
@@ -32,7 +32,10 @@ def main() -> None:
     except Exception as error:
         # torchrun's ChildFailedError knows who ended how. Its class is torch's, which this package does without.
         failures = getattr(error, "failures", {})
-        record_ends({rank: failure.exitcode for rank, failure in failures.items()})
+        ends = {rank: failure.exitcode for rank, failure in failures.items()}
+        record_ends(ends)
+        if EXIT_STOPPED in ends.values():  # by the status too: the rank had no room for a file (``stop_status``)
+            raise SystemExit(EXIT_STOPPED) from error
         raise
 
 

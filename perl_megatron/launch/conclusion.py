@@ -10,12 +10,15 @@ from perl_megatron.launch.failures import (
     EXIT_FAILURE,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
+    Failure,
     first_failure,
     read_ends,
     was_stopped,
 )
 
 EXIT_INTERRUPTED = 130
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
+"""What kills a rank that did nothing wrong; those that torchrun ends are not among the ends."""
 
 
 def conclude(
@@ -24,16 +27,17 @@ def conclude(
     """Tell a person how the job ended, the first failure last.
 
     Args:
-        code: torchrun's exit code.
+        code: torchrun's exit code (``agent``).
         logs: of all ranks, with what they and torchrun said of their ends.
         ended_at_once: whether the launcher killed all ranks.
         asked_by: the signal that asked the run to stop, if one did.
         run: the run's folder, whose newest checkpoint is named.
 
     Returns:
-        0; 75 for a run that was stopped by request, also where a rank was killed before it had saved, unless a person
-        asked by Ctrl-C: it was preempted, and goes on from its newest checkpoint; 2 for a user's mistake; 130 for one
-        that Ctrl-C ended at once, or before its first step; 1 for the rest.
+        0; 75 for a run that was stopped by request, also where a rank was killed before it had saved, or where nothing
+        is known of its end, unless a person asked by Ctrl-C: it was preempted, and goes on from its newest checkpoint;
+        2 for a user's mistake; 130 for one that Ctrl-C ended at once, or before its first step; 1 for the rest, such
+        as a rank that crashed after the request.
     """
     by_person = asked_by in (None, signal.SIGINT)
     if ended_at_once:
@@ -42,9 +46,13 @@ def conclude(
     if code == 0:
         return EXIT_STOPPED if was_stopped(logs / "failures") else 0
     failure, ends = first_failure(logs / "failures"), read_ends(logs / "failures")
+    if failure is None and not ends:
+        failure = _failure_of_another_machine(logs)
     if failure is not None and failure.user_error:
         say(f"error: {failure.text}")
         return EXIT_USER_ERROR
+    if failure is None and EXIT_STOPPED in (code, *ends.values()):
+        return EXIT_STOPPED  # the rank had no room to say so by a file
     # Nothing but the outside kills by SIGKILL: what other ranks say of it are echoes.
     was_killed = -signal.SIGKILL in ends.values()
     if failure is not None and not was_killed:
@@ -59,7 +67,16 @@ def conclude(
         say("\nno rank said why: one was killed (out of memory?) or crashed; torchrun's account:")
         say(_tail(logs / "torchrun.log"))
     say("\n".join([*_account(ends, asked_by), *_newest_checkpoint(run), f"logs of all ranks: {logs}"]))
-    return EXIT_FAILURE if by_person else EXIT_STOPPED
+    # An error of the program's own, which would come again, is not made up for by the request.
+    was_taken_away = not ends or any(-code in FROM_OUTSIDE for code in ends.values())
+    return EXIT_STOPPED if was_taken_away and not by_person else EXIT_FAILURE
+
+
+def _failure_of_another_machine(logs: Path) -> Failure | None:
+    """What ranks elsewhere said, where the machines of a job keep their logs side by side (``--logs``)."""
+    if not logs.name.startswith("node-"):
+        return None
+    return first_failure(*logs.parent.glob("node-*/failures"))
 
 
 def _died_of(request: signal.Signals, ends: dict[int, int]) -> bool:

@@ -60,7 +60,7 @@ def stop_status() -> int:
     except OSError as error:
         if not is_full_disk(error):
             raise
-        return EXIT_STOPPED  # which the launcher learns from torchrun (``record_ends``)
+        return EXIT_STOPPED  # which torchrun passes on to the launcher (``agent``)
     return 0
 
 
@@ -100,7 +100,8 @@ def _write(path: Path, text: str) -> bool:
     return True
 
 
-def first_failure(directory: Path) -> Failure | None:
+def first_failure(*directories: Path) -> Failure | None:
     """The earliest recorded failure. A mistake of the user goes before its echoes on other ranks."""
-    failures = [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in directory.glob("rank-*.json")]
+    paths = [path for directory in directories for path in directory.glob("rank-*.json")]
+    failures = [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     return min(failures, key=lambda failure: (not failure.user_error, failure.time), default=None)

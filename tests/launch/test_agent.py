@@ -27,13 +27,14 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, error: Exception, ends_by: type[BaseException] | None = None) -> Any:
     def run_module(*args: Any, **options: Any) -> None:
         raise error
 
     monkeypatch.setattr(agent.runpy, "run_module", run_module)
-    with pytest.raises(type(error)):
+    with pytest.raises(ends_by or type(error)) as raised:
         agent.main()
+    return raised.value
 
 
 def test_who_ended_how_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -44,6 +45,13 @@ def test_who_ended_how_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     }
     run(monkeypatch, ChildFailedError("train", failures))
     assert read_ends(tmp_path) == {2: 1, 3: -9}
+
+
+def test_a_rank_that_was_stopped_and_had_no_room_to_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its status is torchrun's: what the launcher can learn without a file."""
+    failures = {0: ProcessFailure(local_rank=0, pid=4242, exitcode=75, error_file="none")}
+    assert run(monkeypatch, ChildFailedError("train", failures), SystemExit).code == 75
+    assert read_ends(tmp_path) == {0: 75}
 
 
 def test_torchruns_own_errors_are_no_ends_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from pathlib import Path
@@ -62,8 +63,12 @@ def test_failures_are_ordered_and_told(
         (signal.SIGTERM, {1: -15}, 75, "stopped before the first step"),
         (signal.SIGINT, {0: -2, 1: 1}, 130, "stopped before the first step"),
         (signal.SIGUSR1, {1: -9}, 75, "rank 1 was killed by SIGKILL, after the run was told to stop (SIGUSR1)"),
-        (signal.SIGTERM, {0: -11}, 75, "rank 0 was killed by SIGSEGV, after the run was told to stop (SIGTERM)"),
-        (signal.SIGUSR1, {0: 3}, 75, "rank 0 ended with status 3, after the run was told to stop (SIGUSR1)"),
+        (signal.SIGUSR1, {0: 1, 1: -15}, 75, "rank 1 was killed by SIGTERM, after the run was told to stop (SIGUSR1)"),
+        (signal.SIGTERM, {0: -10, 1: -10}, 75, "rank 1 was killed by SIGUSR1, after the run was told to stop"),
+        (signal.SIGTERM, {0: -11}, 1, "rank 0 was killed by SIGSEGV, after the run was told to stop (SIGTERM)"),
+        (signal.SIGUSR1, {0: -11}, 1, "rank 0 was killed by SIGSEGV, after the run was told to stop (SIGUSR1)"),
+        (signal.SIGUSR1, {0: -6, 1: 1}, 1, "rank 0 was killed by SIGABRT, after the run was told to stop (SIGUSR1)"),
+        (signal.SIGUSR1, {0: 1}, 1, "rank 0 ended with status 1, after the run was told to stop (SIGUSR1)"),
         (signal.SIGINT, {1: -9}, 1, "rank 1 was killed by SIGKILL, after the run was told to stop (SIGINT)"),
         (signal.SIGUSR1, {}, 75, "no rank said why"),
         (None, {1: -9}, 1, "rank 1 was killed by SIGKILL (out of memory?)"),
@@ -105,6 +110,49 @@ def test_echoes_of_a_killed_rank_are_no_failures_of_their_own(
     lines = capsys.readouterr().err.splitlines()
     assert lines[1:3] == ["rank 0 says:", "ConnectionError: closed by peer"]
     assert lines[-2] == "rank 1 was killed by SIGKILL, after the run was told to stop (SIGUSR1)"
+
+
+@pytest.mark.parametrize("asked_by", [signal.SIGINT, signal.SIGUSR1, None])
+def test_a_rank_that_had_no_room_to_say_that_it_was_stopped(
+    asked_by: signal.Signals | None,
+    failures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its status says so, as torchrun saw it; the request may have come to another machine."""
+
+    def has_no_room(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", has_no_room)
+    assert stop_status() == 75
+    assert not was_stopped(failures)
+    assert conclude(75, tmp_path, ended_at_once=False, asked_by=asked_by) == 75
+    record_ends({0: 75, 1: -15})
+    assert conclude(1, tmp_path, ended_at_once=False, asked_by=asked_by) == 75
+    assert capsys.readouterr().err == ""
+    record(monkeypatch, 1, RuntimeError("its own"))
+    assert conclude(75, tmp_path, ended_at_once=False, asked_by=asked_by) == 1
+
+
+def test_a_machine_that_knows_nothing_takes_what_ranks_of_others_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`srun` returns the highest status of all machines: 75 of this one would hide the error of that one."""
+    here, there = tmp_path / "node-1", tmp_path / "node-0"
+    for logs in (here, there):
+        (logs / "failures").mkdir(parents=True)
+        (logs / "torchrun.log").write_text("the rendezvous is gone\n")
+    assert conclude(1, here, ended_at_once=False, asked_by=signal.SIGUSR1) == 75
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(there / "failures"))
+    record(monkeypatch, 0, RuntimeError("its own"))
+    capsys.readouterr()
+    assert conclude(1, here, ended_at_once=False, asked_by=signal.SIGUSR1) == 1
+    assert "rank 0 failed first:\nRuntimeError: its own\n" in capsys.readouterr().err
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(here / "failures"))
+    record_ends({1: -9})
+    assert conclude(1, here, ended_at_once=False, asked_by=signal.SIGUSR1) == 75, "what it knows itself goes first"
 
 
 def test_a_full_disk_does_not_hide_how_a_rank_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
