@@ -146,7 +146,7 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _member(kind: object, name: object) -> Enum:
+def _member(kind: object, name: str) -> Enum:
     """A member of an enumeration, which some Pythons (3.11.2, Debian 12's) pickle as ``getattr(kind, name)``."""
     if not isinstance(kind, EnumType) or name not in kind.__members__:
         raise pickle.UnpicklingError("an attribute that is no member of an enumeration does not belong into an index")
