@@ -12,6 +12,7 @@ from typing import Any
 from perl_megatron.checkpoint.manifest import PendingCheckpoint, latest_checkpoint
 from perl_megatron.checkpoint.retention import Retention
 from perl_megatron.config.load import load_config
+from perl_megatron.data.wait_clock import DataWaits
 from perl_megatron.observability.memory import PeakMemory
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
@@ -67,6 +68,7 @@ def collector() -> SimpleNamespace:
     stand_in = SimpleNamespace(in_progress=None, watch=ignore, close=ignore, await_rollouts=ignore, load_state=ignore)
     stand_in.stop_by = lambda asks: setattr(stand_in, "asks_to_stop", asks)
     stand_in.state = lambda: lambda: {"sampler": {}}
+    stand_in.take_waits = DataWaits
     return stand_in
 
 
@@ -74,7 +76,12 @@ def engine() -> SimpleNamespace:
     """One that takes any weights."""
     report = SimpleNamespace(seconds=0.0, num_bytes=0, num_tensors=0, attest_seconds=0.0)
     return SimpleNamespace(
-        name="none", update_weights=lambda *args, **kwargs: report, take_cache_use=ignore, close=ignore
+        name="none",
+        update_weights=lambda *args, **kwargs: report,
+        take_cache_use=ignore,
+        sleep=ignore,
+        wake=ignore,
+        close=ignore,
     )
 
 
@@ -86,8 +93,8 @@ def start(stack: ExitStack, directory: Path, *overrides: str, resume: bool = Fal
         loaded,
         ALONE,
         StandInActor(),  # type: ignore[arg-type]
-        SimpleNamespace(image=None, encode=None),  # type: ignore[arg-type]
-        SimpleNamespace(),  # type: ignore[arg-type]
+        SimpleNamespace(image=None, encode=None, take_waits=DataWaits),  # type: ignore[arg-type]
+        SimpleNamespace(prepare=ignore),  # type: ignore[arg-type]
         total_steps=loaded.config.run.steps,
         resume=resume,
         stop=stack.enter_context(StopRequest()),
