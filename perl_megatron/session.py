@@ -6,7 +6,7 @@ Every rank holds one and calls the same methods; only rank 0 writes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from perl_megatron.checkpoint.background import BackgroundWriter
@@ -263,11 +263,12 @@ class Session:
         return step >= self.total_steps
 
     def close(self) -> None:
-        """Release everything, whether the run ended well or not."""
-        self._writer.close()
-        if self._journal is not None:
-            self._journal.close()
-        self._lock.release()
+        """Release everything, whether the run ended well or not; each part though one before it fails."""
+        with ExitStack() as parts:
+            parts.callback(self._lock.release)
+            if self._journal is not None:
+                parts.callback(self._journal.close)
+            parts.callback(self._writer.close)
 
     def _export(self, step: int) -> None:
         """Write the policy as a Hugging Face folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from perl_megatron.ahead import AheadCollector
@@ -158,9 +159,10 @@ class TrainingSession(Session):
 
     def close(self) -> None:
         """As every session; ends the engine too."""
-        super().close()
-        self.collector.close()
-        self.engine.close()
+        with ExitStack() as parts:
+            parts.callback(self.engine.close)
+            parts.callback(self.collector.close)
+            parts.callback(super().close)
 
     def is_complete(self, step: int) -> bool:
         """As every session; also where all questions are used up."""

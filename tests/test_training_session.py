@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -157,6 +160,28 @@ def test_updates_that_were_skipped_in_a_row_are_counted_on(stack: ExitStack, tmp
         session = start(again, tmp_path, resume=True)
         session.restore()
         assert session._skipped.state() == ["step-000001", "step-000002"]
+
+
+def test_every_part_is_closed_though_another_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, stack = list[str](), ExitStack()
+    session = start(stack, tmp_path)
+    session.restore()
+    close_journal = session.journal.close
+
+    def fail() -> None:
+        close_journal()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(session.journal, "close", fail)
+    monkeypatch.setattr(session.engine, "close", lambda: closed.append("engine"))
+    monkeypatch.setattr(session.collector, "close", lambda: closed.append("collector"))
+    lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    take_lock = [sys.executable, "-c", lock, str(tmp_path / "run" / "lock")]
+    assert subprocess.run(take_lock, stderr=subprocess.DEVNULL, check=False).returncode == 1
+    with pytest.raises(OSError, match="Input/output error"), stack:
+        pass
+    assert closed == ["collector", "engine"]
+    assert subprocess.run(take_lock, check=False).returncode == 0
 
 
 def test_a_full_disk_costs_neither_the_run_nor_a_row(

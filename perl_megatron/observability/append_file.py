@@ -51,7 +51,12 @@ class AppendFile:
         self._write_waiting()
         while self._waiting:
             self._give_up()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # it is closed all the same
+            if not is_full_disk(error):
+                raise
+            self._disk.found(error)
 
     def _give_up(self) -> None:
         _, count = self._waiting.popleft()

@@ -1,0 +1,40 @@
+"""Files of records on file systems that find out late that they are full, as those of networks do."""
+
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+
+import pytest
+
+from perl_megatron.observability.append_file import AppendFile
+from perl_megatron.observability.full_disk import FullDisk
+
+
+class ReportsAtClose(io.FileIO):
+    """What NFS does with rows that its server had no room for."""
+
+    number = errno.ENOSPC
+
+    def close(self) -> None:
+        was_open = not self.closed
+        super().close()
+        if was_open:
+            raise OSError(self.number, "reported at close")
+
+
+def test_a_disk_that_is_found_full_at_close_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[str]()
+    file = AppendFile(tmp_path / "log", FullDisk(told.append), what="records")
+    file._file.close()
+    file._file = ReportsAtClose(tmp_path / "log", "ab")
+    file.append(b"one\n")
+    file.close()
+    assert file._file.closed
+    assert len(told) == 1
+    assert "reported at close" in told[0]
+    monkeypatch.setattr(ReportsAtClose, "number", errno.EIO)
+    file._file = ReportsAtClose(tmp_path / "log", "ab")
+    with pytest.raises(OSError, match="reported at close"):
+        file.close()
