@@ -153,11 +153,15 @@ class _Logs:
         self.link()
         if self._final is None or not self._final.is_symlink():
             return self._staging
+        part = self._final.with_name(f"{self._final.name}.part")
         try:
+            shutil.copytree(self._staging, part)
             self._final.unlink()
-            shutil.move(self._staging, self._final)
+            part.rename(self._final)
         except OSError:  # a full disk: how the job ended is still told
+            shutil.rmtree(part, ignore_errors=True)
             return self._staging
+        shutil.rmtree(self._staging, ignore_errors=True)
         return self._final
 
 

@@ -10,7 +10,7 @@ from perl_megatron.errors import is_full_disk
 from perl_megatron.observability.full_disk import FullDisk
 
 MAX_WAITING_BYTES = 64 * 2**20
-"""Of each file; beyond, the oldest records are given up."""
+"""Of each file; beyond, the oldest records are given up, but for those that nobody counts: a file's beginning."""
 
 
 class AppendFile:
@@ -59,8 +59,9 @@ class AppendFile:
             self._disk.found(error)
 
     def _give_up(self) -> None:
-        _, count = self._waiting.popleft()
-        self._disk.missing[self._what] += count
+        oldest = next((place for place, (_, count) in enumerate(self._waiting) if count), 0)
+        self._disk.missing[self._what] += self._waiting[oldest][1]
+        del self._waiting[oldest]
 
     def _write_waiting(self) -> None:
         try:

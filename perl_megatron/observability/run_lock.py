@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from perl_megatron.errors import UserError
+from perl_megatron.observability.full_disk import FullDisk
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,10 @@ class RunLock:
                 logger.warning("waiting up to %.0f s for another job of this run to end: %s", seconds, holder)
                 has_told = True
             time.sleep(POLL_SECONDS)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._descriptor = descriptor
+        with FullDisk(logger.warning).tolerated("the name of the process in the run's lock"):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
         """Let others have it."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from perl_megatron.observability import append_file
 from perl_megatron.observability.append_file import AppendFile
 from perl_megatron.observability.full_disk import FullDisk
 
@@ -38,3 +39,26 @@ def test_a_disk_that_is_found_full_at_close_ends_no_run(tmp_path: Path, monkeypa
     file._file = ReportsAtClose(tmp_path / "log", "ab")
     with pytest.raises(OSError, match="reported at close"):
         file.close()
+
+
+def test_the_beginning_of_a_file_is_never_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.FileIO):
+        is_full = True
+
+        def write(self, content: object) -> int:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(append_file, "MAX_WAITING_BYTES", 12)
+    disk = FullDisk(lambda text: None)
+    file = AppendFile(tmp_path / "log", disk, what="records")
+    file._file.close()
+    file._file = Full(tmp_path / "log", "ab")
+    file.append(b"begin\n", count=0)
+    for record in (b"one\n", b"two\n", b"six\n"):
+        file.append(record)
+    file._file.is_full = False
+    file.close()
+    assert (tmp_path / "log").read_bytes() == b"begin\nsix\n"
+    assert disk.missing == {"records": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -61,3 +62,18 @@ def test_a_job_that_ends_soon_is_waited_for(tmp_path: Path) -> None:
         assert time.monotonic() - began > 0.5
         lock.acquire(0)  # it has it
         lock.release()
+
+
+def test_a_full_disk_does_not_keep_a_job_from_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lock = RunLock(tmp_path / "lock")
+    with monkeypatch.context() as full:
+        full.setattr(os, "pwrite", fail)
+        lock.acquire(0)
+    script = "import sys; from pathlib import Path; from perl_megatron.observability.run_lock import RunLock"
+    take = [sys.executable, "-c", f"{script}; RunLock(Path(sys.argv[1])).acquire(0)", str(tmp_path / "lock")]
+    assert subprocess.run(take, stderr=subprocess.DEVNULL, check=False).returncode == 1
+    lock.release()
+    assert subprocess.run(take, check=False).returncode == 0
