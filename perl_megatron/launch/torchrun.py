@@ -122,7 +122,8 @@ def launch(
     place = final.settle()
     run = None if log_dir is None else log_dir.parent
     status = conclude(code, place, ended_at_once=supervisor.ended_at_once, asked_by=supervisor.asked_by, run=run)
-    if place == staging and logs is None and status in (0, EXIT_USER_ERROR):
+    began = run is not None and run.is_dir()  # its logs may lie here still, where its disk is full
+    if place == staging and logs is None and status in (0, EXIT_USER_ERROR) and not began:
         shutil.rmtree(staging)  # no run began, and nothing is left to find out
     return status
 
@@ -160,6 +161,7 @@ class _Logs:
             part.rename(self._final)
         except OSError:  # a full disk: how the job ended is still told
             shutil.rmtree(part, ignore_errors=True)
+            self.link()
             return self._staging
         shutil.rmtree(self._staging, ignore_errors=True)
         return self._final

@@ -36,7 +36,9 @@ class RunLock:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         until, has_told = time.monotonic() + seconds, False
         while not _try(descriptor, self._path):
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            holder = (
+                os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "its disk has no room for the name"
+            )
             if time.monotonic() >= until:
                 os.close(descriptor)
                 raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -68,5 +69,7 @@ def leave_only_interrupt() -> None:
 
     Call it before there are threads, which have the mask of signals that their starter had.
     """
+    # Whoever starts it lets SIGTERM through again (CPython's resource_tracker.py); all processes below use this one.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored

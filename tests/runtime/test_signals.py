@@ -76,3 +76,27 @@ def test_a_server_ends_by_sigint_only_and_so_does_what_it_starts(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "interrupted\n"
     assert process.returncode == 0
+
+
+def test_processes_of_multiprocessing_do_not_let_sigterm_through_again(tmp_path):
+    """vLLM's processes are such ones: where one got it, the trainer's weights found nobody."""
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import multiprocessing, signal\n"
+        "from perl_megatron.runtime.signals import leave_only_interrupt\n"
+        "def is_blocked():\n"
+        "    return signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+        "def engine(answers, worker):\n"
+        "    if worker is not None:\n"
+        "        worker = multiprocessing.get_context('spawn').Process(target=engine, args=(answers, None))\n"
+        "        worker.start(); worker.join()\n"
+        "    answers.put(is_blocked())\n"
+        "if __name__ == '__main__':\n"
+        "    leave_only_interrupt()\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    answers = context.SimpleQueue()\n"
+        "    process = context.Process(target=engine, args=(answers, 'worker')); process.start(); process.join()\n"
+        "    print(answers.get(), answers.get(), is_blocked())\n"
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout == "True True True\n"
