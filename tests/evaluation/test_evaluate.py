@@ -86,11 +86,12 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     before = file.read_bytes()
     assert len(before.splitlines()) == 12
 
-    def full_disk(path, text, **_):
-        path.write_bytes(text[:100].encode())
+    def full_disk(path, content):
+        with path.open("wb") as file:
+            file.write(content[:100])
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space"):
         result.write(file)
     assert file.read_bytes() == before
