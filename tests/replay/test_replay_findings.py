@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,46 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from actor_case import make_case, make_config, make_encoder, make_sequences, with_log_probs
+from actor_case import make_config, with_log_probs
 
-from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.replay.command import MAX_SHOWN, BatchEncoder, choose_weights, show
 from perl_megatron.replay.findings import Finding, Findings, examine
-from perl_megatron.runtime import topology as layout
+from perl_megatron.runtime.topology import Topology
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.train.skipped_batch import SkippedBatch, load_batch, save_batch
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("case")
-    make_case(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[layout.Topology]:
-    yield layout.initialize(ParallelConfig(), seed=0, timeout_seconds=60)
-    layout.shutdown()
-
-
-@pytest.fixture(scope="module")
-def encoder(case: Path) -> PromptEncoder:
-    return make_encoder(case)
-
-
 @pytest.fixture
-def sequences(case: Path, encoder: PromptEncoder) -> list[TrainingSequence]:
-    return make_sequences(case, encoder)
-
-
-@pytest.fixture
-def start(case: Path, place: layout.Topology, encoder: PromptEncoder) -> Callable[..., Actor]:
-    return lambda other=None: Actor(make_config(case), place, other or encoder, total_steps=10)
+def start(case: Path, topology: Topology, encoder: PromptEncoder) -> Callable[..., Actor]:
+    return lambda other=None: Actor(make_config(case), topology, other or encoder, total_steps=10)
 
 
 def batch_of(actor: Actor, sequences: Sequence[TrainingSequence], **changes: Any) -> SkippedBatch:
