@@ -1,3 +1,4 @@
+import itertools
 import shutil
 import subprocess
 import sys
@@ -189,9 +190,8 @@ def test_processes_of_a_node_decode_at_the_same_time(reader, tmp_path):
             ahead.close()
     times = sorted(tuple(map(float, path.read_text().split())) for path in tmp_path.glob("*.times"))
     assert len(times) == 24  # each once
-    times = times[1:]
-    working = sum(end - begin for begin, end in times)
-    assert working > 1.3 * (max(end for _, end in times) - times[0][0])
+    beside_another = sum(later[0] < earlier[1] for earlier, later in itertools.pairwise(times[1:]))
+    assert beside_another >= 5  # none, where both begin with the same image; a busy machine leaves fewer than half
 
 
 def test_threads_may_take_at_once(ahead, paths):
