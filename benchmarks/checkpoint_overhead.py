@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,9 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from real_run import REPOSITORY, metrics_of_run
 from side_by_side import Row, make_row, report, run_in_turn
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 10
 LIMIT = 1.02
 """A step with its share of a checkpoint, over one without."""
@@ -46,19 +45,12 @@ def prepare(folder: Path) -> None:
 
 def work(name: str, folder: Path, num_steps: int) -> dict[str, list[float]]:
     """One run; numbers of its steps but for the first, which warms up."""
-    with tempfile.TemporaryDirectory(dir=folder) as runs:
-        settings = [
-            *(f"run.directory={runs}", "run.name=run", f"run.steps={num_steps}", *SETTINGS[name]),
-            *(f"model.path={folder / 'policy'}", f"data.train={folder / 'data' / 'train.jsonl'}"),
-            *("data.evaluation=null", "rollout.engine=embedded", "filter.no_signal=false"),
-        ]
-        command = [sys.executable, "-m", "perl_megatron", "train", "examples/demo/train.yaml", *settings]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise SystemExit(run.stdout[-2000:] + run.stderr[-5000:])
-        rows = [json.loads(line) for line in (Path(runs) / "run" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["step"] > 1]
+    settings = [
+        *(f"run.steps={num_steps}", *SETTINGS[name]),
+        *(f"model.path={folder / 'policy'}", f"data.train={folder / 'data' / 'train.jsonl'}"),
+        *("data.evaluation=null", "rollout.engine=embedded", "filter.no_signal=false"),
+    ]
+    rows = [row for row in metrics_of_run(settings, folder) if row["step"] > 1]
     names = ("seconds/step", "seconds/save", "save/background_seconds", "save/background_cpu_seconds")
     return {name: [row[name] for row in rows if name in row] for name in names}
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from real_run import REPOSITORY, metrics_of_run
 from side_by_side import Row, make_row, report, run_in_turn
 
 from perl_megatron.data.image_reader import ImageReader
@@ -35,7 +36,6 @@ from perl_megatron.data.records import write_records
 from perl_megatron.data_idle import MAX_SHARE
 from perl_megatron.types import PermutationContract, Record, ReferenceRule
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGES, SIDES, MAX_PIXELS = 4, (640, 480), 262_144
 QUESTIONS = 2
 """Of a step."""
@@ -74,26 +74,18 @@ def prepare(folder: Path, num_steps: int) -> None:
 
 def work(name: str, folder: Path, num_steps: int) -> dict[str, list[float]]:
     """One run; numbers of its steps."""
-    with tempfile.TemporaryDirectory(dir=folder) as runs:
-        settings = [
-            *(f"run.directory={runs}", "run.name=run", f"run.steps={num_steps}", "run.save_every=0"),
-            *(f"model.path={folder / 'policy'}", "parallel.tensor=1", f"data.train={folder / 'train.jsonl'}"),
-            *("data.evaluation=null", f"data.max_pixels={MAX_PIXELS}", "data.max_prompt_tokens=4096"),
-            *("rollout.engine=embedded", f"rollout.questions_per_step={QUESTIONS}", "rollout.num_rollouts=2"),
-            *("filter.no_signal=false", "algorithm.kl_coefficient=0", *SETTINGS[name]),
-        ]
-        command = [sys.executable, "-m", "perl_megatron", "train", "examples/demo/train.yaml", *settings]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise SystemExit(run.stdout[-2000:] + run.stderr[-5000:])
-        rows = [json.loads(line) for line in (Path(runs) / "run" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["step"] > WARM_STEPS]
+    settings = [
+        *(f"run.steps={num_steps}", "run.save_every=0", "parallel.tensor=1"),
+        *(f"model.path={folder / 'policy'}", f"data.train={folder / 'train.jsonl'}", "data.evaluation=null"),
+        *(f"data.max_pixels={MAX_PIXELS}", "data.max_prompt_tokens=4096"),
+        *("rollout.engine=embedded", f"rollout.questions_per_step={QUESTIONS}", "rollout.num_rollouts=2"),
+        *("filter.no_signal=false", "algorithm.kl_coefficient=0", *SETTINGS[name]),
+    ]
+    rows = [row for row in metrics_of_run(settings, folder) if row["step"] > WARM_STEPS]
     return {
         "step": [row["seconds/step"] for row in rows],
         "share": [row["data/idle_share"] for row in rows],
         "idle": [row["data/idle_share"] * row["seconds/step"] for row in rows],
-        "images": [row["data/image_wait_seconds"] for row in rows],
     }
 
 

@@ -6,7 +6,6 @@ import os
 from collections import deque
 from pathlib import Path
 
-from perl_megatron.errors import is_full_disk
 from perl_megatron.observability.full_disk import FullDisk
 
 MAX_WAITING_BYTES = 64 * 2**20
@@ -39,24 +38,16 @@ class AppendFile:
     def sync(self) -> None:
         """Wait for the disk. What there is no room for still waits; OSError for other failures."""
         self._write_waiting()
-        try:
+        with self._disk.tolerated(self._what, count=0):  # network file systems may find only now that there is no room
             os.fsync(self._file.fileno())
-        except OSError as error:  # network file systems may find only now that there is no room
-            if not is_full_disk(error):
-                raise
-            self._disk.found(error)
 
     def close(self) -> None:
         """Write what waits if there is room now, and close the file."""
         self._write_waiting()
         while self._waiting:
             self._give_up()
-        try:
+        with self._disk.tolerated(self._what, count=0):  # it is closed all the same
             self._file.close()
-        except OSError as error:  # it is closed all the same
-            if not is_full_disk(error):
-                raise
-            self._disk.found(error)
 
     def _give_up(self) -> None:
         oldest = next((place for place, (_, count) in enumerate(self._waiting) if count), 0)
@@ -64,14 +55,10 @@ class AppendFile:
         del self._waiting[oldest]
 
     def _write_waiting(self) -> None:
-        try:
+        with self._disk.tolerated(self._what, count=0):  # what is not written still waits
             while self._waiting:
                 self._write_whole(self._waiting[0][0])
                 self._waiting.popleft()
-        except OSError as error:
-            if not is_full_disk(error):
-                raise
-            self._disk.found(error)
 
     def _write_whole(self, content: bytes) -> None:
         end, remaining = os.fstat(self._file.fileno()).st_size, memoryview(content)
