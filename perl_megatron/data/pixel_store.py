@@ -1,19 +1,19 @@
 """Decoded images that all processes of a run on a node share: one file each in a common folder, which readers map.
 
-    FOLDER/pixels/KEY.npy        uint8 [height, width, 3], under the hash of its content
+    FOLDER/pixels/KEY            height and width (int64), then uint8 [height, width, 3]; KEY is the hash of the pixels
     FOLDER/sources/NAME          symbolic link: which pixels an image file has (``NAME`` stands for its path and state)
     FOLDER/locks/…               who decodes, and the bytes of all pixels
 
 A file appears under its name whole or not at all. Nothing depends on a process to go on: locks end with their holder,
 and what a killed process leaves is dropped like anything that nobody uses. (`multiprocessing.shared_memory` has no
-names for contents, no bound, and a tracker in each process that removes what the others still use.)
+names for contents, no bound, and a tracker in each process that removes what the others still use. Files of NumPy's own
+format have a header that `ast` reads, which fails now and then where threads do so at once: CPython's gh-106905.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import logging
 import os
 import time
@@ -34,6 +34,7 @@ PAGE_BYTES = 4096
 KEPT_SHARE = 0.875
 """Of the bound: what remains when pixels are dropped, so that it is not done for every new image."""
 OWN_BYTES = 512 * 2**20
+HEADER_BYTES = 16
 TEMPORARY = ".tmp"
 NUM_LOCKS = 64
 LOCK_SECONDS = 60.0
@@ -111,7 +112,7 @@ class PixelStore:
 
     def put(self, key: str, pixels: np.ndarray, *, source: str) -> StoredImage:
         """Keep an image's pixels; returns them as other processes see them, or as they were given."""
-        num_bytes = _round_up(pixels.nbytes + 128)  # with the file's header
+        num_bytes = _round_up(HEADER_BYTES + pixels.nbytes)
         if self._folder is not None and num_bytes <= self.max_bytes:
             try:
                 self._share(key, pixels, num_bytes, source)
@@ -145,14 +146,16 @@ class PixelStore:
         path = self._use(key)
         if path is not None:
             with contextlib.suppress(OSError):  # dropped in this moment
-                return np.load(path, mmap_mode="r")
+                content = np.memmap(path, np.uint8, mode="r")
+                height, width = content[:HEADER_BYTES].view(np.int64)
+                return content[HEADER_BYTES:].reshape(height, width, 3)
         return None
 
     def _use(self, key: str) -> Path | None:
         """The file of the pixels, which are used now."""
         if self._folder is None:
             return None
-        path, now = self._pixels / f"{key}.npy", time.time_ns()
+        path, now = self._pixels / key, time.time_ns()
         try:
             os.utime(path, ns=(now, now))  # a file system's own clock gives many uses one time
         except OSError:
@@ -183,7 +186,7 @@ class PixelStore:
 
     def _write_pixels(self, key: str, pixels: np.ndarray, num_bytes: int) -> None:
         """Write their file, if it is not there; raises OSError."""
-        path = self._pixels / f"{key}.npy"
+        path = self._pixels / key
         if path.exists():
             return
         self._make_room(num_bytes)
@@ -215,7 +218,7 @@ class PixelStore:
             if path.suffix == TEMPORARY and used_ns > being_written:
                 continue
             path.unlink(missing_ok=True)
-            dropped.add(path.stem)
+            dropped.add(path.name)
             total -= size
         for link in self._sources.iterdir():
             with contextlib.suppress(OSError):
@@ -253,11 +256,11 @@ class PixelStore:
 
 
 def _write_whole(path: Path, pixels: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.save(content, pixels, allow_pickle=False)
     temporary = path.with_name(f"{uuid.uuid4().hex}{TEMPORARY}")
     try:
-        temporary.write_bytes(content.getbuffer())
+        with temporary.open("wb") as file:
+            file.write(np.array(pixels.shape[:2], np.int64).tobytes())
+            file.write(pixels.tobytes())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ serves again, it is brought the weights.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
@@ -28,6 +29,8 @@ from perl_megatron.rollout.shares import record_blocks, shares_of
 from perl_megatron.runtime import collective
 from perl_megatron.runtime.key_file import read_key
 from perl_megatron.types import EncodedPrompt, Rollout, View
+
+logger = logging.getLogger(__name__)
 
 MAX_ROUNDS = 4
 """How often what is left over is asked again before the run ends: the requests themselves may be the cause."""
@@ -157,6 +160,7 @@ class ServerEngine:
         except UserError as refused:
             error = refused
         except Exception as failed:  # a rank that raised alone would leave the others waiting for it
+            logger.exception("rollouts could not be asked for")  # the other ranks get its words only
             error = UserError(f"rollouts could not be asked for: {describe(failed)}", where="rollout.engine")
         failures = {
             server.address: server.failure

@@ -1,10 +1,12 @@
 import errno
 import fcntl
+import gc
 import logging
 import os
 import pickle
 import resource
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -90,6 +92,38 @@ def test_threads_that_write_at_once_lose_nothing(tmp_path):
     assert stores[0].num_bytes == 20 * ONE
     assert int((tmp_path / "locks" / "bytes").read_bytes()) >= 20 * ONE
     assert not list((tmp_path / "pixels").glob("*.tmp"))
+
+
+class SlowToGo:
+    """Its end lets other threads go on, in the middle of whatever set off the garbage collection."""
+
+    def __init__(self) -> None:
+        self.cycle = self
+
+    def __del__(self) -> None:
+        for _ in range(20):
+            pass
+
+
+def test_threads_read_at_once_whatever_garbage_is_collected_meanwhile(store):
+    """Files of NumPy's format were not read: CPython's gh-106905."""
+    put(store, 1)
+    expected = pixels_of(1)
+
+    def read(_: int) -> None:
+        for _ in range(200):
+            SlowToGo()
+            np.testing.assert_array_equal(store.get("key1").pixels, expected)
+
+    seconds, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(read, range(8)))
+    finally:
+        sys.setswitchinterval(seconds)
+        gc.set_threshold(*threshold)
 
 
 def test_an_image_larger_than_the_bound_is_given_back_as_it_is(tmp_path, caplog):

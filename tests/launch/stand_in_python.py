@@ -39,7 +39,7 @@ write(restarts, note)
 if restarts == "0":
     run, stop = Path(os.environ["RUN"]), Path(arguments[arguments.index("--stop-file") + 1])
     if "FOLDER" in os.environ:
-        run.mkdir()
+        run.mkdir(exist_ok=True)  # each node's stand-in makes it
         (run / "config.yaml").touch()
     until = time.monotonic() + 120
     while not stop.exists() and time.monotonic() < until:
