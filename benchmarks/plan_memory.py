@@ -7,7 +7,12 @@ images, on the CPU in float32. Compared are
   against the plan without the process;
 - whole: peak resident memory, against the plan with what it assumes for a process.
 
-The plan is given the micro-batches that the actor makes of the batch, not the largest ones that the config allows.
+For these two the plan is given the micro-batches that the actor makes of the batch. For
+
+- bounds: peak resident memory, against what `perl-megatron plan --gpu cpu` says of an update
+
+it is not: it knows the bounds of the config (longest prompts and responses), in micro-batches as full as they may be.
+The batch then has prompts of that length, of images but for a word, and two questions in a micro-batch.
 """
 
 from __future__ import annotations
@@ -29,16 +34,28 @@ CASES = ("tiny", "3B layers")
 WORKER = "measured"
 
 
-def make_config(folder: Path, recompute: str) -> Any:
-    """The case's: no reference policy, the micro-batches of about two questions."""
+def make_config(folder: Path, recompute: str, inputs: Any) -> Any:
+    """The case's: no reference policy, the engine elsewhere, and bounds that the batch keeps to."""
     from perl_megatron.config.load import load_config
 
-    settings = ("model.dtype=float32", "rollout.engine=embedded", "algorithm.kl_coefficient=0")
-    return load_config(None, [f"model.path={folder}", f"model.recompute={recompute}", *settings]).config
+    settings = {
+        "model.path": folder,
+        "model.recompute": recompute,
+        "model.dtype": "float32",
+        "algorithm.kl_coefficient": 0,
+        "permutation.num_permuted": 0,
+        "rollout.engine": "server",
+        "rollout.servers": "[http://127.0.0.1:8000]",
+        "rollout.num_rollouts": RESPONSES,
+        "rollout.questions_per_step": len(inputs.sequences),
+        "rollout.max_response_tokens": max(len(one.response) for one in inputs.sequences),
+        "data.max_prompt_tokens": max(len(one.prompt.token_ids) for one in inputs.sequences),
+    }
+    return load_config(None, [f"{key}={value}" for key, value in settings.items()]).config
 
 
-def measure(name: str, folder: Path, recompute: str) -> dict[str, Any]:
-    """Peaks of this process in GiB, and the plan's for the same micro-batches."""
+def measure(name: str, folder: Path, recompute: str, *, filled: bool) -> dict[str, Any]:
+    """Peaks of this process in GiB, and the plan's: of the same micro-batches, or of the bounds (``filled``)."""
     from perl_megatron.runtime import platform
 
     platform.install()
@@ -52,9 +69,12 @@ def measure(name: str, folder: Path, recompute: str) -> dict[str, Any]:
     from perl_megatron.runtime import topology
     from perl_megatron.train.actor import Actor
 
-    config = make_config(folder, recompute)
+    case = ACTOR_CASES[name]
+    if filled:
+        case = replace(case, prompt_words=1, rows=max(4, case.rows))
+    inputs: Any = make_inputs(case)
+    config = make_config(folder, recompute, inputs)
     place = topology.initialize(config.parallel, seed=0, timeout_seconds=600)
-    inputs: Any = make_inputs(ACTOR_CASES[name])
     object.__setattr__(inputs, "banned_token_ids", ())
     random = np.random.default_rng(2)
     sequences = [
@@ -70,19 +90,22 @@ def measure(name: str, folder: Path, recompute: str) -> dict[str, Any]:
     views = views_of([one.prompt for one in sequences], [len(one.response) for one in sequences])
     before = resident_gib("VmRSS")
     cost = CostModel(_numbers(folder), config.actor.sharing)
-    half = cost.memory(views[: len(views) // 2])
-    config = config.model_copy(update={"actor": config.actor.model_copy(update={"micro_batch_tokens": half})})
+    budget = cost.memory(views[: 2 if filled else len(views) // 2])
+    config = config.model_copy(update={"actor": config.actor.model_copy(update={"micro_batch_tokens": budget})})
     actor = Actor(config, place, inputs, total_steps=2)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     for _ in range(2):
         actor.update(sequences)
     peak = resident_gib("VmHWM")
+    measured = {"before": before, "growth": peak - before, "whole": peak, "bounds": peak}
+    if filled:
+        return planned_by_bounds(config, folder) | measured
     plan = actor._schedule._layout.plan(sequences)
     micro_batches = [
         views_of([sequences[index].prompt for index in part], [len(sequences[index].response) for index in part])
         for part in plan
     ]
-    return planned(config, folder, micro_batches) | {"before": before, "growth": peak - before, "whole": peak}
+    return planned(config, folder, micro_batches) | measured
 
 
 def _numbers(folder: Path) -> Any:
@@ -122,6 +145,19 @@ def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[s
     }
 
 
+def planned_by_bounds(config: Any, folder: Path) -> dict[str, Any]:
+    """The plan of an update in GiB, as the command line makes it."""
+    from perl_megatron.config.derive import derive
+    from perl_megatron.plan.assumptions import Assumptions
+    from perl_megatron.plan.device_plan import Device, make_device_plan
+    from perl_megatron.plan.gpus import GIB, gpu_of
+
+    numbers = _numbers(folder)
+    derived = derive(config, world_size=1, architecture=numbers, command="train")
+    plan = make_device_plan(config, derived, numbers, Device.of(gpu_of("cpu"), Assumptions(), processes=1))
+    return {"planned_bounds": plan.stages[0].phases["update"] / GIB}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="the tiny case only")
@@ -132,9 +168,10 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--recompute", help=argparse.SUPPRESS)
+    parser.add_argument("--filled", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure(options.case, options.folder, options.recompute)))
+        print(json.dumps(measure(options.case, options.folder, options.recompute, filled=options.filled)))
         return
     from perl_megatron.runtime import platform
 
@@ -147,15 +184,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_case(ACTOR_CASES[name], Path(folder))
             for recompute in ("none", "full"):
-                arguments = ["--case", name, "--folder", folder, "--recompute", recompute]
-                results = run_in_turn(
-                    Path(__file__), [WORKER], arguments, rounds=options.rounds, threads=options.threads
-                )[WORKER]
-                for key in ("growth", "whole"):
-                    plan, real = ([one[field] for one in results] for field in (f"planned_{key}", key))
-                    rows.append(make_row(f"{name}, recompute {recompute}: {key}", plan, "measured", real, "GiB", None))
-                    if key == "whole" or name != "tiny":
-                        worst = max(worst, abs(rows[-1].ratio - 1))
+                for keys, filled in ((("growth", "whole"), []), (("bounds",), ["--filled"])):
+                    arguments = ["--case", name, "--folder", folder, "--recompute", recompute, *filled]
+                    results = run_in_turn(
+                        Path(__file__), [WORKER], arguments, rounds=options.rounds, threads=options.threads
+                    )[WORKER]
+                    for key in keys:
+                        plan, real = ([one[field] for one in results] for field in (f"planned_{key}", key))
+                        label = f"{name}, recompute {recompute}: {key}"
+                        rows.append(make_row(label, plan, "measured", real, "GiB", None))
+                        if key != "growth" or name != "tiny":
+                            worst = max(worst, abs(rows[-1].ratio - 1))
     report(f"planned and measured memory, {options.threads} threads", rows, options.json)
     if worst > BOUND:
         sys.exit(f"the plan is off by {worst:.0%}, more than {BOUND:.0%}")

@@ -18,7 +18,8 @@ def test_planned_memory_is_measured_memory(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:] + result.stdout[-2000:]
     rows = {row["case"]: row["ratio"] for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert set(rows) == {f"tiny, recompute {way}: {what}" for way in ("none", "full") for what in ("growth", "whole")}
-    assert all(abs(rows[f"tiny, recompute {way}: whole"] - 1) <= 0.15 for way in ("none", "full"))
+    kinds, ways = ("growth", "whole", "bounds"), ("none", "full")
+    assert set(rows) == {f"tiny, recompute {way}: {what}" for way in ways for what in kinds}
+    assert all(abs(rows[f"tiny, recompute {way}: {what}"] - 1) <= 0.15 for way in ways for what in kinds[1:])
     # Of the growth of a tiny policy, half is what the allocator and threads keep.
-    assert all(abs(rows[f"tiny, recompute {way}: growth"] - 1) <= 0.3 for way in ("none", "full"))
+    assert all(abs(rows[f"tiny, recompute {way}: growth"] - 1) <= 0.3 for way in ways)
