@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pickle
 import struct
 import zipfile
@@ -16,6 +17,8 @@ from PIL import Image
 from perl_megatron.data import image_store, images
 from perl_megatron.data.images import check_image, load_image
 from perl_megatron.data.records import DroppedRecord, parse_record
+from perl_megatron.data.row_formats import RECORDS
+from perl_megatron.data.row_import import NumberedRow, RowSettings, convert_rows
 from perl_megatron.errors import UserError
 from perl_megatron.preparation import table_images
 from perl_megatron.runtime.environment import weights_only_loads
@@ -158,3 +161,22 @@ def test_archives_are_bounded_before_they_are_unpacked(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="leaves the folder"):
         reader.read("../secret.png", table)
     reader.close()
+
+
+@pytest.mark.timeout(60)
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    """A pipe would be waited for without end, and a device has no size that could be refused."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    settings = RowSettings(RECORDS, tmp_path / "target", tmp_path, "source")
+    reader = table_images.TableImages(None)
+    os.mkfifo(tmp_path / "pipe.zip")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(UserError, match="not a regular file"):
+            check_image(tmp_path / name)
+        with pytest.raises(UserError, match="is not there"):
+            reader.read(name, tmp_path / "table.parquet")
+        row = NumberedRow("file:1", "1", {"id": "1", "images": [name], "text": "<image>?", "answer": "7"})
+        ((outcome,),) = convert_rows([row], settings=settings)
+        assert outcome.line is None
+        assert "not a regular file" in outcome.reason
