@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pickle
 import struct
 import zipfile
@@ -16,6 +17,8 @@ from PIL import Image
 from perl_megatron.data import image_store, images
 from perl_megatron.data.images import check_image, load_image
 from perl_megatron.data.records import DroppedRecord, parse_record
+from perl_megatron.data.row_formats import RECORDS
+from perl_megatron.data.row_import import NumberedRow, RowSettings, convert_rows
 from perl_megatron.errors import UserError
 from perl_megatron.preparation import table_images
 from perl_megatron.runtime.environment import weights_only_loads
@@ -85,6 +88,47 @@ def test_nothing_runs_what_a_file_holds() -> None:
 )
 def test_each_danger_is_seen(program: str) -> None:
     assert list(dangers(ast.parse(program)))
+
+
+IN_THREADS = (
+    *("ahead.py", "chat/*.py", "rollout/*.py", "data/images.py", "data/image_*.py", "data/images_ahead.py"),
+    *("data/pixel_store.py", "data/worker_pool.py", "data/processor.py", "data/patches.py", "data/records.py"),
+    *("checkpoint/conversion.py", "checkpoint/background.py", "checkpoint/read_ahead.py"),
+)
+"""What several threads of a process may be in at once."""
+PARSING = ("np.load", "np.lib.format.read_array", "np.lib.format.open_memmap", "compile", "eval", "exec")
+
+
+def parses_python(tree: ast.AST) -> Iterator[str]:
+    """Calls that use Python's parser: CPython 3.11 keeps its depth for all threads together (gh-106905), so now and
+    then one fails where a garbage collection lets another in. NumPy's headers are read by it.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None)
+            if module in ("ast", "numpy.lib.format") or any(alias.name == "ast" for alias in node.names):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func).replace("numpy.", "np.")
+            if called in PARSING:
+                yield ast.unparse(node)
+
+
+def test_no_thread_uses_pythons_parser() -> None:
+    package = REPOSITORY / "perl_megatron"
+    for pattern in IN_THREADS:
+        paths = list(package.glob(pattern))
+        assert paths, pattern
+        for path in paths:
+            assert not list(parses_python(ast.parse(path.read_text()))), path
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["import ast", "from ast import literal_eval", "np.load(path)", "numpy.load(path)", "compile(text, '', 'eval')"],
+)
+def test_each_use_of_the_parser_is_seen(program: str) -> None:
+    assert list(parses_python(ast.parse(program)))
 
 
 def test_torch_unpickles_no_programs_within_the_block(tmp_path: Path) -> None:
@@ -158,3 +202,22 @@ def test_archives_are_bounded_before_they_are_unpacked(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="leaves the folder"):
         reader.read("../secret.png", table)
     reader.close()
+
+
+@pytest.mark.timeout(60)
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    """A pipe would be waited for without end, and a device has no size that could be refused."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    settings = RowSettings(RECORDS, tmp_path / "target", tmp_path, "source")
+    reader = table_images.TableImages(None)
+    os.mkfifo(tmp_path / "pipe.zip")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(UserError, match="not a regular file"):
+            check_image(tmp_path / name)
+        with pytest.raises(UserError, match="is not there"):
+            reader.read(name, tmp_path / "table.parquet")
+        row = NumberedRow("file:1", "1", {"id": "1", "images": [name], "text": "<image>?", "answer": "7"})
+        ((outcome,),) = convert_rows([row], settings=settings)
+        assert outcome.line is None
+        assert "not a regular file" in outcome.reason

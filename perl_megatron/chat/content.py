@@ -13,6 +13,7 @@ from PIL import Image
 
 from perl_megatron.chat.messages import ChatRequest, Message
 from perl_megatron.errors import UserError
+from perl_megatron.runtime.regular_file import open_regular
 
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 _FORMATS = ("BMP", "PPM", "TIFF")
@@ -61,7 +62,8 @@ def _read(part: Path | bytes) -> bytes:
     if isinstance(part, bytes):
         return part
     try:
-        return part.read_bytes()
+        with open_regular(part) as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"cannot read the image: {error.strerror}", where=str(part)) from error
 

@@ -46,10 +46,10 @@ class ImageReader:
         try:
             status = os.stat(path)
             state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        except OSError:
+        except (OSError, ValueError):  # the latter: a path that no file can have
             state = (0, 0, 0, 0)  # reading it says why
         text = f"{path}\0{state}\0{self.min_pixels}\0{self.max_pixels}"
-        return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:

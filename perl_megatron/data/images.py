@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES
 from perl_megatron.errors import UserError
+from perl_megatron.runtime.regular_file import open_regular
 
 MERGED_PATCH = 28
 """Side in pixels of one merged patch (2 × 2 patches of 14 × 14): Qwen2.5-VL's resize factor."""
@@ -56,8 +58,8 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
 def check_image(path: Path, content: bytes | None = None) -> None:
     """Decode the whole image and forget it; with ``content`` the image of these bytes, which came from ``path``.
 
-    Raises ``UserError`` (naming the file) where it is missing, corrupt, truncated, not an image, too large (in
-    bytes or pixels) to be decoded safely, or has an aspect ratio above 200.
+    Raises ``UserError`` (naming the file) where it is missing, no regular file, corrupt, truncated, not an image, too
+    large (in bytes or pixels) to be decoded safely, or has an aspect ratio above 200.
     """
     image = _decode(path, content)
     _resized_sides(image, path, min_pixels=MERGED_PATCH**2, max_pixels=MAX_SOURCE_PIXELS)
@@ -92,24 +94,25 @@ def image_key(image: Image.Image) -> str:
 def _decode(path: Path, content: bytes | None = None) -> Image.Image:
     """The image with its pixels decoded and its EXIF rotation applied."""
     try:
-        num_bytes = path.stat().st_size if content is None else len(content)
-        if num_bytes > MAX_IMAGE_BYTES:
-            what = f"the image has {num_bytes} bytes, more than {MAX_IMAGE_BYTES}"
-            raise UserError(what, where=str(path), fix="reduce the image before training")
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
-            too_large = image.width * image.height > MAX_SOURCE_PIXELS
-            if not too_large:
-                image.load()
-                return ImageOps.exif_transpose(image)
+        with open_regular(path) if content is None else io.BytesIO(content) as file:
+            num_bytes = os.fstat(file.fileno()).st_size if content is None else len(content)
+            if num_bytes > MAX_IMAGE_BYTES:
+                what = f"the image has {num_bytes} bytes, more than {MAX_IMAGE_BYTES}"
+                raise UserError(what, where=str(path), fix="reduce the image before training")
+            with Image.open(file, formats=FORMATS) as image:
+                too_large = image.width * image.height > MAX_SOURCE_PIXELS
+                if not too_large:
+                    image.load()
+                    return ImageOps.exif_transpose(image)
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError("image file not found", where=str(path), fix="check the path in the record") from error
     except Image.DecompressionBombError:
         too_large = True
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise nearly anything on corrupt bytes: OSError, SyntaxError, struct.error
+    # Pillow's readers raise nearly anything on corrupt bytes (OSError, SyntaxError, struct.error); ValueError: a path
+    # that no file can have.
+    except Exception as error:
         raise UserError(
             f"cannot read the image: {error}",
             where=str(path),

@@ -146,7 +146,7 @@ def in_turn(paths: Sequence[Path], turn: tuple[int, int], *, own: int) -> list[P
     number, count = turn
 
     def key(position: int) -> tuple[int, int]:
-        owner = zlib.crc32(str(paths[position]).encode("utf-8", "surrogateescape"))
+        owner = zlib.crc32(str(paths[position]).encode("utf-8", "surrogatepass"))
         return position // (own * count), (owner - number) % count
 
     return [paths[position] for position in sorted(range(len(paths)), key=key)]

@@ -171,9 +171,9 @@ def parse_record(line: bytes, where: str, folder: Path) -> Record | DroppedRecor
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         return DroppedRecord(where, None, f"{key}: {first['msg']}" if key else first["msg"])
-    escaping = [image for image in parsed.images if image.startswith("/") or ".." in image.split("/")]
-    if escaping:
-        return DroppedRecord(where, parsed.id, f"the image path '{escaping[0]}' leaves the dataset's folder")
+    problems = [problem for image in parsed.images if (problem := _path_problem(image)) is not None]
+    if problems:
+        return DroppedRecord(where, parsed.id, problems[0])
     record = Record(
         id=parsed.id,
         images=tuple(folder / image for image in parsed.images),
@@ -191,6 +191,15 @@ def parse_record(line: bytes, where: str, folder: Path) -> Record | DroppedRecor
     except UserError as error:
         return DroppedRecord(where, record.id, error.what)
     return record
+
+
+def _path_problem(image: str) -> str | None:
+    """What is wrong with the path of an image, whether there is a file or not."""
+    if image.startswith("/") or ".." in image.split("/"):
+        return f"the image path '{image}' leaves the dataset's folder"
+    if "\0" in image:  # lone surrogates are no JSON
+        return f"the image path {image!a} has a character that no file's name can have"
+    return None
 
 
 def _broken_images(records: Iterable[Record]) -> dict[Path, str]:

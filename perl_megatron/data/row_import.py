@@ -17,6 +17,7 @@ from perl_megatron.data.record_index import Check
 from perl_megatron.data.records import DroppedRecord, parse_record, record_to_json
 from perl_megatron.data.row_formats import FORMATS, RECORDS, Draft
 from perl_megatron.errors import UserError
+from perl_megatron.runtime.regular_file import read_regular
 from perl_megatron.types import Grading, Record
 
 IMAGES = "images"
@@ -155,13 +156,13 @@ def _stored(image: bytes | str, settings: RowSettings) -> Path:
 def _read(image: str, root: Path) -> bytes:
     if PurePosixPath(image).is_absolute() or ".." in image.split("/"):
         raise UserError(f"the image path '{image}' leaves the dataset's folder")
-    path = root / image
     try:
-        if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise UserError(f"the image has more than {MAX_IMAGE_BYTES} bytes [{image}]")
-        return path.read_bytes()
+        content = read_regular(root / image, MAX_IMAGE_BYTES)
     except OSError as error:
         raise UserError(f"cannot read the image: {error.strerror} [{image}]") from error
+    if content is None:
+        raise UserError(f"the image has more than {MAX_IMAGE_BYTES} bytes [{image}]")
+    return content
 
 
 def _refused(row: NumberedRow, record_id: str | None, error: Exception) -> Converted:

@@ -19,6 +19,8 @@ EXIT_STOPPED = 75
 """A run that was asked to stop before its last step (EX_TEMPFAIL of sysexits.h: start it again with --resume)."""
 STOPPED_FILE = "stopped"
 ENDS_FILE = "ends.json"
+_told: list[BaseException | None] = [None]
+"""The error of this process that the launcher has been told of."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,20 @@ class Failure:
 def record_failure(error: BaseException) -> bool:
     """Tell the launcher about the error that ends this rank.
 
-    False where it cannot be told (there is none, or the disk is full): then print it.
+    False where it cannot be told (there is none, or the disk is full): then print it. An error that has been told is
+    not told again: what counts is when it came.
     """
     directory = os.environ.get(DIRECTORY_VARIABLE)
     if directory is None:
         return False
+    if error is _told[-1]:
+        return True
     user_error = isinstance(error, UserError)
     text = str(error) if user_error else "".join(traceback.format_exception(error))
     failure = Failure(rank=int(os.environ.get("RANK", "0")), time=time.time(), user_error=user_error, text=text)
-    return _write(Path(directory) / f"rank-{failure.rank}.json", json.dumps(asdict(failure)))
+    is_written = _write(Path(directory) / f"rank-{failure.rank}.json", json.dumps(asdict(failure)))
+    _told[-1] = error if is_written else None
+    return is_written
 
 
 def stop_status() -> int:

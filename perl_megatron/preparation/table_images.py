@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES
 from perl_megatron.errors import UserError
+from perl_megatron.runtime.regular_file import read_regular
 
 _UNREADABLE = (
     *(OSError, ValueError, RuntimeError, EOFError),
@@ -41,9 +42,10 @@ class TableImages:
         folder = self._folder or table.parent
         try:
             if (folder / image).is_file():
-                if (folder / image).stat().st_size > MAX_IMAGE_BYTES:
+                content = read_regular(folder / image, MAX_IMAGE_BYTES)
+                if content is None:
                     raise UserError(f"the image '{image}' is larger than {MAX_IMAGE_BYTES} bytes", fix="reduce it")
-                return (folder / image).read_bytes()
+                return content
             return self._from_archive(image, folder)
         except _UNREADABLE as error:
             raise UserError(f"cannot read the image '{image}': {error}", where=str(folder)) from error
@@ -57,7 +59,7 @@ class TableImages:
 
     def _from_archive(self, path: str, folder: Path) -> bytes:
         if folder not in self._archives:
-            archives = [zipfile.ZipFile(file) for file in sorted(folder.glob("*.zip"))]
+            archives = [zipfile.ZipFile(file) for file in sorted(folder.glob("*.zip")) if file.is_file()]
             self._archives[folder] = [(archive, frozenset(archive.namelist())) for archive in archives]
         for archive, names in self._archives[folder]:
             for name in (path, f"{folder.name}/{path}"):

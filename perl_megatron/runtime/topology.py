@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,7 +19,11 @@ from megatron.core import parallel_state, tensor_parallel
 from perl_megatron.config.layout import check_layout
 from perl_megatron.config.schema import ParallelConfig
 from perl_megatron.errors import UserError
+from perl_megatron.launch.failures import record_failure
 from perl_megatron.runtime import platform
+
+SHUTDOWN_SECONDS = 120.0
+"""That leaving the process groups may take."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,27 @@ def shutdown() -> None:
     """Leave all process groups, at the end of the process.
 
     Under torchrun a process cannot come back: the ranks' next meeting would find this one's keys in the launcher's
-    store, and hang.
+    store, and hang. NCCL may wait for a rank that is stuck: after ``SHUTDOWN_SECONDS`` this process shows its stacks
+    and ends with status 1.
     """
-    forget_layout()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(SHUTDOWN_SECONDS, exit=True, file=sys.__stderr__)
+    try:
+        forget_layout()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def left_at_the_end() -> Iterator[None]:
+    """``shutdown`` at the end of the block. What ended it is told before, as leaving may not come to an end."""
+    try:
+        yield
+    except Exception as error:
+        if not record_failure(error) and dist.is_initialized() and dist.get_world_size() > 1:
+            print(f"{type(error).__name__}: {error} (rank {dist.get_rank()})", file=sys.stderr, flush=True)
+        raise
+    finally:
+        shutdown()

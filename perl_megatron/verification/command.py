@@ -38,7 +38,7 @@ class Case:
 
 def run(layout: Layout, json_file: Path | None) -> bool:
     """Verify one layout; rank 0 prints the table and writes the file. Returns on every rank whether all rows passed."""
-    try:
+    with topology.left_at_the_end():
         with quiet_libraries(), shared_folder() as folder:
             case = make_case(folder / "policy", layout)
             garbage.stay()
@@ -48,8 +48,6 @@ def run(layout: Layout, json_file: Path | None) -> bool:
                 json_file.write_text(report.as_json(), encoding="utf-8")
             print(report.render())
         return all(gather_objects(report is None or report.passed))
-    finally:
-        topology.shutdown()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tiny_checkpoint import make_images
 from perl_megatron.data import image_reader
 from perl_megatron.data.image_reader import ImageReader, as_image
 from perl_megatron.data.images import image_key, load_image
+from perl_megatron.data.images_ahead import in_turn
 from perl_megatron.data.pixel_store import PixelStore, StoredImage
 from perl_megatron.data.worker_pool import WorkerDied, WorkerPool
 from perl_megatron.errors import UserError
@@ -47,6 +48,16 @@ def die_while_writing(task: Task) -> None:
 def reader(tmp_path) -> ImageReader:
     (tmp_path / "store").mkdir()
     return ImageReader(PixelStore(tmp_path / "store", 2**20), *BOUNDS)
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png", "pipe.png", "x" * 5000 + ".png"])
+def test_a_path_that_cannot_be_read_is_named_whatever_it_is(name, reader, tmp_path):
+    """Where records are checked as they are drawn, another error would end the run."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="cannot read the image") as error:
+        reader.read(tmp_path / name)
+    assert error.value.where == str(tmp_path / name)
+    assert in_turn([tmp_path / name], (0, 1), own=1) == [tmp_path / name]
 
 
 def test_an_image_is_decoded_once_for_all_processes(reader, tmp_path):

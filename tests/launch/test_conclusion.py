@@ -39,6 +39,17 @@ def record(monkeypatch: pytest.MonkeyPatch, rank: int, error: Exception) -> None
     assert record_failure(error)
 
 
+def test_an_error_is_told_once_with_the_time_when_it_came(failures: Path) -> None:
+    """The command line tells it again when the process groups are left, by when other ranks have told their echoes."""
+    error = RuntimeError("the cause")
+    assert record_failure(error)
+    first = (failures / "rank-0.json").read_text()
+    assert record_failure(error)
+    assert (failures / "rank-0.json").read_text() == first
+    assert record_failure(RuntimeError("another one"))
+    assert "another one" in (failures / "rank-0.json").read_text()
+
+
 def test_failures_are_ordered_and_told(
     failures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

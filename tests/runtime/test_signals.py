@@ -1,7 +1,11 @@
+import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -39,6 +43,82 @@ def test_what_comes_too_late_does_not_kill_a_process_that_takes_its_leave():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stay_in_c():
+    """About a second in one call that leaves Python's lock, as a backward pass does."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)
+
+
+def send_soon(*numbers):
+    """The signals, 0.1 s apart, from a thread; the list gets the time of the first one."""
+    sent = []
+
+    def send():
+        for number in numbers:
+            time.sleep(0.1)
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    return sent
+
+
+def test_a_signal_has_come_when_it_came_and_not_when_python_got_to_it():
+    with StopRequest() as stop:
+        sent = send_soon(signal.SIGUSR1)
+        stay_in_c()
+        held = time.monotonic() - sent[0]
+        assert stop.received == signal.SIGUSR1
+    assert held > 0.2
+    assert 0 <= stop.received_at - sent[0] < held / 2
+
+
+def test_ctrl_c_after_another_signal_interrupts_although_python_handles_it_first():
+    with StopRequest() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            send_soon(signal.SIGTERM, signal.SIGINT), stay_in_c()
+        assert stop.received == signal.SIGTERM
+
+
+def test_who_had_the_wakeup_descriptor_still_gets_its_bytes_and_has_it_back():
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    reader.settimeout(10)
+    before = signal.set_wakeup_fd(writer.fileno())
+    try:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert reader.recv(1) == bytes([signal.SIGTERM])
+        assert signal.set_wakeup_fd(before) == writer.fileno()
+        with StopRequest() as stop:  # and who takes it in the meantime keeps it
+            signal.set_wakeup_fd(writer.fileno())
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received == signal.SIGTERM
+            assert reader.recv(1) == bytes([signal.SIGTERM])
+        assert signal.set_wakeup_fd(before) == writer.fileno()
+    finally:
+        signal.set_wakeup_fd(before)
+        reader.close(), writer.close()
+
+
+def test_a_signal_for_a_forked_process_is_none_for_its_parent():
+    """Else the time that the parent has after its own would have begun with this one."""
+    with StopRequest() as stop:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)  # ends by SIGKILL; it also has the writing end, which the block's end does not wait for
+            finally:
+                os._exit(0)
+        time.sleep(0.5)
+        now = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert stop.received_at >= now
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def test_ranks_agree():
