@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perl_megatron.checkpoint.disk import sync_path
 from perl_megatron.checkpoint.retention import (
     MANIFEST,
     TEMPORARY,
@@ -25,6 +24,7 @@ from perl_megatron.checkpoint.retention import (
     list_checkpoints,
     step_of,
 )
+from perl_megatron.durable import sync_path
 from perl_megatron.errors import UserError
 from perl_megatron.runtime.collective import barrier, gather_objects, rank, shared_map
 
