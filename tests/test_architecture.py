@@ -19,7 +19,7 @@ PACKAGE = "perl_megatron"
 MAX_LINES = 350
 
 FLOORS: list[set[str]] = [
-    {"__init__", "types", "errors"},
+    {"__init__", "types", "errors", "durable"},
     {"config"},
     {"launch", "batching"},
     {"runtime"},

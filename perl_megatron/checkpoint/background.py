@@ -74,5 +74,7 @@ class BackgroundWriter:
                 }
         except BaseException as error:
             self._error = error
-            if collective.rank() == 0 and isinstance(error, UserError):
+            if not isinstance(error, UserError):  # the run may end otherwise before anyone waits for the outcome
+                logger.exception("Writing a checkpoint failed on rank %d", collective.rank())
+            elif collective.rank() == 0:
                 logger.error("A checkpoint failed; earlier ones are as they were:\n%s", error)

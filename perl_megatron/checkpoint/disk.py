@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+from perl_megatron.durable import sync_folder, sync_path
 from perl_megatron.errors import UserError, is_full_disk
 
 
@@ -20,19 +21,15 @@ def write_failure(error: OSError, what: str, path: Path) -> WriteFailure:
     return WriteFailure(f"cannot write {what}: {error.strerror or error}", where=str(path), fix=fix)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the files of a folder and of its folders, and their names, are on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def file_inside(folder: Path, name: object, *, named_by: Path) -> Path:
+    """The file of ``folder`` that an index (``named_by``) names; UserError where the name leads out of the folder."""
+    if not isinstance(name, str) or not name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
+        raise UserError(
+            f"the index names a file outside the checkpoint: {name!r}",
+            where=str(named_by),
+            fix="take a checkpoint whose index names files of its own folder only",
+        )
+    return folder / name
 
 
 def publish_folder(folder: Path, target: Path) -> None:

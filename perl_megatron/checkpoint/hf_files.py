@@ -11,7 +11,7 @@ from typing import BinaryIO
 import torch
 
 from perl_megatron.checkpoint.companions import copy_companions
-from perl_megatron.checkpoint.disk import publish_folder, refuse_existing, write_failure
+from perl_megatron.checkpoint.disk import file_inside, publish_folder, refuse_existing, write_failure
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
 from perl_megatron.checkpoint.safetensors_format import StoredTensor, read_header, read_tensor
 from perl_megatron.checkpoint.safetensors_writer import SafetensorsWriter
@@ -60,8 +60,8 @@ class Checkpoint(Weights):
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a folder of safetensors, in one file or in shards, under either naming scheme.
 
-    Reads only the headers. Raises UserError naming the file that is missing, cut short or unreadable, the tensors that
-    the index promises and the files lack, and a tensor that is there twice.
+    Reads only the headers. Raises UserError naming the file that is missing, cut short, unreadable or outside the
+    folder, the tensors that the index promises and the files lack, and a tensor that is there twice.
     """
     path = Path(path)
     if is_torch_dist(path):
@@ -73,7 +73,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     # transformers reads the single file where there is an index as well.
     sharded = (path / INDEX).is_file() and not (path / SINGLE).is_file()
     promised = _read_index(path / INDEX) if sharded else None
-    files = sorted({path / file for file in promised.values()}) if promised is not None else [path / SINGLE]
+    files = [path / SINGLE]
+    if promised is not None:
+        files = sorted({file_inside(path, file, named_by=path / INDEX) for file in promised.values()})
     tensors: dict[str, tuple[Path, StoredTensor]] = {}
     for file in files:
         for stored_name, stored in read_header(file).items():

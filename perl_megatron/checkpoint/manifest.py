@@ -12,12 +12,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perl_megatron.checkpoint.disk import sync_path
+from perl_megatron.checkpoint.disk import file_inside
 from perl_megatron.checkpoint.retention import (
     MANIFEST,
     TEMPORARY,
@@ -25,8 +25,10 @@ from perl_megatron.checkpoint.retention import (
     list_checkpoints,
     step_of,
 )
+from perl_megatron.checkpoint.shared_folder import unseen
+from perl_megatron.durable import sync_folder, sync_path
 from perl_megatron.errors import UserError
-from perl_megatron.runtime.collective import barrier, gather_objects, rank, shared_map
+from perl_megatron.runtime.collective import from_rank_zero, gather_objects, rank, shared_map, together
 
 __all__ = ["MANIFEST", "PendingCheckpoint", "latest_checkpoint", "list_checkpoints", "verify_checkpoint"]
 
@@ -65,13 +67,24 @@ class PendingCheckpoint:
         """Add a text file."""
         on_rank_zero(lambda: _write(self.temporary / name, text))
 
-    def commit(self, retention: Retention) -> Path:
-        """Digest all files (the ranks share the work), rename, and delete the checkpoints that are not kept."""
-        barrier()
-        files = sorted(path for path in self.temporary.rglob("*") if path.is_file())
-        entries = dict(
-            zip([str(file.relative_to(self.temporary)) for file in files], shared_map(file_entry, files), strict=True)
-        )
+    def commit(self, retention: Retention, written: Iterable[str] = ()) -> Path:
+        """Digest all files, rename, and delete the checkpoints that are not kept.
+
+        Over a network, a rank may see another's file late. So no rank's listing decides which file is whose: each
+        digests what it says it has ``written`` (names relative to the folder), and rank 0 whatever else it finds there.
+        Raises UserError, on all ranks, where a file cannot be read, or rank 0 does not get to see it; nothing has been
+        published then.
+        """
+        owners: dict[str, int] = {}
+        for owner, names in enumerate(gather_objects(sorted(written))):
+            owners |= {name: owner for name in names if name not in owners}
+        owners = dict.fromkeys(from_rank_zero(lambda: _names(self.temporary)), 0) | owners
+        mine = [name for name, owner in owners.items() if owner == rank()]
+        entries: dict[str, dict[str, Any]] = {}
+        for part in gather_objects(together(lambda: {name: _entry(self.temporary / name) for name in mine})):
+            entries |= part
+        entries = dict(sorted(entries.items()))
+        on_rank_zero(lambda: _require_all(self.temporary, entries, owners))
         self.write(MANIFEST, manifest_text(entries, step=self.step, facts=retention.facts()))
         on_rank_zero(lambda: _publish(self.temporary, self.target, retention))
         return self.target
@@ -82,16 +95,21 @@ class PendingCheckpoint:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def latest_checkpoint(directory: Path, *, refuse: Callable[[Path], None] = lambda checkpoint: None) -> Path | None:
+def latest_checkpoint(
+    directory: Path, *, up_to: int | None = None, refuse: Callable[[Path], None] = lambda checkpoint: None
+) -> Path | None:
     """The newest checkpoint whose files are all as they were written; None where there is none. Collective.
 
-    A damaged one, and one that ``refuse`` raises a UserError for (it belongs to something else), is passed over with a
-    warning that names the file.
+    All ranks get the same one: rank 0 lists them. A damaged one, and one that ``refuse`` (called by rank 0 alone)
+    raises a UserError for (it belongs to something else), is passed over with a warning that names the file. ``up_to``
+    is the last step that counts; None: there is none.
     """
-    for checkpoint in reversed(list_checkpoints(directory)):
+    for checkpoint in reversed(from_rank_zero(lambda: list_checkpoints(directory))):
+        if up_to is not None and step_of(checkpoint) > up_to:
+            continue
         try:
             verify_checkpoint(checkpoint)
-            refuse(checkpoint)
+            from_rank_zero(lambda: refuse(checkpoint))  # noqa: B023 - it is called at once
         except UserError as error:
             if rank() == 0:
                 logger.warning("Passing over step %d, trying the checkpoint before:\n%s", step_of(checkpoint), error)
@@ -108,16 +126,14 @@ def verify_checkpoint(
     UserError names the file and advises ``fix``. Raises StoppedError soon after ``keep_on``, asked for every chunk of a
     file, says no.
     """
-    algorithm, expected = _read_manifest(checkpoint / MANIFEST, fix)
+    algorithm, expected = from_rank_zero(lambda: _read_whole_manifest(checkpoint, fix))
+    together(lambda: _require_sight(checkpoint, {name: size for name, (size, _) in expected.items()}, fix))
 
     def fault(name: str) -> str | None:
-        file = checkpoint / name
-        if not file.is_file():
-            return "a file of the checkpoint is missing"
-        size = file.stat().st_size
-        if size != expected[name][0]:
-            return f"a file of the checkpoint has {size} bytes, and was written with {expected[name][0]}"
-        same = _digest(file, algorithm, keep_on) == expected[name][1]
+        try:
+            same = _digest(checkpoint / name, algorithm, keep_on) == expected[name][1]
+        except OSError as error:
+            return f"a file of the checkpoint cannot be read: {error.strerror or error}"
         return None if same else "a file of the checkpoint is not what was written"
 
     names = sorted(expected)
@@ -141,6 +157,28 @@ def on_rank_zero(action: Callable[[], None], *, what: str = "the checkpoint") ->
             raise error_of_rank
 
 
+def _read_whole_manifest(checkpoint: Path, fix: str) -> tuple[str, dict[str, tuple[int, str]]]:
+    """As ``_read_manifest``; UserError also where a file is missing or has another size."""
+    algorithm, expected = _read_manifest(checkpoint / MANIFEST, fix)
+    for name, (expected_size, _) in sorted(expected.items()):
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError("a file of the checkpoint is missing", where=str(file), fix=fix)
+        size = file.stat().st_size
+        if size != expected_size:
+            problem = f"a file of the checkpoint has {size} bytes, and was written with {expected_size}"
+            raise UserError(problem, where=str(file), fix=fix)
+    return algorithm, expected
+
+
+def _require_sight(checkpoint: Path, sizes: Mapping[str, int], fix: str) -> None:
+    """UserError where this rank does not get to see a file that rank 0 has seen: it may have to load it."""
+    name = unseen(checkpoint, sizes) if rank() else None
+    if name is not None:
+        problem = f"rank {rank()} does not see a file of the checkpoint as rank 0 does"
+        raise UserError(problem, where=str(checkpoint / name), fix=fix)
+
+
 def _read_manifest(manifest: Path, fix: str) -> tuple[str, dict[str, tuple[int, str]]]:
     """The kind of digest; size and digest of each file. UserError if it is missing, damaged, or of another format."""
     try:
@@ -152,6 +190,8 @@ def _read_manifest(manifest: Path, fix: str) -> tuple[str, dict[str, tuple[int, 
                 where=str(manifest),
             )
         algorithm = _DIGESTS[version]
+        for name in content["files"]:
+            file_inside(manifest.parent, name, named_by=manifest)
         return algorithm, {
             name: (int(entry["size"]), str(entry[algorithm])) for name, entry in content["files"].items()
         }
@@ -168,8 +208,32 @@ def _make_empty(temporary: Path) -> None:
     temporary.mkdir()
 
 
+def _names(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """``file_entry`` of a file that this rank has written."""
+    try:
+        return file_entry(file)
+    except OSError as error:
+        problem = f"a file of the checkpoint cannot be read again: {error.strerror or error}"
+        raise UserError(problem, where=str(file)) from error
+
+
+def _require_all(folder: Path, entries: Mapping[str, Mapping[str, Any]], owners: Mapping[str, int]) -> None:
+    """UserError where this rank does not get to see a file that another one has written."""
+    name = unseen(folder, {name: entry["size"] for name, entry in entries.items()})
+    if name is not None:
+        raise UserError(
+            f"rank 0 does not see {name}, which rank {owners[name]} has written",
+            where="run.directory",
+            fix="put it on a file system that all nodes share",
+        )
+
+
 def _publish(temporary: Path, target: Path, retention: Retention) -> None:
-    sync_path(temporary)
+    sync_folder(temporary)  # not all that wrote into it wait for the disk
     replaced = target.with_name(f"{TEMPORARY}replaced-{target.name}")
     if target.exists() and not retention.is_own(target):
         replaced = _free_name(target.with_name(f"other-run-{target.name}"))  # somebody may want it back

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from perl_megatron.checkpoint.disk import publish_folder, refuse_existing, sync_path, write_failure
+from perl_megatron.checkpoint.disk import publish_folder, refuse_existing, write_failure
+from perl_megatron.durable import sync_path
 from perl_megatron.errors import UserError
 
 Describe = Callable[[Path], dict[str, Any]]

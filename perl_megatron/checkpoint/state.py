@@ -40,7 +40,7 @@ from perl_megatron.checkpoint.torch_dist_index import check_index
 from perl_megatron.errors import UserError
 from perl_megatron.model.policy import Policy
 from perl_megatron.runtime import environment
-from perl_megatron.runtime.collective import together
+from perl_megatron.runtime.collective import from_rank_zero, together
 
 __all__ = ["latest_checkpoint", "load_training_state", "newest_checkpoint", "prepare_training_state"]
 
@@ -93,9 +93,9 @@ def prepare_training_state(
 
     def write() -> Path:
         try:
-            parts.write()
+            names = parts.write()
             pending.write(STATE, state)
-            return pending.commit(retention)
+            return pending.commit(retention, names)
         except UserError:
             pending.discard()
             raise
@@ -103,7 +103,9 @@ def prepare_training_state(
     return write
 
 
-def newest_checkpoint(directory: Path, *, run: str | None = None, model: str | None = None) -> Path | None:
+def newest_checkpoint(
+    directory: Path, *, up_to: int | None = None, run: str | None = None, model: str | None = None
+) -> Path | None:
     """As ``latest_checkpoint``; one of another run or another model is passed over too. Collective."""
 
     def refuse(checkpoint: Path) -> None:
@@ -116,7 +118,7 @@ def newest_checkpoint(directory: Path, *, run: str | None = None, model: str | N
                     fix=f"move it to where that {name} is trained",
                 )
 
-    return latest_checkpoint(directory, refuse=refuse)
+    return latest_checkpoint(directory, up_to=up_to, refuse=refuse)
 
 
 def load_training_state(
@@ -135,7 +137,7 @@ def load_training_state(
     """
     if verify:
         verify_checkpoint(checkpoint)
-    state = _read_state(checkpoint)
+    state = from_rank_zero(lambda: _read_state(checkpoint))
     _refuse_other_settings(state.get("settings", {}), settings, checkpoint)
     together(lambda: check_index(checkpoint))
     content, _ = _sharded(modules, optimizer, is_loading=True)
@@ -161,7 +163,10 @@ def load_training_state(
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
     except (OSError, ValueError) as error:
         raise UserError(
             f"this is no training checkpoint: {error}", where=str(checkpoint / STATE), fix=CONTINUE_FROM_ANOTHER

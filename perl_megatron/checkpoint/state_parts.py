@@ -67,11 +67,15 @@ class StateParts:
             torch.save(common, shared)
         return cls(folder, shared.getvalue(), strategy.writer, strategy.metadata)
 
-    def write(self) -> None:
-        """Write all files and wait for the disk. Collective; UserError on all ranks where one of them cannot."""
+    def write(self) -> list[str]:
+        """Write all files and wait for the disk. Collective; UserError on all ranks where one of them cannot.
+
+        Returns the names of the files that this rank has written, but for those of rank 0 alone.
+        """
         results = together(self._write_parts)
         results_of_ranks = gather_objects(results)
         on_rank_zero(lambda: self._describe(results_of_ranks))
+        return sorted({result.storage_data.relative_path for result in results})
 
     def _write_parts(self) -> list[Any]:
         results: list[Any] = []

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from perl_megatron.checkpoint.disk import file_inside
 from perl_megatron.errors import UserError
 
 INDEX = ".metadata"
@@ -73,7 +74,8 @@ def read_index(path: Path) -> dict[str, GlobalTensor]:
 
 
 def check_index(path: Path) -> None:
-    """UserError where the index of a checkpoint is missing or damaged, or holds what is no part of an index.
+    """UserError where the index of a checkpoint is missing or damaged, holds what is no part of an index, or names a
+    file outside the folder.
 
     To be called before megatron-core or torch read it: they unpickle whatever they find.
     """
@@ -163,6 +165,8 @@ def _load_index(file: Path) -> Metadata:
         raise UserError(f"the checkpoint's index cannot be read: {error}", where=str(file), fix=COPY_AGAIN) from error
     if not isinstance(metadata, Metadata):
         raise UserError("the checkpoint's index describes something else", where=str(file), fix=COPY_AGAIN)
+    for storage in (metadata.storage_data or {}).values():  # megatron-core and torch open whatever file it names
+        file_inside(file.parent, getattr(storage, "relative_path", None), named_by=file)
     return metadata
 
 

@@ -9,7 +9,6 @@ relative to the current directory.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic.fields import FieldInfo
 from perl_megatron.config import yaml_source
 from perl_megatron.config.preset_source import named_presets, preset_file
 from perl_megatron.config.schema import Config
+from perl_megatron.durable import replace_file
 from perl_megatron.errors import UserError
 
 Sections = TypeVar("Sections", bound=BaseModel)
@@ -105,9 +105,7 @@ def save_resolved(loaded: LoadedConfig, path: Path) -> None:
         for name in type(section).model_fields:
             origin = loaded.origins[f"{section_name}.{name}"].replace("\n", " ")
             lines.append(f"  {name}: {yaml_source.dump_scalar(getattr(section, name))}  # {origin}")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, ("\n".join(lines) + "\n").encode())
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:

@@ -22,11 +22,9 @@ class GroupLedger:
     """
 
     def __init__(self, path: Path, *, resumed_step: int = 0, disk: FullDisk | None = None):
-        self._steps: set[int] = set()
-        if path.exists():
-            rows = [row for row in read_rows(path) if row["step"] <= resumed_step]
-            self._steps = {row["step"] for row in rows}
-            write_rows(path, rows)
+        rows = [row for row in read_rows(path) if row["step"] <= resumed_step]
+        self._steps = {row["step"] for row in rows}
+        write_rows(path, rows)
         self._file = AppendFile(path, disk or FullDisk(), what=f"rows of {path.name}")
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,7 @@
-"""JSON-lines files that survive a crash in the middle of a line, and files that appear whole."""
+"""JSON-lines files that survive a crash in the middle of a line, and files that appear whole.
+
+Text is on the disk when it is written: a power failure must not take back what a run goes on from.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from perl_megatron.durable import replace_file
 from perl_megatron.errors import UserError
 
 
@@ -41,11 +45,11 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write any text so."""
-    write_bytes(path, text.encode())
+    replace_file(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write anything so; where that fails, nothing of it takes space."""
+    """Write a picture so, but without waiting for the disk; where it fails, nothing of it takes space."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(content)

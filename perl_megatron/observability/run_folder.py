@@ -12,6 +12,7 @@ from pathlib import Path
 
 from perl_megatron.config.load import LoadedConfig, config_fields, load_config, save_resolved
 from perl_megatron.config.schema import Config
+from perl_megatron.durable import sync_path
 from perl_megatron.errors import UserError
 from perl_megatron.observability.json_lines import write_text
 
@@ -65,6 +66,7 @@ class RunFolder:
             write_text(fresh.identity, secrets.token_hex(8) + "\n")
         if not resume:
             fresh.root.rename(folder.root)
+            sync_path(folder.root.parent)
         return folder
 
     def read_identity(self) -> str | None:

@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from perl_megatron.checkpoint.manifest import list_checkpoints
+from perl_megatron.checkpoint.retention import step_of
+from perl_megatron.checkpoint.state import newest_checkpoint
 from perl_megatron.config.schema import Config
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.replay.findings import Findings, examine
 from perl_megatron.runtime import platform, topology
+from perl_megatron.runtime.collective import from_rank_zero
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.skipped_batch import SkippedBatch, load_batch
 
@@ -51,7 +53,7 @@ def run(config: Config, folder: RunFolder, path: Path, *, checkpoint: Path | Non
         encoder = BatchEncoder(config.model.path, batch.pixels)
         actor = Actor(config, place, encoder, total_steps=1)
         if weights is not None:
-            actor.restore(weights)
+            actor.restore(weights, verify=checkpoint is not None)  # the run's own has just been verified
         findings = examine(actor, batch, encoder.decode)
     finally:
         topology.shutdown()
@@ -64,19 +66,22 @@ def run(config: Config, folder: RunFolder, path: Path, *, checkpoint: Path | Non
 
 
 def choose_weights(folder: RunFolder, batch: SkippedBatch, given: Path | None) -> tuple[Path | None, str]:
-    """The checkpoint to restore (None: `model.path`), and how its weights relate to those of the batch."""
+    """The checkpoint to restore (None: `model.path`), and how its weights relate to those of the batch. Collective.
+
+    What is damaged, or another run's, is passed over with a warning.
+    """
     if given is not None:
         if not given.is_dir():
             raise UserError("the checkpoint does not exist", where=f"--checkpoint {given}", fix="give its folder")
         return given, str(given)
-    steps = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder.checkpoints)}
-    step = max((number for number in steps if number <= batch.step), default=0)
+    found = newest_checkpoint(folder.checkpoints, up_to=batch.step, run=from_rank_zero(folder.read_identity))
+    step = 0 if found is None else step_of(found)
     more = f" and {batch.update - 1} updates" if batch.update > 1 else ""
     exact = step == batch.step and not more
     about = (
         "the batch's own" if exact else f"the batch's had made {batch.step} steps{more}: they may give other numbers"
     )
-    return steps.get(step), f"weights after {step} steps; {about}"
+    return found, f"weights after {step} steps; {about}"
 
 
 def show(findings: Findings, batch: SkippedBatch, weights: str) -> None:

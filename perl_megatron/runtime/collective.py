@@ -97,6 +97,25 @@ def gather_objects(mine: Result) -> list[Result]:
     return gathered
 
 
+def from_rank_zero(work: Callable[[], Result]) -> Result:
+    """What ``work`` returns on rank 0, on every rank: what ranks may see otherwise (files, above all) is seen once.
+
+    Collective; ``work`` itself must not be. Raises, on every rank, the UserError that rank 0 meets.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None]
+    if rank() == 0:
+        try:
+            outcome = [work()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, group=_group.get())
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
 def interleave(shares: Sequence[Sequence[Result]], total: int) -> list[Result]:
     """The inverse of giving share ``r`` the items ``r, r + R, r + 2R, …``."""
     return [shares[index % len(shares)][index // len(shares)] for index in range(total)]

@@ -93,6 +93,16 @@ def test_an_error_that_is_no_users_is_raised_where_it_is_waited_for(writer):
     assert writer.take_times() == {}
 
 
+def test_a_failure_that_nobody_waits_for_is_logged_with_its_cause(writer, caplog):
+    def fail():
+        raise RuntimeError("the archive's writer failed") from OSError(5, "Input/output error")
+
+    writer.start(fail)
+    writer.close()
+    for text in ("rank 0", "the archive's writer failed", "Input/output error", "Traceback"):
+        assert text in caplog.text
+
+
 def test_another_runs_and_another_models_checkpoints_are_passed_over(actor, tmp_path, caplog):
     for step, run in ((1, "ours"), (2, "theirs")):
         actor.prepare_save(tmp_path, step, {}, Retention(run=run))()

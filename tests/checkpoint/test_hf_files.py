@@ -205,3 +205,15 @@ def test_a_torch_dist_folder_is_refused_with_the_command_that_converts_it(tmp_pa
     (tmp_path / ".metadata").write_bytes(b"")
     with pytest.raises(UserError, match=r"(?s)torch_dist checkpoint.*convert_checkpoint\.py .* --to hf"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("leads", ["..", "/"])
+def test_an_index_that_names_a_file_outside_is_refused(tmp_path, leads):
+    outside = tmp_path / "outside.safetensors"
+    save_file({"a": torch.zeros(1)}, outside)
+    (tmp_path / "policy").mkdir()
+    name = {"..": "../outside.safetensors", "/": str(outside)}[leads]
+    index = tmp_path / "policy" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=f"(?s)names a file outside the checkpoint: '{name}'.*{index.name}"):
+        open_checkpoint(tmp_path / "policy")

@@ -2,6 +2,7 @@ import hashlib
 import json
 
 import pytest
+from watched_disk import watched_disk
 
 from perl_megatron.checkpoint.manifest import (
     MANIFEST,
@@ -138,6 +139,35 @@ def test_another_format_is_refused(tmp_path):
     (checkpoint / MANIFEST).write_text(json.dumps({**content, "format": 99}))
     with pytest.raises(UserError, match="99"):
         verify_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", ""])
+def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path, name):
+    checkpoint = write(tmp_path, 1)
+    (tmp_path / "secret").write_text("secret")
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    entry = {"size": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    (checkpoint / MANIFEST).write_text(json.dumps({**content, "files": {name: entry}}))
+    with pytest.raises(UserError, match=f"(?s)outside the checkpoint.*{MANIFEST}"):
+        verify_checkpoint(checkpoint)
+
+
+def test_the_newest_up_to_a_step(tmp_path):
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    flip_a_byte(tmp_path / "step-00000004" / "a.txt")
+    found = {step: latest_checkpoint(tmp_path, up_to=step) for step in (1, 3, 5, 6)}
+    two = tmp_path / "step-00000002"
+    assert found == {1: None, 3: two, 5: two, 6: tmp_path / "step-00000006"}
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path):
+    write(tmp_path, 1)
+    pending = PendingCheckpoint.begin(tmp_path, 2)
+    (pending.temporary / "metadata.json").write_text("a library wrote it, and did not wait for the disk")
+    with watched_disk() as disk:
+        pending.commit(Retention())
+    assert disk.lost() == []
 
 
 def test_a_failed_write_is_a_clear_error_and_keeps_the_earlier_checkpoint(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from actor_case import make_case, make_config, make_encoder, make_sequences, weights_of, with_log_probs
+from watched_disk import watched_disk
 
 from perl_megatron.checkpoint.convert import plan_conversion
 from perl_megatron.checkpoint.open_weights import open_weights
@@ -113,6 +114,14 @@ def test_a_checkpoint_of_another_policy_is_refused(start, cases, tmp_path):
     checkpoint = start().save(tmp_path, 1, {})
     with pytest.raises(UserError, match="does not fit"):
         start(cases[1]).restore(checkpoint)
+
+
+def test_a_power_failure_takes_nothing_of_a_checkpoint(start, tmp_path):
+    actor = start()
+    with watched_disk() as disk:
+        checkpoint = actor.save(tmp_path, 1, {})
+    assert (checkpoint / "metadata.json").is_file()
+    assert disk.lost() == []
 
 
 def test_what_is_not_json_is_refused_before_anything_is_written(start, tmp_path):

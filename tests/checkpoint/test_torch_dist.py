@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from perl_megatron.checkpoint.convert import plan_conversion
 from perl_megatron.checkpoint.open_weights import open_weights
 from perl_megatron.checkpoint.stream import import_weights
+from perl_megatron.checkpoint.torch_dist_index import check_index
 from perl_megatron.config.schema import ModelConfig, ParallelConfig
 from perl_megatron.errors import UserError
 from perl_megatron.model.architecture import read_architecture
@@ -165,6 +167,21 @@ def test_a_damaged_index_is_an_error_and_a_hostile_one_does_nothing(folder, tmp_
     index.unlink()
     with pytest.raises(UserError, match=r"index .* is missing"):
         open_weights(checkpoint, config=folder / "tied")
+
+
+@pytest.mark.parametrize("leads", ["..", "/", "absolute"])
+def test_an_index_that_names_a_file_outside_is_refused(folder, tmp_path, leads):
+    """Also where the file is there, and is the very one."""
+    checkpoint = damaged(folder, tmp_path)
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    index, storage = next((index, at) for index, at in metadata.storage_data.items() if index.offset is not None)
+    (tmp_path / "outside").write_bytes((checkpoint / storage.relative_path).read_bytes())
+    name = {"..": "../outside", "/": str(tmp_path / "outside"), "absolute": Path(tmp_path / "outside")}[leads]
+    metadata.storage_data[index] = replace(storage, relative_path=name)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    for read in (lambda: open_weights(checkpoint, config=folder / "tied"), lambda: check_index(checkpoint)):
+        with pytest.raises(UserError, match=r"(?s)names a file outside the checkpoint: .*outside.*\.metadata"):
+            read()
 
 
 def test_an_index_as_python_3_11_2_writes_it_is_read(folder, tmp_path, monkeypatch):

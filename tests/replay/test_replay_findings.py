@@ -12,6 +12,8 @@ import pytest
 import torch
 from actor_case import make_config, with_log_probs
 
+from perl_megatron.checkpoint.manifest import PendingCheckpoint
+from perl_megatron.checkpoint.retention import Retention, delete_checkpoint
 from perl_megatron.data.processor import PromptEncoder
 from perl_megatron.errors import UserError
 from perl_megatron.observability.run_folder import RunFolder
@@ -116,20 +118,40 @@ def test_the_weights_are_the_newest_that_are_not_too_new(tmp_path: Path) -> None
     batch = SkippedBatch((), {}, 12, 1, False, {})
     assert choose_weights(folder, batch, None)[0] is None
     for step in (4, 8, 12, 16):
-        (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+        save(folder, step)
     path, remark = choose_weights(folder, batch, None)
     assert path is not None
     assert path.name == "step-00000012"
     assert "the batch's own" in remark
     remark = choose_weights(folder, replace(batch, update=3), None)[1]
     assert "had made 12 steps and 2 updates" in remark
-    path.rmdir()
+    delete_checkpoint(path)
     path, remark = choose_weights(folder, batch, None)
     assert path is not None
     assert path.name == "step-00000008"
     assert "had made 12 steps" in remark
     with pytest.raises(UserError, match="does not exist"):
         choose_weights(folder, batch, tmp_path / "nowhere")
+
+
+def save(folder: RunFolder, step: int, run: str | None = None) -> Path:
+    """A checkpoint as far as a choice looks at it."""
+    pending = PendingCheckpoint.begin(folder.checkpoints, step)
+    pending.write("training_state.json", "{}")
+    return pending.commit(Retention(keep=9, run=run))
+
+
+def test_damaged_weights_and_another_runs_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, batch = RunFolder(tmp_path), SkippedBatch((), {}, 12, 1, False, {})
+    folder.identity.write_text("ours\n")
+    for step, run in ((4, "ours"), (8, "theirs"), (12, "ours")):
+        save(folder, step, run)
+    (folder.checkpoints / "step-00000012" / "training_state.json").write_text("[]")
+    path, remark = choose_weights(folder, batch, None)
+    assert path == folder.checkpoints / "step-00000004"
+    assert "weights after 4 steps; the batch's had made 12 steps" in remark
+    assert "is not what was written" in caplog.text
+    assert "belongs to another run: theirs, not ours" in caplog.text
 
 
 def test_what_is_printed_may_hold_anything(capsys: pytest.CaptureFixture[str]) -> None:
