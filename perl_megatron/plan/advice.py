@@ -46,7 +46,8 @@ def advise(
     remarks = [
         *_memory(config, derived, device_bytes, stages, without_full_recomputation),
         *_engine(config, derived, engine),
-        *_layout(config, derived, gpu, stages, time),
+        *_nodes(derived, gpu, engine),
+        *_layout(config, derived, stages, time),
         *_images(config, derived),
     ]
     return sorted(remarks, key=lambda remark: ("cannot run", "wasteful", "note").index(remark.level))
@@ -159,18 +160,30 @@ def _is_large(engine: EngineMemory) -> bool:
     return engine.weights > GIB
 
 
-def _layout(
-    config: Config, derived: Derived, gpu: Gpu, stages: Sequence[StageMemory], time: StepTime
-) -> Iterator[Remark]:
-    parallel = config.parallel
-    if derived.tensor_size > gpu.per_node:
+def _nodes(derived: Derived, gpu: Gpu, engine: EngineMemory) -> Iterator[Remark]:
+    near = f"a divisor of the {gpu.per_node} processes of a node"
+    if not gpu.within_node(derived.tensor_size, derived.world_size):
         yield Remark(
             "tensor group leaves its node",
             "wasteful",
-            f"{derived.tensor_size} tensor-parallel ranks do not fit into a node of {gpu.per_node}: each layer waits "
-            "for the network",
-            f"parallel.tensor={gpu.per_node} or less, and parallel.pipeline for the rest",
+            f"groups of {derived.tensor_size} tensor-parallel ranks do not fit into nodes of {gpu.per_node}: each "
+            "layer waits for the network",
+            f"a parallel.tensor that is {near}, and parallel.pipeline for the rest",
         )
+    # Servers begin anew on each node.
+    processes = engine.tensor_size if derived.engine == "server" else derived.world_size
+    if not gpu.within_node(engine.tensor_size, processes):
+        yield Remark(
+            "engine leaves its node",
+            "wasteful",
+            f"engines over {engine.tensor_size} processes do not fit into nodes of {gpu.per_node}: each token waits "
+            "for the network, which its time does not count",
+            f"a rollout.tensor_parallel that is {near}",
+        )
+
+
+def _layout(config: Config, derived: Derived, stages: Sequence[StageMemory], time: StepTime) -> Iterator[Remark]:
+    parallel = config.parallel
     if derived.tensor_size > 1 and not parallel.sequence:
         yield Remark(
             "no sequence parallelism",

@@ -29,7 +29,7 @@ class Gpu:
     network: float
     """To other nodes, each device's share, one direction; bytes per second."""
     per_node: int
-    """Devices of a node."""
+    """Devices of a node, as such nodes usually have; ``node.node_of`` says how many a run has."""
     source: str
     """Where the numbers come from."""
 
@@ -37,6 +37,10 @@ class Gpu:
     def is_cpu(self) -> bool:
         """Whether it is a process on a CPU."""
         return self.key == "cpu"
+
+    def within_node(self, span: int, processes: int) -> bool:
+        """Whether groups of ``span`` neighbours among so many processes do not leave a node."""
+        return processes <= self.per_node or self.per_node % span == 0
 
 
 GPUS = {
