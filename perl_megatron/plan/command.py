@@ -13,7 +13,7 @@ from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import LoadedConfig, load_config
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
-from perl_megatron.plan.assumptions import Assumptions
+from perl_megatron.plan.assumptions import MOST, Assumptions
 from perl_megatron.plan.device_plan import Device, make_device_plan
 from perl_megatron.plan.gpus import GPUS, Gpu, gpu_of
 from perl_megatron.plan.node import Node, node_of
@@ -31,7 +31,7 @@ def add_plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--processes", "--gpus", type=int, metavar="N", help=text)
     text = f"plan memory, messages and the time of a step on this device: {', '.join(GPUS)}"
     command.add_argument("--gpu", metavar="NAME", help=text)
-    text = "memory of each device (default: the data sheet's; on a CPU, its share of this machine's)"
+    text = "what processes can have of each device (default: the data sheet's less the driver's; CPU: of this machine)"
     command.add_argument("--memory-gib", type=float, metavar="GIB", help=text)
     text = "change an assumption of the plan; may be given several times"
     command.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help=text)
@@ -121,8 +121,8 @@ def _check(options: argparse.Namespace) -> None:
         ("--memory-gib", options.memory_gib),
         ("--top", options.top),
     ):
-        if value is not None and value <= 0:
-            raise UserError(f"{name} is {value:g}", where=name, fix="give a number above 0")
+        if value is not None and not 0 < value < MOST:
+            raise UserError(f"{name} is {value:g}", where=name, fix=f"give a number above 0, below {MOST:g}")
     given = [
         name
         for name, value in (

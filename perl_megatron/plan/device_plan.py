@@ -9,6 +9,7 @@ from typing import Any
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
 from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
 from perl_megatron.plan.advice import Remark, advise, cannot_run
 from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.engine import EngineMemory, engine_memory
@@ -26,7 +27,7 @@ class Device:
     gpu: Gpu
     """With as many devices in a node as the run has."""
     memory: float
-    """Bytes for each process."""
+    """Bytes that each process can have."""
     assumptions: Assumptions
     node_source: str = ""
     """What says how many devices a node has; '': the data sheet's."""
@@ -43,14 +44,24 @@ class Device:
     ) -> Device:
         """Of a run of so many processes, on machines like ``node``.
 
-        ``memory_gib``: in place of the data sheet's, or, on a CPU, of an equal share of this machine's memory.
+        ``memory_gib``: what processes can have of it, in place of the data sheet's without the driver's part, or, on a
+        CPU, of an equal share of this machine's memory.
         """
         if node is not None:
             gpu = replace(gpu, per_node=node.size)
-        memory = gpu.memory if memory_gib is None else memory_gib * GIB
-        if memory is None:
+        if memory_gib is not None:
+            memory = memory_gib * GIB
+        elif gpu.memory is not None:
+            memory = gpu.memory - assumptions.device_reserve_gib * GIB
+        else:
             here = processes if node is None else min(processes, node.size)
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
+        if memory <= 0:
+            raise UserError(
+                "nothing of a device is left for processes",
+                where=f"--assume device_reserve_gib={assumptions.device_reserve_gib:g}",
+                fix="make it smaller, or give --memory-gib",
+            )
         return cls(gpu, memory, assumptions, "" if node is None else node.source)
 
 

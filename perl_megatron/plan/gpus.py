@@ -17,7 +17,8 @@ class Gpu:
     """What the command line calls it."""
     name: str
     memory: float | None
-    """Bytes that a process can allocate, all processes of the device together; None: this machine's, shared out."""
+    """Bytes of the device, in all: nvidia-smi's where the source names it. Of that CUDA gives processes a little less,
+    which is an assumption (``device_reserve_gib``). None: this machine's, shared out."""
     flops: float
     """Matrix products in bfloat16 with float32 sums; per second."""
     flops_float32: float
