@@ -130,6 +130,7 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
             advise(
                 config,
                 derived,
+                numbers,
                 gpu,
                 device.memory,
                 stages,
