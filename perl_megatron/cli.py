@@ -21,6 +21,7 @@ from perl_megatron.config.load import LoadedConfig, load_config
 from perl_megatron.config.preset_source import preset_names
 from perl_megatron.errors import UserError
 from perl_megatron.evaluation.results_options import add_results_options
+from perl_megatron.launch.console import EXIT_UNREAD, flush_output, is_unread
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_USER_ERROR, record_failure
 from perl_megatron.launching import add_launch
 from perl_megatron.plan.command import add_plan_options, run_plan
@@ -31,7 +32,18 @@ from perl_megatron.sweep.options import add_sweep
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            flush_output()  # not as late as Python does it, where nothing can be done about a broken pipe
+    except BrokenPipeError:
+        if not is_unread():
+            raise
+        return EXIT_UNREAD
+
+
+def _run(argv: list[str]) -> int:
     options = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("perl_megatron").setLevel(logging.INFO)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from perl_megatron.config.derive_launch import check_node_rank, check_slurm, endpoint_of, processes_per_node
+from perl_megatron.config.derive_launch import (
+    check_node_rank,
+    check_slurm,
+    endpoint_of,
+    processes_per_node,
+    with_servers,
+)
 from perl_megatron.config.layout import launched_processes
 from perl_megatron.config.load import LoadedConfig, load_config, save_resolved
 from perl_megatron.config.preset_source import preset_names
@@ -118,10 +125,7 @@ def _run_slurm(options: argparse.Namespace, loaded: LoadedConfig, check: Check) 
             raise UserError(f"a Slurm job sets {option} itself", where=option, fix="leave it out")
     check_slurm(config, options.job)
     files = slurm.JobFiles.of(config)
-    as_in_job = loaded
-    if config.launch.rollout_nodes:  # whose names are known when the job begins
-        servers = ("rollout.engine=server", "rollout.servers=http://rollout-node:8000")
-        as_in_job = load_config(options.config, [*options.overrides, *servers])
+    as_in_job = replace(loaded, config=with_servers(config, options.job))
     check(as_in_job, _job(options), processes_per_node(config) * config.launch.nodes)
     if options.dry_run:
         print(slurm.render(config, files, command=options.job, resume=options.resume), end="")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from perl_megatron.config.launch_section import LaunchConfig
-from perl_megatron.config.layout import launched_processes
+from perl_megatron.config.layout import launched_processes, processes_of_a_replica
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
 
@@ -31,20 +31,56 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
 
-def processes_per_node(config: Config) -> int:
-    """Processes of the layout on each of `launch.nodes` machines; UserError where they are not equally many."""
-    processes, nodes = launched_processes(config), config.launch.nodes
-    if processes % nodes or (nodes > 1 and config.parallel.data is None):
-        parallel = config.parallel
+def processes_per_node(config: Config, processes: int | None = None) -> int:
+    """Processes of the run on each of `launch.nodes` machines; UserError where they are not equally many.
+
+    ``processes``: of the run, where they are given elsewhere; None: those of the layout.
+    """
+    parallel, nodes = config.parallel, config.launch.nodes
+    is_unsaid = nodes > 1 and parallel.data is None and processes is None
+    number = launched_processes(config) if processes is None else processes
+    if number % nodes or is_unsaid:
         sizes = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × context {parallel.context}"
+        data = number // processes_of_a_replica(parallel)
+        fix = "set parallel.data so that the product of all sizes is the number of processes on all machines"
         raise UserError(
-            f"{processes} processes (data {parallel.data or 1} × {sizes}) do not go evenly on {nodes} machines"
-            if processes % nodes
+            f"{number} processes (data {data} × {sizes}) do not go evenly on {nodes} machines"
+            if number % nodes
             else f"it is not said how many processes there are on {nodes} machines",
             where=f"launch.nodes = {nodes}, parallel.data = {parallel.data}",
-            fix="set parallel.data so that the product of all sizes is the number of processes on all machines",
+            fix=fix if is_unsaid else f"{_nodes_for(config.launch, number)}, or {fix}",
         )
-    return processes // nodes
+    return number // nodes
+
+
+def check_nodes(config: Config) -> int:
+    """Processes of the layout on each machine, one for each GPU of `launch.gpus_per_node` where that is set.
+
+    UserError where they are not equally many, or not as many as GPUs.
+    """
+    launch, here = config.launch, processes_per_node(config)
+    if launch.gpus_per_node not in (0, here):
+        raise UserError(
+            f"{launch.nodes} × {launch.gpus_per_node} GPUs are not the {here * launch.nodes} processes of the layout, "
+            "one for each GPU",
+            where=f"launch.nodes = {launch.nodes}, launch.gpus_per_node = {launch.gpus_per_node}, parallel",
+            fix=f"{_nodes_for(launch, here * launch.nodes)}, or change launch.gpus_per_node or parallel.data",
+        )
+    return here
+
+
+def _nodes_for(launch: LaunchConfig, processes: int) -> str:
+    """How so many processes fill machines, as a remedy: those of the size that is set, where that goes."""
+    if not launch.gpus_per_node:
+        return f"make launch.nodes a divisor of {processes}"
+    here = filled_node(processes, launch.gpus_per_node)
+    size = "" if here == launch.gpus_per_node else f" launch.gpus_per_node={here}"
+    return f"set launch.nodes={processes // here}{size}"
+
+
+def filled_node(processes: int, size: int) -> int:
+    """The most processes, up to ``size``, that all machines can have when each has as many."""
+    return max(here for here in range(1, min(processes, size) + 1) if processes % here == 0)
 
 
 def endpoint_of(launch: LaunchConfig) -> tuple[str, int]:
@@ -80,14 +116,8 @@ def check_node_rank(launch: LaunchConfig, node_rank: int | None) -> None:
 
 def check_slurm(config: Config, command: str) -> None:
     """UserError where no Slurm job could be made of the section for `train`, `sft` or `eval`; Slurm is not asked."""
-    launch, here = config.launch, processes_per_node(config)
-    if launch.gpus_per_node not in (0, here):
-        raise UserError(
-            f"{launch.nodes} × {launch.gpus_per_node} GPUs are not the {here * launch.nodes} processes of the layout, "
-            "one for each GPU",
-            where=f"launch.nodes = {launch.nodes}, launch.gpus_per_node = {launch.gpus_per_node}, parallel",
-            fix=f"set launch.gpus_per_node={here}, or change launch.nodes or parallel.data",
-        )
+    launch = config.launch
+    check_nodes(config)
     for name in ("partition", "account", "qos"):
         value = getattr(launch, name)
         if value and not _WORD.fullmatch(value):
@@ -115,6 +145,24 @@ def signal_seconds(launch: LaunchConfig) -> int:
 def servers_per_node(config: Config) -> int:
     """Rollout servers on each rollout machine: each has the GPUs that it is spread over; without GPUs there is one."""
     return max(1, config.launch.gpus_per_node // (config.rollout.tensor_parallel or 1))
+
+
+def with_servers(config: Config, command: str = "train") -> Config:
+    """The config as the processes of a Slurm job have it: with the servers that run on `launch.rollout_nodes` machines.
+
+    Their addresses stand for those that are known when the job begins. UserError where there cannot be such servers.
+    """
+    launch = config.launch
+    if not launch.rollout_nodes:
+        return config
+    _check_rollout_nodes(config, command)
+    servers = tuple(
+        f"http://rollout-node-{node}:{launch.server_port + number}"
+        for node in range(launch.rollout_nodes)
+        for number in range(servers_per_node(config))
+    )
+    rollout = config.rollout.model_copy(update={"engine": "server", "servers": servers})
+    return config.model_copy(update={"rollout": rollout})
 
 
 def _check_time(launch: LaunchConfig) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
 from perl_megatron.config.schema import Config
 from perl_megatron.plan.engine import EngineMemory
@@ -34,6 +35,7 @@ class Remark:
 def advise(
     config: Config,
     derived: Derived,
+    numbers: ArchitectureNumbers,
     gpu: Gpu,
     device_bytes: float,
     stages: Sequence[StageMemory],
@@ -44,9 +46,10 @@ def advise(
 ) -> list[Remark]:
     """All remarks, what cannot run first. ``without_full_recomputation``: the peak with `model.recompute=selective`."""
     remarks = [
-        *_memory(config, derived, device_bytes, stages, without_full_recomputation),
-        *_engine(config, derived, engine),
-        *_layout(config, derived, gpu, stages, time),
+        *_memory(config, derived, numbers, gpu, device_bytes, stages, without_full_recomputation),
+        *_engine(config, derived, gpu, engine),
+        *_nodes(derived, gpu, engine),
+        *_layout(config, derived, stages, time),
         *_images(config, derived),
     ]
     return sorted(remarks, key=lambda remark: ("cannot run", "wasteful", "note").index(remark.level))
@@ -60,24 +63,27 @@ def cannot_run(remarks: Sequence[Remark]) -> list[Remark]:
 def _memory(
     config: Config,
     derived: Derived,
+    numbers: ArchitectureNumbers,
+    gpu: Gpu,
     device_bytes: float,
     stages: Sequence[StageMemory],
     without_full_recomputation: float,
 ) -> Iterator[Remark]:
     worst = max(stages, key=lambda stage: stage.peak)
     ranks = derived.world_size // derived.pipeline_size
-    where = f"ranks {worst.stage * ranks} to {(worst.stage + 1) * ranks - 1} (pipeline stage {worst.stage})"
+    where = f"{_ranks(worst.stage * ranks, ranks)} (pipeline stage {worst.stage})"
+    need = "needs" if ranks == 1 else "need"
     phase = worst.fullest_phase
     if worst.peak > device_bytes:
-        text = f"{where} need {worst.peak / GIB:.1f} GiB ({phase}), and a device has {device_bytes / GIB:.1f} GiB"
-        yield Remark("does not fit", "cannot run", text, "; ".join(_ways_to_less(config, derived, worst)))
+        text = f"{where} {need} {worst.peak / GIB:.1f} GiB ({phase}), and a device has {device_bytes / GIB:.1f} GiB"
+        yield Remark("does not fit", "cannot run", text, "; ".join(_ways_to_less(config, derived, numbers, gpu, worst)))
     elif worst.peak > FULL * device_bytes:
         share = worst.peak / device_bytes
         yield Remark(
             "tight",
             "note",
-            f"{where} need {share:.0%} of a device ({phase}): the assumptions below decide whether it fits",
-            "; ".join(_ways_to_less(config, derived, worst)[:2]),
+            f"{where} {need} {share:.0%} of a device ({phase}): the assumptions below decide whether it fits",
+            "; ".join(_ways_to_less(config, derived, numbers, gpu, worst)[:2]),
         )
     elif config.model.recompute == "full" and without_full_recomputation < FULL * device_bytes:
         yield Remark(
@@ -89,9 +95,30 @@ def _memory(
         )
 
 
-def _ways_to_less(config: Config, derived: Derived, worst: StageMemory) -> list[str]:
+def _ranks(first: int, number: int) -> str:
+    return f"rank {first}" if number == 1 else f"ranks {first} to {first + number - 1}"
+
+
+def _wider(config: Config, derived: Derived, numbers: ArchitectureNumbers, gpu: Gpu) -> str:
+    """What spreads parameters, gradients and optimizer further; '' where nothing does."""
+    parts = (numbers.num_heads, numbers.num_kv_heads, numbers.ffn_size)  # a tower that does not divide can be whole
+    sizes = range(derived.tensor_size + 1, gpu.per_node + 1)
+    ways = []
+    if any(all(part % size == 0 for part in parts) for size in sizes):
+        ways.append("a larger parallel.tensor")
+    if derived.pipeline_size < numbers.num_layers:
+        ways.append("a larger parallel.pipeline")
+    if config.optimizer.distributed:
+        ways.append("more processes")
+    return " or ".join(ways)
+
+
+def _ways_to_less(
+    config: Config, derived: Derived, numbers: ArchitectureNumbers, gpu: Gpu, worst: StageMemory
+) -> list[str]:
     """What to change in the fullest phase, by what takes most."""
-    ways = [(float(worst.exact), "a larger parallel.tensor or parallel.pipeline, or more processes")]
+    wider = _wider(config, derived, numbers, gpu)
+    ways = [(float(worst.exact), wider)] if wider else []
     if not config.optimizer.distributed and derived.data_size > 1:
         ways.append((worst.static.optimizer, "optimizer.distributed=true"))
     phase = worst.fullest_phase
@@ -108,17 +135,33 @@ def _ways_to_less(config: Config, derived: Derived, worst: StageMemory) -> list[
     elif phase == "weight sync" and worst.synchronization > worst.least_synchronization:
         ways.append((worst.synchronization, "a smaller rollout.sync_bucket_mib"))
     own = {"update": worst.engine.update, "weight sync": worst.engine.sync, "generate": worst.engine.generate}[phase]
-    if own and not worst.engine.sleeps and not config.rollout.sleep_mode:
+    if own and not gpu.is_cpu and not config.rollout.sleep_mode:  # on a CPU none sleeps
         ways.append((own, "rollout.sleep_mode=true"))
     if own == worst.engine.generate > 0 and derived.engine == "vllm":
-        ways.append((own, f"rollout.gpu_memory_fraction below {config.rollout.gpu_memory_fraction:g}"))
+        key = _engine_size(gpu)
+        size = getattr(config.rollout, key)
+        of_cache = size * GIB if gpu.is_cpu else own  # where what comes beside the cache is not cut
+        ways.append((of_cache, f"rollout.{key} below {size:g}"))
+        if gpu.is_cpu and _engine_can_be_wider(derived, numbers):
+            ways.append((own - of_cache, "a larger rollout.tensor_parallel"))
     if own and derived.engine == "embedded":
         ways.append((own, "rollout.engine=vllm, which is spread over processes"))
     return [text for _, text in sorted(ways, reverse=True)]
 
 
-def _engine(config: Config, derived: Derived, engine: EngineMemory) -> Iterator[Remark]:
-    rollout = config.rollout
+def _engine_can_be_wider(derived: Derived, numbers: ArchitectureNumbers) -> bool:
+    parts = (derived.world_size, numbers.num_heads, numbers.num_kv_heads)
+    sizes = range(derived.engine_tensor_size + 1, derived.world_size + 1)
+    return any(all(part % size == 0 for part in parts) for size in sizes)
+
+
+def _engine_size(gpu: Gpu) -> str:
+    """The field of the rollouts that says how much vLLM takes on this device."""
+    return "cpu_cache_gib" if gpu.is_cpu else "gpu_memory_fraction"
+
+
+def _engine(config: Config, derived: Derived, gpu: Gpu, engine: EngineMemory) -> Iterator[Remark]:
+    rollout, larger = config.rollout, f"a larger rollout.{_engine_size(gpu)} or rollout.tensor_parallel"
     if derived.engine == "embedded":
         if derived.world_size > 1 or _is_large(engine):
             yield Remark(
@@ -135,7 +178,7 @@ def _engine(config: Config, derived: Derived, engine: EngineMemory) -> Iterator[
             "cannot run",
             f"of vLLM's {engine.reserve / GIB:.1f} GiB, weights take {weights:.1f} and one step with its images "
             f"{rest:.1f}: what is left holds no sequence of {derived.max_sequence_tokens} tokens",
-            "a larger rollout.gpu_memory_fraction or rollout.tensor_parallel, or fewer data.max_prompt_tokens",
+            f"{larger}, or fewer data.max_prompt_tokens",
         )
     elif engine.concurrent_sequences < rollout.max_concurrent_sequences:
         yield Remark(
@@ -143,9 +186,9 @@ def _engine(config: Config, derived: Derived, engine: EngineMemory) -> Iterator[
             "wasteful",
             f"vLLM's cache holds about {engine.concurrent_sequences} sequences of mean length, not the "
             f"{rollout.max_concurrent_sequences} of rollout.max_concurrent_sequences",
-            "a larger rollout.gpu_memory_fraction or rollout.tensor_parallel",
+            larger,
         )
-    if derived.engine == "vllm" and not rollout.sleep_mode:
+    if derived.engine == "vllm" and not rollout.sleep_mode and not gpu.is_cpu:
         yield Remark(
             "engine stays awake",
             "note",
@@ -159,18 +202,30 @@ def _is_large(engine: EngineMemory) -> bool:
     return engine.weights > GIB
 
 
-def _layout(
-    config: Config, derived: Derived, gpu: Gpu, stages: Sequence[StageMemory], time: StepTime
-) -> Iterator[Remark]:
-    parallel = config.parallel
-    if derived.tensor_size > gpu.per_node:
+def _nodes(derived: Derived, gpu: Gpu, engine: EngineMemory) -> Iterator[Remark]:
+    near = f"a divisor of the {gpu.per_node} processes of a node"
+    if not gpu.within_node(derived.tensor_size, derived.world_size):
         yield Remark(
             "tensor group leaves its node",
             "wasteful",
-            f"{derived.tensor_size} tensor-parallel ranks do not fit into a node of {gpu.per_node}: each layer waits "
-            "for the network",
-            f"parallel.tensor={gpu.per_node} or less, and parallel.pipeline for the rest",
+            f"groups of {derived.tensor_size} tensor-parallel ranks do not fit into nodes of {gpu.per_node}: each "
+            "layer waits for the network",
+            f"a parallel.tensor that is {near}, and parallel.pipeline for the rest",
         )
+    # Servers begin anew on each node.
+    processes = engine.tensor_size if derived.engine == "server" else derived.world_size
+    if not gpu.within_node(engine.tensor_size, processes):
+        yield Remark(
+            "engine leaves its node",
+            "wasteful",
+            f"engines over {engine.tensor_size} processes do not fit into nodes of {gpu.per_node}: each token waits "
+            "for the network, which its time does not count",
+            f"a rollout.tensor_parallel that is {near}",
+        )
+
+
+def _layout(config: Config, derived: Derived, stages: Sequence[StageMemory], time: StepTime) -> Iterator[Remark]:
+    parallel = config.parallel
     if derived.tensor_size > 1 and not parallel.sequence:
         yield Remark(
             "no sequence parallelism",
@@ -217,8 +272,8 @@ def _images(config: Config, derived: Derived) -> Iterator[Remark]:
         yield Remark(
             "stages without images",
             "note",
-            f"only ranks 0 to {ranks - 1} (pipeline stage 0) encode images; the other {derived.world_size - ranks} "
-            "never see any",
+            f"only {_ranks(0, ranks)} (pipeline stage 0) {'encodes' if ranks == 1 else 'encode'} images; the other "
+            f"{derived.world_size - ranks} never see any",
         )
     # Under full sharing a view goes to a single rank, and views of common images stay together where they fit.
     units = derived.questions_per_update * derived.views_per_question

@@ -12,6 +12,9 @@ from typing import Any
 
 from perl_megatron.errors import UserError
 
+LEAST, MOST = 1e-6, 1e9
+"""Numbers that a plan still makes sense of."""
+
 
 def _assume(default: float, meaning: str) -> Any:
     return field(default=default, metadata={"meaning": meaning})
@@ -29,6 +32,11 @@ class Assumptions:
     kept_share: float = _assume(1.0, "share of the drawn questions that the filter keeps")
 
     # Memory of a process on a GPU
+    device_reserve_gib: float = _assume(
+        0.9,
+        "GiB of a device that the driver keeps (ECC and its own): logs of others have torch say 79.1 to 79.3 GiB of an "
+        "80 GB card, and 139.7 to 139.8 of an H200",
+    )
     device_gib: float = _assume(2.0, "GiB for the CUDA context, cuBLAS, kernels, and NCCL's buffers")
     fragmentation: float = _assume(0.05, "share of the trainer's memory that its allocator loses between blocks")
     engine_fixed_gib: float = _assume(2.0, "GiB of vLLM's reserve for CUDA graphs and NCCL, which it keeps asleep")
@@ -75,11 +83,13 @@ class Assumptions:
             except ValueError:
                 number = -1.0
             is_share = name.endswith(("_share", "_efficiency"))
-            if name not in known or not 0 <= number < 1e9 or (is_share and not 0 < number <= 1):
+            is_rate = name.endswith("_gb")
+            least = LEAST if is_share or is_rate else 0  # which something is divided by
+            if name not in known or not least <= number < MOST or (is_share and number > 1):
                 raise UserError(
                     f"{text!r} is not an assumption with its value",
                     where="--assume",
-                    fix=f"write NAME=NUMBER (shares and efficiencies above 0, at most 1), with one of "
+                    fix="write NAME=NUMBER (shares and efficiencies above 0, at most 1; GB/s above 0), with one of "
                     f"{', '.join(sorted(known))}",
                 )
             changed[name] = number

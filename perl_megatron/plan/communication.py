@@ -66,7 +66,7 @@ class Links:
             "data": inner * derived.data_size,
             "pipeline": derived.world_size,
         }
-        self._within = {axis: span <= gpu.per_node for axis, span in spans.items()}
+        self._within = {axis: gpu.within_node(span, derived.world_size) for axis, span in spans.items()}
         self._link = gpu.link * assumptions.link_efficiency
         self._network = gpu.network * assumptions.network_efficiency
 

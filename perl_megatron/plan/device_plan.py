@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
 from perl_megatron.config.schema import Config
+from perl_megatron.errors import UserError
 from perl_megatron.plan.advice import Remark, advise, cannot_run
 from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.engine import EngineMemory, engine_memory
 from perl_megatron.plan.gpus import GIB, Gpu
 from perl_megatron.plan.memory import StageMemory, modules_on, plan_memory
+from perl_megatron.plan.node import Node
 from perl_megatron.plan.step_time import Roofline, StepTime
 from perl_megatron.plan.workload import Workload, make_workload
 
@@ -23,17 +25,44 @@ class Device:
     """What a process runs on, and what is taken for granted about it."""
 
     gpu: Gpu
+    """With as many devices in a node as the run has."""
     memory: float
-    """Bytes for each process."""
+    """Bytes that each process can have."""
     assumptions: Assumptions
+    node_source: str = ""
+    """What says how many devices a node has; '': the data sheet's."""
 
     @classmethod
-    def of(cls, gpu: Gpu, assumptions: Assumptions, *, processes: int, memory_gib: float | None = None) -> Device:
-        """``memory_gib``: in place of the data sheet's, or, on a CPU, of an equal share of this machine's memory."""
-        memory = gpu.memory if memory_gib is None else memory_gib * GIB
-        if memory is None:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
-        return cls(gpu, memory, assumptions)
+    def of(
+        cls,
+        gpu: Gpu,
+        assumptions: Assumptions,
+        *,
+        processes: int,
+        memory_gib: float | None = None,
+        node: Node | None = None,
+    ) -> Device:
+        """Of a run of so many processes, on machines like ``node``.
+
+        ``memory_gib``: what processes can have of it, in place of the data sheet's without the driver's part, or, on a
+        CPU, of an equal share of this machine's memory.
+        """
+        if node is not None:
+            gpu = replace(gpu, per_node=node.size)
+        if memory_gib is not None:
+            memory = memory_gib * GIB
+        elif gpu.memory is not None:
+            memory = gpu.memory - assumptions.device_reserve_gib * GIB
+        else:
+            here = processes if node is None else min(processes, node.size)
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
+        if memory <= 0:
+            raise UserError(
+                "nothing of a device is left for processes",
+                where=f"--assume device_reserve_gib={assumptions.device_reserve_gib:g}",
+                fix="make it smaller, or give --memory-gib",
+            )
+        return cls(gpu, memory, assumptions, "" if node is None else node.source)
 
 
 @dataclass(frozen=True)
@@ -56,7 +85,11 @@ class DevicePlan:
     def as_json(self) -> dict[str, Any]:
         """All numbers: bytes, seconds, shares."""
         return {
-            "device": {**asdict(self.device.gpu), "memory": self.device.memory},
+            "device": {
+                **asdict(self.device.gpu),
+                "memory": self.device.memory,
+                "per_node_source": self.device.node_source,
+            },
             "modules": self.modules,
             "workload": asdict(self.workload),
             "memory": [stage.as_json() for stage in self.stages],
@@ -97,6 +130,7 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
             advise(
                 config,
                 derived,
+                numbers,
                 gpu,
                 device.memory,
                 stages,

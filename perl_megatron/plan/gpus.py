@@ -17,7 +17,8 @@ class Gpu:
     """What the command line calls it."""
     name: str
     memory: float | None
-    """Bytes that a process can allocate, all processes of the device together; None: this machine's, shared out."""
+    """Bytes of the device, in all: nvidia-smi's where the source names it. Of that CUDA gives processes a little less,
+    which is an assumption (``device_reserve_gib``). None: this machine's, shared out."""
     flops: float
     """Matrix products in bfloat16 with float32 sums; per second."""
     flops_float32: float
@@ -29,7 +30,7 @@ class Gpu:
     network: float
     """To other nodes, each device's share, one direction; bytes per second."""
     per_node: int
-    """Devices of a node."""
+    """Devices of a node, as such nodes usually have; ``node.node_of`` says how many a run has."""
     source: str
     """Where the numbers come from."""
 
@@ -37,6 +38,10 @@ class Gpu:
     def is_cpu(self) -> bool:
         """Whether it is a process on a CPU."""
         return self.key == "cpu"
+
+    def within_node(self, span: int, processes: int) -> bool:
+        """Whether groups of ``span`` neighbours among so many processes do not leave a node."""
+        return processes <= self.per_node or self.per_node % span == 0
 
 
 GPUS = {

@@ -166,5 +166,6 @@ def _assumptions(plan: DevicePlan) -> Table:
     gpu = plan.device.gpu
     table.add_row("layers", "", f"{plan.modules.replace('_', ' ')}'s modules")
     peak = f"{gpu.flops / 1e12:g} TFLOP/s bfloat16, {gpu.bandwidth / 1e12:g} TB/s, links {gpu.link / 1e9:g} GB/s"
-    table.add_row("device", "", f"{peak}, network {gpu.network / 1e9:g} GB/s, {gpu.per_node} in a node: {gpu.source}")
+    table.add_row("device", "", f"{peak}, network {gpu.network / 1e9:g} GB/s: {gpu.source}")
+    table.add_row("devices of a node", f"{gpu.per_node}", plan.device.node_source or "as such nodes usually have")
     return table

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived, derive
+from perl_megatron.config.derive_launch import with_servers
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
 from perl_megatron.plan.device_plan import Device, DevicePlan, make_device_plan
+from perl_megatron.plan.gpus import Gpu
+from perl_megatron.plan.node import launch_for
 
 RECOMPUTE = ("none", "selective", "full")
 LONGEST_SEQUENCES = (1, 2, 4)
@@ -63,10 +66,18 @@ def search(
 ) -> SearchResult:
     """The ``limit`` fastest layouts of ``processes``, of each trainer layout only the best of its other settings.
 
-    ``elsewhere`` as in ``derive``. Equal times: the one with more memory left.
+    ``elsewhere`` as in ``derive``. Equal times: the one with more memory left. The machines are as many as it takes,
+    of the size of the device's nodes; those of `launch.rollout_nodes` are not among the ``processes``.
+
+    Raises:
+        UserError: there cannot be the servers that the config asks for.
     """
+    launch = launch_for(config.launch, processes, device.gpu.per_node)
+    per_node = processes // launch.nodes if launch.nodes > 1 else device.gpu.per_node
+    device = replace(device, gpu=replace(device.gpu, per_node=per_node))
+    start = with_servers(config.model_copy(update={"launch": launch}))
     tried, found = 0, []
-    for candidate in _candidates(config, numbers, processes, device.gpu.per_node):
+    for candidate in _candidates(start, numbers, processes, device.gpu):
         try:
             derived = derive(candidate, world_size=processes, architecture=numbers, elsewhere=elsewhere)
         except UserError:
@@ -79,7 +90,7 @@ def search(
     found.sort(key=lambda one: one[:2])
     best: dict[tuple[int, ...], Proposal] = {}
     for seconds, share, candidate, data in found:
-        proposal = _proposal(config, candidate, seconds, share, data)
+        proposal = _proposal(candidate, tuple(_overrides(config, start, candidate, data)), seconds, share, data)
         layout = (proposal.tensor, proposal.pipeline, proposal.virtual_pipeline, proposal.context)
         best.setdefault(layout, proposal)
     return SearchResult(tried, len(found), tuple(best.values())[:limit])
@@ -121,12 +132,13 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _candidates(config: Config, numbers: ArchitectureNumbers, processes: int, per_node: int) -> Iterator[Config]:
+def _candidates(config: Config, numbers: ArchitectureNumbers, processes: int, gpu: Gpu) -> Iterator[Config]:
     """Every config that could be tried; `derive` decides."""
     contexts = [1, 2, 4] if config.actor.sharing != "full" else [1]
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     budgets = sorted({config.actor.micro_batch_tokens, *(times * longest for times in LONGEST_SEQUENCES)})
-    tensors = [size for size in _divisors(processes) if size <= per_node and numbers.num_kv_heads % size == 0]
+    near = [size for size in _divisors(processes) if gpu.within_node(size, processes)]
+    tensors = [size for size in near if numbers.num_kv_heads % size == 0]
     pipelines = [size for size in _divisors(processes) if size <= numbers.num_layers]
     engines: list[int | None] = [None]
     if config.rollout.engine != "server":
@@ -175,7 +187,7 @@ def _vision(config: Config, numbers: ArchitectureNumbers, tensor: int) -> str:
     return config.parallel.vision if divides else "replicated"
 
 
-def _proposal(config: Config, candidate: Config, seconds: float, share: float, data: int) -> Proposal:
+def _proposal(candidate: Config, overrides: tuple[str, ...], seconds: float, share: float, data: int) -> Proposal:
     parallel = candidate.parallel
     return Proposal(
         tensor=parallel.tensor,
@@ -189,15 +201,19 @@ def _proposal(config: Config, candidate: Config, seconds: float, share: float, d
         micro_batch_tokens=candidate.actor.micro_batch_tokens,
         seconds=seconds,
         memory_share=share,
-        overrides=tuple(_overrides(config, candidate, data)),
+        overrides=overrides,
     )
 
 
-def _overrides(config: Config, candidate: Config, data: int) -> Iterator[str]:
-    """The settings that differ, and always the data-parallel size, so that the command starts as many processes."""
+def _overrides(config: Config, start: Config, candidate: Config, data: int) -> Iterator[str]:
+    """The settings that differ, and always the data-parallel size, so that the command starts as many processes.
+
+    ``start``: the config on its machines, where the candidates come from.
+    """
     yield f"parallel.data={data}"
-    for section in ("parallel", "model", "actor", "rollout"):
-        before, after = getattr(config, section), getattr(candidate, section)
+    for section in ("launch", "parallel", "model", "actor", "rollout"):
+        before = getattr(config if section == "launch" else start, section)
+        after = getattr(candidate, section)
         for name in type(after).model_fields:
             old, new = getattr(before, name), getattr(after, name)
             if old != new and (section, name) != ("parallel", "data"):

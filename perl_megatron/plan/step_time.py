@@ -254,4 +254,6 @@ class Roofline:
             Traffic(axis, sent, self.links.within_node(axis), self.links.seconds(axis, sent))
             for axis, sent in most.items()
         ]
-        return [*rows, Traffic("weight sync", sync_bytes, derived.world_size <= self.gpu.per_node, sync)]
+        # Servers are taken to be on nodes of their own.
+        is_near = derived.engine != "server" and derived.world_size <= self.gpu.per_node
+        return [*rows, Traffic("weight sync", sync_bytes, is_near, sync)]

@@ -17,6 +17,7 @@ from perl_megatron.config.derive import Derived
 from perl_megatron.config.load import DEFAULT
 from perl_megatron.config.schema import Config
 from perl_megatron.config.yaml_source import dump_scalar
+from perl_megatron.plan.node import Node
 from perl_megatron.plan.workload import longest_update
 
 WIDTH = 110
@@ -33,8 +34,10 @@ def make_plan(
     architecture: ArchitectureNumbers,
     *,
     origins: Mapping[str, str] | None = None,
+    node: Node | None = None,
 ) -> dict[str, Any]:
-    """The derived arithmetic and each rank's place, ready for JSON. ``origins`` are those of a ``LoadedConfig``.
+    """The derived arithmetic and each rank's place, ready for JSON. ``origins`` are those of a ``LoadedConfig``;
+    ``node``: a machine of the run, where that is known.
 
     Keys: `run` (name, folder), `settings` (by dotted key the value and the origin of all that is not left to the
     default; none without ``origins``), `batch` and `layout` (numbers of `Derived`, and the most micro-batches that an
@@ -60,6 +63,7 @@ def make_plan(
             "sequence_parallel": config.parallel.sequence,
             "vision": config.parallel.vision,
             "distributed_optimizer": config.optimizer.distributed,
+            "node": None if node is None else asdict(node),
         },
         "batch": {
             **{name: value for name, value in numbers.items() if name not in layout_names},
@@ -160,6 +164,10 @@ def _layout_table(layout: dict[str, Any]) -> Table:
     sharing = "sharded over data-parallel ranks" if layout["distributed_optimizer"] else "whole on every rank"
     table = Table(title="Layout", show_header=False, title_justify="left")
     table.add_row("processes", f"{layout['world_size']} = {sizes}")
+    if (node := layout["node"]) is not None:
+        of_each = f", {node['size']} processes on each" if layout["world_size"] > node["size"] else ""
+        machines = -(-layout["world_size"] // node["size"])
+        table.add_row("machines", f"{machines}{of_each} ({node['source']})")
     table.add_row("layers of a stage", f"{layout['stage_layers']}, in {layout['virtual_pipeline_size']} model chunk(s)")
     table.add_row("sequence parallel", "yes" if layout["sequence_parallel"] else "no")
     if layout["tensor_size"] > 1:

@@ -9,6 +9,7 @@ from perl_megatron.config.derive_launch import (
     processes_per_node,
     servers_per_node,
     signal_seconds,
+    with_servers,
 )
 from perl_megatron.config.load import load_config
 from perl_megatron.config.schema import Config
@@ -138,3 +139,16 @@ def test_servers_use_up_the_gpus():
     assert servers_per_node(config()) == 1
     assert servers_per_node(config("launch.gpus_per_node=8")) == 8
     assert servers_per_node(config("launch.gpus_per_node=8", "rollout.tensor_parallel=4")) == 2
+
+
+def test_the_servers_of_a_job_are_counted_by_their_gpus():
+    job = config(*EIGHT, "launch.rollout_nodes=3", "rollout.tensor_parallel=4", "launch.server_port=9000")
+    rollout = with_servers(job).rollout
+    assert rollout.engine == "server"
+    assert len(rollout.servers) == len(set(rollout.servers)) == 6
+    assert {address.rpartition(":")[2] for address in rollout.servers} == {"9000", "9001"}
+    without = config(*EIGHT)
+    assert with_servers(without) is without
+    for wrong in ("rollout.servers=http://a:1", "rollout.engine=vllm", "rollout.tensor_parallel=3"):
+        with pytest.raises(UserError):
+            with_servers(config(*EIGHT, "launch.rollout_nodes=3", wrong))

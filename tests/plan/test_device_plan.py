@@ -1,7 +1,7 @@
 """`perl-megatron plan --gpu`: what fits, what does not, what is remarked, and what everything rests on."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +54,8 @@ def test_json_has_everything_with_every_assumption(capsys):
     assert main([*arguments("32b"), "--gpu", "h200", "--json", "--assume", "matmul_efficiency=0.3"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["memory"]) == 2
-    assert found["device"]["memory"] == GPUS["h200"].memory
+    reserve = Assumptions().device_reserve_gib * GIB
+    assert found["device"]["memory"] == GPUS["h200"].memory - reserve
     assumed = {row["name"]: row["value"] for row in found["assumptions"]}
     assert assumed["matmul_efficiency"] == 0.3
     assert set(assumed) == set(Assumptions().__dict__)
@@ -78,6 +79,17 @@ def test_without_a_device_nothing_is_assumed(capsys):
         ["--gpu", "cpu", "--assume", "matmul_efficiency=1.5"],
         ["--gpu", "cpu", "--assume", "device_gib=much"],
         ["--gpu", "cpu", "--memory-gib", "0"],
+        ["--gpu", "cpu", "--memory-gib", "nan"],
+        ["--gpu", "cpu", "--memory-gib", "inf"],
+        ["--gpu", "cpu", "--memory-gib", "1e308"],
+        ["--gpu", "h100-80g", "--assume", "device_gib=nan"],
+        ["--gpu", "h100-80g", "--assume", "device_gib=inf"],
+        *(
+            ["--gpu", "h100-80g", "--assume", f"{name}={value}"]
+            for name in ("pinned_copy_gb", "host_copy_gb", "disk_gb", "network_efficiency", "kept_share")
+            for value in ("0", "1e-320")
+        ),
+        ["--gpu", "h100-80g", "--assume", "device_reserve_gib=79.6"],
         ["--gpus", "0"],
     ],
 )
@@ -228,6 +240,20 @@ def test_search_proposes_layouts_that_the_plan_accepts():
 def test_search_says_when_nothing_fits(capsys):
     assert main([*arguments("72b"), "--gpu", "h100-80g", "--gpus", "4", "--search"]) == 2
     assert "none fits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Assumptions) if not one.name.endswith(("_share", "_gb"))])
+def test_the_least_that_an_assumption_can_be_is_planned(name):
+    least = 1e-6 if name.endswith("_efficiency") else 0
+    for settings in ((), ("rollout.engine=embedded",)):
+        assert planned("7b", *settings, on=device(**{name: least})).time.total > 0
+
+
+def test_no_more_is_planned_with_than_cuda_gives():
+    """As torch's messages in the logs of others have it: the least of each."""
+    for key, seen in (("a100-80g", 79.14), ("h100-80g", 79.11), ("h200", 139.72), ("b200", 178.35)):
+        assert device(gpu=key).memory <= seen * GIB
+    assert Device.of(gpu_of("h200"), Assumptions(), processes=1, memory_gib=100).memory == 100 * GIB
 
 
 def test_devices_have_sources():
