@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 from perl_megatron.config.launch_section import LaunchConfig
 from perl_megatron.config.layout import launched_processes, processes_of_a_replica
 from perl_megatron.config.schema import Config
+from perl_megatron.config.sweep_sections import ArraySection
 from perl_megatron.errors import UserError
 
 SIGNAL_MARGIN = 30
@@ -17,14 +19,19 @@ SIGNAL_MARGIN = 30
 _WORD = re.compile(r"[A-Za-z0-9_.,:@+/=-]+")
 """What may stand in a line `#SBATCH`, which Slurm reads by rules of its own."""
 _OPTION = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+/=*\[\]&|()%-]+)?")
-_OURS = frozenset(
+_RELIED_ON = frozenset(
     (
         *("--job-name", "--output", "--error", "--open-mode", "--signal", "--requeue", "--no-requeue", "--nodes"),
-        *("--ntasks", "--ntasks-per-node", "--partition", "--account", "--qos", "--time", "--gpus-per-node"),
-        *("--cpus-per-task", "--array", "--chdir", "--wrap", "--wait", "--test-only", "--clusters"),
+        *("--ntasks", "--ntasks-per-node", "--array", "--chdir", "--wrap", "--wait", "--test-only", "--clusters"),
     )
 )
-"""Options of sbatch that have a setting, or that the launch relies on."""
+"""Options of sbatch that a script of ours has, or whose absence it relies on."""
+_WITH_FIELD = frozenset(("--partition", "--account", "--qos", "--time", "--gpus-per-node", "--cpus-per-task"))
+"""Options of sbatch that the section `launch` has fields for."""
+_OF_AN_ARRAY = frozenset(("--ntasks-per-core", "--ntasks-per-gpu", "--ntasks-per-socket"))
+"""Further ones that change how many tasks there are, where a sweep has one for each worker."""
+_WHOLE = frozenset(("--gpus",))
+"""Options that are the beginning of a longer one, and no abbreviation of it."""
 _READONLY = frozenset(("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"))
 """Variables that bash does not let anybody set."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -122,19 +129,23 @@ def check_slurm(config: Config, command: str) -> None:
         value = getattr(launch, name)
         if value and not _WORD.fullmatch(value):
             _refuse(f"{value!r} is no name of Slurm's", f"launch.{name}", "write letters, digits and _.,:@+/=- only")
-    for option in launch.sbatch_options:
-        name = option.partition("=")[0]
-        if not _OPTION.fullmatch(option):
-            _refuse(f"{option!r} is no option of sbatch", "launch.sbatch_options", "write --name or --name=value")
-        if name in _OURS:
-            _refuse(f"{name} is left to `launch slurm`", "launch.sbatch_options", "leave it out, or set its own field")
-    if any(character in str(config.run.directory) for character in '"\\%\n\r'):
-        fix = 'choose a folder without ", \\, % and line ends'
-        _refuse(f"Slurm cannot write logs below {str(config.run.directory)!r}", "run.directory", fix)
+    _check_options(launch.sbatch_options, _RELIED_ON | _WITH_FIELD, "`launch slurm`", "launch.sbatch_options")
+    _check_log_folder(config.run.directory, "run.directory")
     _check_time(launch)
     _check_environment(launch)
     _check_container(launch)
     _check_rollout_nodes(config, command)
+
+
+def check_array(slurm: ArraySection, folder: Path, places: Mapping[str, str]) -> None:
+    """UserError where no job array of workers could be made of a sweep's section `slurm`; Slurm is not asked.
+
+    ``folder``: the sweep's, where the logs are; ``places``: where each setting comes from.
+    """
+    where = f"{places['slurm.options']}: slurm.options"
+    _check_options(slurm.options, _RELIED_ON | _OF_AN_ARRAY, "`sweep --slurm`", where)
+    _check_log_folder(folder.resolve(), f"{places['sweep.directory']}: sweep.directory")
+    _check_script(slurm.setup, f"{places['slurm.setup']}: slurm.setup")
 
 
 def signal_seconds(launch: LaunchConfig) -> int:
@@ -191,9 +202,31 @@ def _check_environment(launch: LaunchConfig) -> None:
         name, equals, _ = assignment.partition("=")
         if not equals or not _NAME.fullmatch(name) or name in _READONLY:
             _refuse(f"{assignment!r} does not set a variable", "launch.environment", "write NAME=VALUE")
-    if launch.setup_file is not None and not launch.setup_file.is_file():
+    _check_script(launch.setup_file, "launch.setup_file")
+
+
+def _check_script(file: Path | None, where: str) -> None:
+    if file is not None and not file.is_file():
         fix = f"paths are relative to the current directory, {Path.cwd()}"
-        _refuse("the file does not exist", f"launch.setup_file = {launch.setup_file}", fix)
+        _refuse("the file does not exist", f"{where} = {file}", fix)
+
+
+def _check_log_folder(folder: Path, where: str) -> None:
+    if not str(folder).isprintable() or any(character in str(folder) for character in '"\\%'):
+        fix = 'choose a folder without ", \\, % and line ends'
+        _refuse(f"Slurm cannot write logs below {str(folder)!r}", where, fix)
+
+
+def _check_options(options: Sequence[str], ours: Set[str], whose: str, where: str) -> None:
+    """Refuse what sbatch would not read as one option, and the options that are ``ours``, abbreviations included."""
+    for option in options:
+        name = option.partition("=")[0]
+        if not _OPTION.fullmatch(option):
+            _refuse(f"{option!r} is no option of sbatch", where, "write --name or --name=value, without blanks")
+        meant = [other for other in ours if other == name or (other.startswith(name) and name not in _WHOLE)]
+        if meant:
+            said = name if name in meant else f"{name}, which may stand for {min(meant)},"
+            _refuse(f"{said} is left to {whose}", where, "leave it out; what can be chosen has a setting of its own")
 
 
 def _check_container(launch: LaunchConfig) -> None:

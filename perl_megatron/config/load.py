@@ -9,9 +9,11 @@ relative to the current directory.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -47,9 +49,30 @@ class _Setting:
     origin: str
 
 
-def config_fields(schema: type[BaseModel] = Config) -> dict[str, FieldInfo]:
+@dataclass(frozen=True)
+class ConfigFile:
+    """A config file that was read once, to be loaded with many sets of overrides."""
+
+    path: Path
+    _settings: Mapping[str, _Setting]
+    _presets: Sequence[str]
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        """UserError as from ``load_config``, for what the file itself holds."""
+        presets: list[str] = []
+        return cls(path, _read_file(path, Config, seen=(), presets=presets, beside=()), presets)
+
+    def load(self, overrides: Sequence[str] = ()) -> LoadedConfig:
+        """What ``load_config`` gives for the file as it was when it was read."""
+        config, origins = _load(Config, self.path, dict(self._settings), list(self._presets), overrides)
+        return LoadedConfig(config=config, origins=origins)
+
+
+@functools.cache
+def config_fields(schema: type[BaseModel] = Config) -> Mapping[str, FieldInfo]:
     """Every dotted key of the schema with its pydantic field (type, description, default)."""
-    return dict(_fields(schema, ""))
+    return MappingProxyType(dict(_fields(schema, "")))
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -73,6 +96,17 @@ def load_sections(
     """
     presets: list[str] = []
     own = {} if path is None else _read_file(Path(path), schema, seen=(), presets=presets, beside=beside)
+    return _load(schema, path, own, presets, overrides)
+
+
+def _load(
+    schema: type[Sections],
+    path: Path | str | None,
+    own: dict[str, _Setting],
+    presets: list[str],
+    overrides: Sequence[str],
+) -> tuple[Sections, dict[str, str]]:
+    """Of the settings of a file (``own``) and its presets; both are changed."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if schema is Config and equals and key.strip() == PRESET_KEY:
@@ -122,7 +156,8 @@ def _section_type(info: FieldInfo) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _read_preset(name: str) -> dict[str, _Setting]:
+@functools.cache
+def _read_preset(name: str) -> Mapping[str, _Setting]:
     path = preset_file(name, f"preset {name}")
     root = yaml_source.read(path)
     assert isinstance(root, yaml.MappingNode), f"{path} holds sections"
@@ -130,7 +165,7 @@ def _read_preset(name: str) -> dict[str, _Setting]:
     for key, key_node, value_node in yaml_source.items(root, str(path)):
         origin = f"{path}:{yaml_source.line(key_node)}"
         read.update(_read_value(key, value_node, Config, where=str(path), origin=origin))
-    return {key: _Setting(setting.value, f"preset {name}") for key, setting in read.items()}
+    return MappingProxyType({key: _Setting(setting.value, f"preset {name}") for key, setting in read.items()})
 
 
 def _read_file(

@@ -12,6 +12,7 @@ A file may start from another one (`base: other.yaml`), as a config. Every error
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 
 from perl_megatron.config import yaml_source
 from perl_megatron.config.load import BASE_KEY, config_fields, load_sections, nearest_key
+from perl_megatron.config.storage_url import without_password
 from perl_megatron.config.sweep_domain import ARM, Choice, Domain, grid_points
 from perl_megatron.config.sweep_sections import (
     ArraySection,
@@ -48,6 +50,13 @@ class Sweep:
     """Where each domain and each setting comes from."""
     points: tuple[dict[str, Choice], ...] | None
     """Of a grid: all of them."""
+    given: tuple[str, ...] = ()
+    """What the command line set."""
+
+    def command(self, *flags: str) -> str:
+        """The command line that has to do with this sweep, with what was set on this one; passwords are not shown."""
+        words = ("perl-megatron", "sweep", str(self.path), *flags, *self.given)
+        return shlex.join(map(without_password, words))
 
     @property
     def sweep(self) -> SweepSection:
@@ -112,7 +121,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
             where=", ".join(dict.fromkeys((places["workers.grace"], places["workers.heartbeat"]))),
             fix="a worker that is alive would be taken for dead: raise workers.grace or lower workers.heartbeat",
         )
-    return Sweep(path, settings, space, places, points)
+    return Sweep(path, settings, space, places, points, tuple(overrides))
 
 
 def _points(
@@ -191,7 +200,11 @@ def _choices(name: str, values: list[Any], where: str) -> Domain:
     choices: dict[Choice, tuple[str, ...]] = {}
     for value in values:
         if isinstance(value, dict):
-            raise UserError(f"{SPACE_KEY}: {name} has a choice that is no value: {value}", where=where)
+            raise UserError(
+                f"{SPACE_KEY}: {name} has a choice that is no value: {value}",
+                where=where,
+                fix=f"write values alone, {name}: [first, second]; settings that belong together go into `{ARMS_KEY}`",
+            )
         stored = yaml_source.dump_scalar(value) if isinstance(value, list) else value
         if stored in choices:
             raise UserError(f"{SPACE_KEY}: {name} has the choice {value!r} twice", where=where, fix="keep one")

@@ -37,7 +37,8 @@ def read(path: Path) -> yaml.Node | None:
     try:
         return parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config file: {error}", where=str(path)) from error
+        fix = f"give a YAML file in UTF-8; paths are relative to the current directory, {Path.cwd()}"
+        raise UserError(f"cannot read the config file: {error}", where=str(path), fix=fix) from error
 
 
 def is_null(node: yaml.Node | None) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
+from perl_megatron.config.storage_url import without_password
 from perl_megatron.config.sweep_file import Sweep, read_sweep
 from perl_megatron.errors import UserError
 from perl_megatron.launch.failures import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
@@ -20,7 +21,7 @@ from perl_megatron.launch.sweep_array import render_array, submit
 from perl_megatron.launch.sweep_workers import run_workers
 from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.sweep import results
-from perl_megatron.sweep.check import check_sweep, has_multi_node_runs, num_nodes, num_processes
+from perl_megatron.sweep.check import check_slurm_array, check_sweep, has_multi_node_runs, num_processes
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.plots import write_plots
 from perl_megatron.sweep.storage import JOURNAL_NAME, PREEMPTED, REFUSED, may_go_on, put_back, unfinished_points
@@ -52,7 +53,9 @@ def run(options: SweepOptions) -> int:
     if options.results:
         write_results(sweep, read_study(sweep))
         return 0
-    check_sweep(sweep)
+    unchecked = check_sweep(sweep)
+    if unchecked:
+        print(unchecked)
     command = [sys.executable, "-m", "perl_megatron", "sweep", str(options.path), "--worker", *options.overrides]
     if options.slurm is not None:
         return _submit(sweep, command, options)
@@ -96,8 +99,8 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
     print(
         f"{folder}: results.md, results.csv, results.json, {', '.join(path.name for path in plots) or 'no plots yet'}"
     )
-    storage = sweep.sweep.storage or folder / JOURNAL_NAME
-    print(f"to look closer: optuna-dashboard {shlex.quote(str(storage))}")
+    storage = without_password(sweep.sweep.storage or str(folder / JOURNAL_NAME))
+    print(f"to look closer: optuna-dashboard {shlex.quote(storage)}")
 
 
 def _prepare(sweep: Sweep, *, retry_failed: bool) -> optuna.Study:
@@ -126,10 +129,16 @@ def _is_open(sweep: Sweep, study: optuna.Study) -> bool:
 
 
 def _submit(sweep: Sweep, command: Sequence[str], options: SweepOptions) -> int:
+    if any(without_password(word) != word for word in command):
+        raise UserError(
+            "the password would be written into the job's script",
+            where="--slurm, sweep.storage on the command line",
+            fix="set sweep.storage in the sweep file, or leave the password to the driver (PostgreSQL: ~/.pgpass)",
+        )
     script = render_array(
         command,
         workers=options.slurm or 1,
-        nodes=num_nodes(sweep),
+        nodes=check_slurm_array(sweep),
         name=sweep.sweep.name,
         folder=sweep.folder,
         options=sweep.slurm.options,
@@ -142,7 +151,7 @@ def _submit(sweep: Sweep, command: Sequence[str], options: SweepOptions) -> int:
     path = sweep.folder / "workers.sbatch"
     path.write_text(script, encoding="utf-8")
     print(f"job array {submit(path)}: {sweep.folder}/worker-N.log")
-    print(f"the results so far: perl-megatron sweep {shlex.quote(str(sweep.path))} --results")
+    print(f"the results so far: {sweep.command('--results')}")
     return 0
 
 
@@ -164,10 +173,10 @@ def _conclude(sweep: Sweep, study: optuna.Study, statuses: Sequence[int]) -> int
     if EXIT_USER_ERROR in statuses:
         return EXIT_USER_ERROR  # the worker has said why
     if _is_open(sweep, study):
-        print(f"the sweep is not finished; go on with: perl-megatron sweep {shlex.quote(str(sweep.path))}")
+        print(f"the sweep is not finished; go on with: {sweep.command()}")
         return EXIT_STOPPED if EXIT_STOPPED in statuses else EXIT_FAILURE
     if failed:
         numbers = ", ".join(map(str, sorted(failed)))
-        print(f"points that failed: {numbers} (begin them again with --retry-failed)", file=sys.stderr)
+        print(f"points that failed: {numbers} (begin them again: {sweep.command('--retry-failed')})", file=sys.stderr)
         return EXIT_FAILURE
     return 0

@@ -83,12 +83,12 @@ def read_study(sweep: Sweep) -> optuna.Study:
     """The study as it is. UserError where there is none."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not sweep.folder.is_dir():
-        raise UserError("the sweep has not begun", where=str(sweep.folder), fix=f"perl-megatron sweep {sweep.path}")
+        raise UserError("the sweep has not begun", where=str(sweep.folder), fix=sweep.command())
     try:
         return optuna.load_study(study_name=sweep.sweep.name, storage=open_storage(sweep))
     except KeyError as error:
-        fix = f"perl-megatron sweep {sweep.path}"
-        raise UserError(f"there is no study '{sweep.sweep.name}'", where=str(sweep.folder), fix=fix) from error
+        what = f"there is no study '{sweep.sweep.name}'"
+        raise UserError(what, where=str(sweep.folder), fix=sweep.command()) from error
 
 
 def suggest(trial: optuna.Trial, domain: Domain) -> Choice:

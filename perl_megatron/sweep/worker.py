@@ -265,7 +265,8 @@ class Worker:
                 f"{len(failed)} points of the sweep have failed: {numbers}. The last one's reason:\n"
                 + list(failed.values())[-1],
                 where=str(self._sweep.folder),
-                fix="mend the cause and add --retry-failed, or raise workers.max_failures",
+                fix=f"mend the cause and begin them again ({self._sweep.command('--retry-failed')}), or raise "
+                "workers.max_failures",
             )
 
     def _say(self, text: str) -> None:

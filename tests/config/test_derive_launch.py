@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from perl_megatron.config.derive_launch import (
+    check_array,
     check_node_rank,
     check_slurm,
     endpoint_of,
@@ -13,6 +14,7 @@ from perl_megatron.config.derive_launch import (
 )
 from perl_megatron.config.load import load_config
 from perl_megatron.config.schema import Config
+from perl_megatron.config.sweep_sections import ArraySection
 from perl_megatron.errors import UserError
 
 EIGHT = ("parallel.tensor=4", "parallel.data=4", "launch.nodes=2", "launch.gpus_per_node=8")
@@ -82,6 +84,7 @@ def test_good_slurm_jobs(tmp_path: Path):
         (('launch.sbatch_options=["--mem=1\\n#SBATCH --x"]',), "is no option of sbatch", "launch.sbatch_options"),
         (("launch.sbatch_options=--nodes=3",), "--nodes is left to `launch slurm`", "launch.sbatch_options"),
         (("launch.sbatch_options=--wait",), "--wait is left to `launch slurm`", "launch.sbatch_options"),
+        (("launch.sbatch_options=--arr=0-9",), "--arr, which may stand for --array, is left", "launch.sbatch_options"),
         (("run.directory=a%b",), "Slurm cannot write logs below 'a%b'", "run.directory"),
         (('run.directory=a"b',), "Slurm cannot write logs", "run.directory"),
         (("launch.time=soon",), "'soon' is no time limit", "launch.time"),
@@ -113,6 +116,50 @@ def test_what_is_refused_before_anything_is_submitted(overrides: tuple[str, ...]
     assert said in error.value.what
     assert where in (error.value.where or "")
     assert error.value.fix
+
+
+PLACES = {"slurm.options": "a.yaml:1", "slurm.setup": "a.yaml:2", "sweep.directory": "a.yaml:3"}
+
+
+def test_good_job_arrays_of_a_sweep(tmp_path: Path):
+    setup = tmp_path / "setup.sh"
+    setup.touch()
+    options = ("--partition=gpu", "--gpus-per-node=8", "--gpus=8", "--time=12:00:00", "--account=lab", "--exclusive")
+    check_array(ArraySection(options=options, setup=setup), tmp_path, PLACES)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--comment=x --array=0-99", "is no option of sbatch"),
+        ("--partition=gpu\nrm -rf /", "is no option of sbatch"),
+        ("-p gpu", "is no option of sbatch"),
+        *((f"{name}=3", f"{name} is left to") for name in ("--array", "--nodes", "--ntasks", "--ntasks-per-socket")),
+        *((f"{name}=/x", f"{name} is left to") for name in ("--output", "--error", "--chdir")),
+        *((name, f"{name} is left to") for name in ("--no-requeue", "--wait", "--test-only")),
+        ("--signal=USR1@5", "--signal is left to"),
+        # Slurm takes what is left of a name if only one option begins so.
+        ("--arr=0-99", "--arr, which may stand for --array, is left to"),
+        ("--sig=USR1@5", "--sig, which may stand for --signal, is left to"),
+        ("--no-req", "--no-req, which may stand for --no-requeue, is left to"),
+    ],
+)
+def test_options_that_would_change_the_job_array_of_a_sweep(option: str, said: str, tmp_path: Path):
+    """They would come after its own, and win."""
+    with pytest.raises(UserError) as error:
+        check_array(ArraySection(options=("--exclusive", option)), tmp_path, PLACES)
+    assert said in error.value.what
+    assert error.value.where == "a.yaml:1: slurm.options"
+    assert error.value.fix
+
+
+def test_files_of_a_sweeps_job_array(tmp_path: Path):
+    with pytest.raises(UserError, match="the file does not exist") as error:
+        check_array(ArraySection(setup=Path("nofile.sh")), tmp_path, PLACES)
+    assert error.value.where == "a.yaml:2: slurm.setup = nofile.sh"
+    with pytest.raises(UserError, match="Slurm cannot write logs below") as error:
+        check_array(ArraySection(), tmp_path / "a%j", PLACES)
+    assert error.value.where == "a.yaml:3: sweep.directory"
 
 
 @pytest.mark.parametrize(("command", "settings"), [("sft", ()), ("eval", ("evaluation.ask=endpoint",))])

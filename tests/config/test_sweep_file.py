@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perl_megatron.config.storage_url import without_password
 from perl_megatron.config.sweep_domain import Domain, grid_points
 from perl_megatron.config.sweep_file import Sweep, read_sweep
 from perl_megatron.errors import UserError
@@ -80,6 +81,7 @@ def test_a_base_and_the_command_line(tmp_path: Path) -> None:
         ("  trials: 3\nspace:\n  optimizer.beta1: {low: 0.1, high: 0.4, steps: 2}\n", "the keys are low, high", 6),
         ("  trials: 3\nspace:\n  optimizer.beta1: [0.1, 0.1]\n", "twice", 6),
         ("  trials: 3\nspace:\n  optimizer.beta1: []\n", "has no choices", 6),
+        ("  trials: 3\nspace:\n  optimizer.beta1: [{low: 1}]\n", "has a choice that is no value: {'low': 1}", 6),
         ("  trials: 3\nspace:\n  optimizer.beta1: 0.4\n", "is no set of values", 6),
         ("  trials: 3\narms:\n  one: run.steps=2\n", "no list of settings", 6),
         ("  trials: 3\narms:\n  one: [run.seed=2]\n", "set by the sweep itself", 6),
@@ -111,6 +113,25 @@ def test_what_is_missing_is_named(text: str, what: str, tmp_path: Path) -> None:
         read(tmp_path, text)
     assert what in str(error.value)
     assert error.value.fix
+
+
+def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file") as error:
+        read_sweep(tmp_path / "sweep.yaml")
+    assert error.value.where == str(tmp_path / "sweep.yaml")
+    assert "paths are relative to the current directory" in (error.value.fix or "")
+
+
+def test_the_command_line_of_a_sweep_has_what_was_set_on_it(tmp_path: Path) -> None:
+    text = "  trials: 3\nspace:\n  optimizer.beta1: [0.1]\n"
+    url = "sweep.storage=postgresql://me:secret@host:5432/optuna?sslmode=require&password=hidden"
+    sweep = read(tmp_path, text, "sweep.name=b", "sweep.measures=[reward/mean, loss/total]", url)
+    assert sweep.command("--results") == (
+        f"perl-megatron sweep {tmp_path}/sweep.yaml --results sweep.name=b 'sweep.measures=[reward/mean, loss/total]' "
+        "'sweep.storage=postgresql://me:***@host:5432/optuna?sslmode=require&password=***'"
+    )
+    assert without_password("sqlite:////a:b@c/d.db") == "sqlite:////a:b@c/d.db"
+    assert without_password("mysql+pymysql://me:@host/x") == "mysql+pymysql://me:***@host/x"
 
 
 @settings(deadline=None, max_examples=60)

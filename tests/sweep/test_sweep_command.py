@@ -17,7 +17,8 @@ from sweep_case import SweepCase, make_case
 
 from perl_megatron import cli
 from perl_megatron.errors import UserError
-from perl_megatron.sweep.check import check_sweep, measures
+from perl_megatron.sweep import check
+from perl_megatron.sweep.check import check_sweep, measures, num_processes
 from perl_megatron.sweep.command import SweepOptions, write_results
 from perl_megatron.sweep.command import run as run_command
 from perl_megatron.sweep.file_lock import FileLock
@@ -127,6 +128,33 @@ def test_every_value_is_checked_before_anything_starts(case: SweepCase) -> None:
     assert not case.sweep.folder.exists()
 
 
+GRID = """
+  sampler: grid
+space:
+  parallel.tensor: [2, 1]
+  optimizer.learning_rate: {low: 1.0e-6, high: 1.0e-3, points: 210}
+  parallel.sequence: [false, true]
+"""
+
+
+def test_all_points_of_a_grid_are_checked(
+    tmp_path: Path, case: SweepCase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The illegal ones of these 840 come last."""
+    case = make_case(tmp_path, GRID)
+    for most in (5000, 100, 3):  # whole; with three learning rates; three points of those
+        monkeypatch.setattr(check, "MAX_CHECKED_POINTS", most)
+        with pytest.raises(UserError, match=r"no run can start at .*sequence parallelism needs"):
+            check_sweep(case.sweep)
+    case = make_case(tmp_path, GRID.replace("tensor: [2, 1]", "tensor: [1, 2]").replace("[false, true]", "[false]"))
+    for most, said in ((5000, ""), (100, "6 of 420 points were checked"), (3, "3 of 420 points were checked")):
+        monkeypatch.setattr(check, "MAX_CHECKED_POINTS", most)
+        assert check_sweep(case.sweep) == said
+        assert num_processes(case.sweep) == 2
+    assert cli.main(["sweep", str(case.path), "--dry-run"]) == 0
+    assert "3 of 420 points were checked" in capsys.readouterr().out
+
+
 def test_a_dry_run_says_what_would_run(case: SweepCase, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sweep", str(case.path), "--dry-run", "sweep.trials=7"]) == 0
     printed = capsys.readouterr().out
@@ -138,6 +166,9 @@ def test_a_dry_run_says_what_would_run(case: SweepCase, capsys: pytest.CaptureFi
     assert "#SBATCH --array=0-4" in script
     assert "#SBATCH --time=1:00:00" in script
     assert f"perl_megatron sweep {case.path} --worker 'slurm.options=[--time=1:00:00]' &" in script
+    with pytest.raises(UserError, match="the password would be written into the job's script") as error:
+        run_command(SweepOptions(case.path, ("sweep.storage=mysql://me:secret@host/x",), slurm=2, dry_run=True))
+    assert "secret" not in str(error.value)
     assert not case.sweep.folder.exists()
 
 
