@@ -53,8 +53,10 @@ class SmallJob:
         return call(self.command(command, config, *overrides, resume=resume), environment)
 
 
-def call(command: list[str], environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+def call(
+    command: list[str], environment: Mapping[str, str] = {}, timeout: float = 500
+) -> subprocess.CompletedProcess[str]:
     """Run a command from the repository's root."""
     return subprocess.run(
-        command, cwd=REPOSITORY, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=500
+        command, cwd=REPOSITORY, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=timeout
     )

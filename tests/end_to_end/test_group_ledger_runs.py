@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from collections import Counter
 from pathlib import Path
 
-from small_job import ENVIRONMENT, REPOSITORY, SMALL, SmallJob
-from test_training import ONE_PROCESS, steps, wait_until
+from interrupted_run import interrupt
+from small_job import SMALL, SmallJob
+from test_training import ONE_PROCESS, steps
 
 CARRYING = (
     *ONE_PROCESS,
@@ -30,19 +29,7 @@ def test_carried_groups_survive_an_interruption(job: SmallJob) -> None:
     whole = job.work / "runs" / "carrying"
     result = job.run("train", "train.yaml", "run.name=carrying", *CARRYING)
     assert result.returncode == 0, result.stdout + result.stderr
-    run = job.work / "runs" / "carrying-stopped"
-    process = subprocess.Popen(
-        job.command("train", "train.yaml", "run.name=carrying-stopped", *CARRYING),
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(steps(run)) >= 1, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
+    run = interrupt(job, "carrying-stopped", *CARRYING, num_steps=4)
     assert max(row["step"] for row in ledger(run)) < 4
     resumed = job.run("train", "train.yaml", "run.name=carrying-stopped", *CARRYING, resume=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

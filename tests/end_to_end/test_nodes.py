@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
+from interrupted_run import interrupt
 from slurm_cluster import shares_of_cores
 from small_job import ENVIRONMENT, REPOSITORY, SMALL, SmallJob
 from test_training import evaluations, steps, wait_until
@@ -101,17 +101,5 @@ def test_a_machine_that_does_not_come_ends_the_launch(job: SmallJob) -> None:
 def test_ctrl_c_or_time_enough_lets_the_step_end(job: SmallJob, number: signal.Signals, seconds: float) -> None:
     name = f"finished-{number.name}"
     settings = (*SMALL, "parallel.tensor=1", "rollout.engine=embedded", "rollout.questions_per_call=1")
-    run: Path = job.work / "runs" / name
-    process = subprocess.Popen(
-        job.command("train", "train.yaml", f"run.name={name}", *settings, f"launch.grace_seconds={seconds}"),
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(steps(run)) >= 1, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
+    run = interrupt(job, name, *settings, f"launch.grace_seconds={seconds}", num_steps=4, number=number)
     assert not (run / "step_in_progress.json").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from interrupted_run import interrupt, num_made
 from small_job import ENVIRONMENT, REPOSITORY, SMALL, SmallJob
 
 from perl_megatron.data.sampler import ShuffledSampler
@@ -111,23 +111,7 @@ def test_one_step_off_on_two_processes(job: SmallJob, server: tuple[str, ...]) -
 def test_one_step_off_is_ended_and_resumed_without_losing_a_record(job: SmallJob, server: tuple[str, ...]) -> None:
     """SIGTERM gives up what is under way, after a checkpoint; it is drawn again, on-policy."""
     settings = (*SMALL, *server, *ONE_STEP_OFF, "parallel.tensor=2", "data.evaluation=null", "run.steps=6")
-    metrics = job.work / "runs" / "resumed_ahead" / "metrics.jsonl"
-    with subprocess.Popen(
-        job.command("train", "train.yaml", "run.name=resumed_ahead", *settings),
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    done = len(metrics.read_text().splitlines())
-    assert done < 6
+    done = num_made(interrupt(job, "resumed_ahead", *settings, num_steps=6, after=2))
     rows = run(job, "resumed_ahead", *settings, resume=True)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     expected = [0, *[1] * 5]

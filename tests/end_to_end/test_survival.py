@@ -38,7 +38,7 @@ def specify(job: SmallJob, folder: Path, *overrides: str) -> Path:
 
 def run(program: str, *arguments: str | Path) -> dict:
     """The last line that a program beside this file prints."""
-    result = call([sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments)])
+    result = call([sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments)], timeout=1100)
     print(result.stderr[-5000:])
     assert result.returncode == 0, result.stdout + result.stderr[-20000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -51,18 +51,18 @@ def test_killed_at_random_moments_and_resumed_is_bit_for_bit(job: SmallJob, tmp_
     """
     print(f"seed {SEED}")
     found = run("kill_campaign.py", specify(job, tmp_path))
-    assert found["kills"] >= NUM_KILLS
-    places = {hit.split(": ")[1] for hit in found["hits"]}
+    assert len(found["kills"]) >= NUM_KILLS
+    places = {phase for kill in found["kills"] for phase in kill["phases"]}
     assert {"generate", "log_probs", "update", "evaluate", "export", "between phases"} <= places
-    assert sum(count for hit, count in found["hits"].items() if hit.startswith(("writing", "save"))) >= 4
+    assert sum(kill["writing"] or "save" in kill["phases"] for kill in found["kills"]) >= 4
 
 
 def test_a_rank_that_stalls_ends_the_job(job: SmallJob, tmp_path: Path) -> None:
-    found = run("broken_ranks.py", specify(job, tmp_path, "deadlines.update=5"), "stalls")
+    found = run("broken_ranks.py", specify(job, tmp_path, "deadlines.update=10"), "stalls")
     assert found["statuses"] == [1, 1]
-    assert found["seconds"] < 5 + 30  # seconds, on a machine that may be busy
+    assert found["seconds"] < 10 + 90  # on a machine that may be busy; the rank would go on after 300
     output = found["output"]
-    assert "phase 'update' took longer than deadlines.update = 5 s" in output
+    assert "phase 'update' took longer than deadlines.update = 10 s" in output
     assert "ranks that the others wait for: 1\n" in output
     assert "in stall_here" in output
     assert "rank 0: in phase 'update'" in output
@@ -88,8 +88,7 @@ def test_ranks_that_diverge_are_told_so(job: SmallJob, tmp_path: Path, fault: st
 def test_a_full_disk_costs_no_checkpoint_and_not_the_run(job: SmallJob, tmp_path: Path) -> None:
     """The limit on the size of files stands for it: writing fails in the same place, with an error of its kind."""
     found = run("broken_ranks.py", specify(job, tmp_path), "disk_full")
-    assert found["good"][0] == "step-00000001"
-    assert found["incomplete"] == []
+    assert found["good"][-1] >= found["before"]
     assert found["statuses"] == [0, 0]
     assert "cannot write the checkpoint: File too large" in found["output"]
     assert "free some space there" in found["output"]

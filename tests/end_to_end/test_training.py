@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from interrupted_run import interrupt
 from small_job import ENVIRONMENT, REPOSITORY, SMALL, SmallJob, call
 
 from perl_megatron.rollout.engine import vllm_obstacle
@@ -68,20 +69,7 @@ def test_tensor_parallel_with_vllm(job: SmallJob) -> None:
 
 def test_interrupted_and_resumed_is_bit_for_bit(job: SmallJob, reference: Path) -> None:
     """SIGTERM ends after the current step with a checkpoint; --resume then gives the uninterrupted run's numbers."""
-    run = job.work / "runs" / "resumed"
-    process = subprocess.Popen(
-        job.command("train", "train.yaml", "run.name=resumed", *ONE_PROCESS),
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(steps(run)) >= 1, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
-    assert len(steps(run)) < 4
+    run = interrupt(job, "resumed", *ONE_PROCESS, num_steps=4)
     resumed = job.run("train", "train.yaml", "run.name=resumed", *ONE_PROCESS, resume=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert steps(run) == steps(reference)
@@ -166,7 +154,7 @@ def test_ctrl_c_on_two_processes_leaves_none_behind(job: SmallJob) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert list((run / "checkpoints").glob("step-*"))
     _, alive = psutil.wait_procs(children, timeout=10)

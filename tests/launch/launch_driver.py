@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from perl_megatron.launch.failures import record_failure
+from perl_megatron.launch.failures import DIRECTORY_VARIABLE, record_failure
 from perl_megatron.launch.torchrun import launch, launcher_pid
 from perl_megatron.runtime.signals import StopRequest
 
@@ -21,7 +21,9 @@ def rank(mode: str, folder: Path) -> None:
     print(f"rank {number} of {os.environ['WORLD_SIZE']} at {os.environ['MASTER_ADDR']}", flush=True)
     print(f"warning of rank {number}", file=sys.stderr, flush=True)
     if mode == "failure":
-        time.sleep(0 if number == "1" else 2)
+        first = Path(os.environ[DIRECTORY_VARIABLE]) / "rank-1.json"
+        while number == "0" and not first.exists():
+            time.sleep(0.01)
         raise RuntimeError(f"broken in rank {number}")
     if mode == "stop":
         assert launcher_pid() == int((folder / "launcher").read_text())

@@ -40,11 +40,11 @@ def test_hanging_ranks_and_their_children_are_killed(tmp_path):
     ("program", "said"),
     [
         ("import sys; sys.exit('a word of the rank')", r"worker\.py ended with status 1\n.*a word of the rank"),
-        ("import time; print('asleep', flush=True); time.sleep(60)", r"had not ended after 4 s\n.*asleep"),
+        ("import time; print('asleep', flush=True); time.sleep(60)", r"had not ended after 8 s\n.*asleep"),
     ],
 )
 def test_failures_show_the_end_of_the_output(tmp_path, program, said):
     worker = tmp_path / "worker.py"
     worker.write_text(program)
     with pytest.raises(pytest.fail.Exception, match=f"(?s){said}"):
-        launch_ranks(worker, log=tmp_path / "log", processes=1, timeout=4 if "asleep" in program else 60)
+        launch_ranks(worker, log=tmp_path / "log", processes=1, timeout=8 if "asleep" in program else 60)

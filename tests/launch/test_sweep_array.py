@@ -47,7 +47,7 @@ def run(script: str, tmp_path: Path, state: str = "RUNNING") -> subprocess.Popen
 def test_nothing_of_the_config_is_read_by_the_shell(tmp_path: Path) -> None:
     words = ["printf", "%s\\n", "data.train=a b", "$(touch pwned)", "`id`", "x;y", "'q'", '"']
     process = run(render(tmp_path, words), tmp_path)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=120)
     assert output.splitlines() == words[2:]
     assert process.returncode == 0
     assert not (tmp_path / "asked").exists()
@@ -61,11 +61,11 @@ def test_a_worker_that_was_asked_to_stop_is_queued_again(tmp_path: Path, state: 
     """Slurm sends SIGTERM to the batch shell alone; the worker gets it, and may take its time. So does `scancel`."""
     worker = "trap 'sleep 1; exit 75' TERM; touch ready; while :; do sleep 0.1; done"
     process = run(render(tmp_path, ["sh", "-c", f"cd {tmp_path}; {worker}"]), tmp_path, state)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode == 75
     assert (tmp_path / "asked").read_text() == asked
 

@@ -40,6 +40,15 @@ def ready(folder: Path) -> bool:
     return all((folder / f"ready-{rank}").exists() and (folder / f"ready-{rank}").read_text() for rank in (0, 1))
 
 
+def wait_for_line(process: subprocess.Popen, text: str) -> None:
+    """Until the launcher has written a line with ``text`` to its standard error; what came up to there is read."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"it ended with {process.wait()} without saying: {text}")
+
+
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
@@ -63,7 +72,7 @@ def test_the_first_interrupt_lets_the_ranks_finish_their_step(tmp_path):
     process = start("stop", tmp_path)
     wait_for(lambda: ready(tmp_path))
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert sorted(path.name for path in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-1"]
     assert not any(alive(pid) for pid in pids(tmp_path))
@@ -81,10 +90,11 @@ def test_the_second_interrupt_ends_everything_at_once(tmp_path):
     wait_for(lambda: ready(tmp_path))
     time.sleep(1.5)  # so that the ranks' own children are known too
     process.send_signal(signal.SIGINT)
+    wait_for_line(process, "once more to end at once")
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "ended at once" in err
     assert len(pids(tmp_path)) == 4
@@ -101,19 +111,21 @@ def test_what_every_process_is_told_lets_the_ranks_finish_their_step(tmp_path):
         for one in everyone:
             with suppress(psutil.NoSuchProcess):
                 one.send_signal(number)
+        if number == signal.SIGTERM:
+            wait_for_line(process, "stopping after this step (SIGTERM)")
         time.sleep(0.5)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     logs = "\n".join(path.read_text() for path in tmp_path.rglob("*.log"))
     assert process.returncode == 0, err + logs
     assert sorted(path.name for path in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-1"]
-    assert "stopping after this step (SIGTERM)" in err
+    assert "stopping" not in err  # but for the line that was read above
 
 
 def test_a_file_can_tell_the_ranks_and_before_the_first_step_nothing_is_lost(tmp_path):
     process = start("early", tmp_path)
     wait_for(lambda: ready(tmp_path))
     (tmp_path / "stop file").touch()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 75, err
     assert "stopping after this step (SIGUSR1)" in err
     assert "stopped before the first step" in err
@@ -124,7 +136,7 @@ def test_a_rank_that_is_killed_in_its_last_save_is_named_and_the_run_can_be_queu
     process = start("killed", tmp_path)
     wait_for(lambda: ready(tmp_path))
     process.send_signal(signal.SIGUSR1)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 75, err
     assert "before the first step" not in err
     assert err.splitlines()[-3:-1] == [

@@ -76,14 +76,17 @@ def test_step_line_shows_what_is_there():
 
 
 def test_peak_memory_counts_children():
-    code = "x = bytearray(300 * 2**20); print('ready', flush=True); input()"
+    # Far more than what other processes add and take by beginning or ceasing to share torch's pages with this one.
+    code = "x = bytearray(600 * 2**20); print('ready', flush=True); input()"
     before = tree_rss_gib()
     peak = PeakMemory(interval=0.05)
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        time.sleep(0.2)
+        until = time.monotonic() + 60
+        while peak._peak - before < 0.45 and time.monotonic() < until:
+            time.sleep(0.05)
         child.communicate(b"\n")
-    assert peak.gib - before > 0.25
-    assert tree_rss_gib() - before < 0.1
+    assert peak.gib - before > 0.45
+    assert tree_rss_gib() - before < 0.2
     peak.close()
     assert tree_rss_gib(2**22 - 1) == 0.0  # no such process

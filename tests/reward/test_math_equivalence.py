@@ -49,13 +49,12 @@ def test_hostile_expression_is_ended(worker, hostile):
     assert worker.compare("5", "5.0") is True  # and the worker lives on
 
 
-def test_wild_expressions_are_not_even_parsed():
+def test_wild_expressions_are_not_even_parsed(monkeypatch):
     assert not is_tame("1" * 1000)
     assert not is_tame("{" * 1000)
     assert is_tame("\\frac{1}{2}" * 20)
-    start = time.monotonic()
+    monkeypatch.setattr(math_equivalence, "_WORKER", None)  # nobody there who could be asked
     assert math_equal("5", "9" * 1_000_000) is False
-    assert time.monotonic() - start < 0.5
 
 
 def test_from_other_threads(worker):

@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from perl_megatron.launch.ports import free_port
+from plain_ranks import run_ranks
+
 from perl_megatron.runtime.agreement import Agreement, _differences
 
 WORKER = Path(__file__).with_name("agreement_worker.py")
-
-
-def run_ranks(worker: Path, *arguments: str, num_ranks: int = 3) -> list[subprocess.CompletedProcess[str]]:
-    """The worker on several ranks without a launcher; all of them, at their ends."""
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), *arguments],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    return [
-        subprocess.CompletedProcess(rank.args, rank.returncode, *output)
-        for rank, output in [(rank, rank.communicate(timeout=100)) for rank in ranks]
-    ]
 
 
 def test_what_differs_is_named_with_its_ranks_on_all_of_them() -> None:

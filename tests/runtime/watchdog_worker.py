@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -21,16 +20,26 @@ module.HELD_SECONDS = 3.0 if how == "held" else module.HELD_SECONDS
 
 def stall_here():
     if how == "held":
-        ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock, as PyDLL does
+        ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock, as PyDLL does
     elif how == "stopped":
-        # Stopped for good; the test's other ranks say so, and then this one is killed from outside.
-        subprocess.Popen(["sh", "-c", f"sleep 12; kill -KILL {os.getpid()}"])
-        os.kill(os.getpid(), signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # for good: the test kills it when the others have ended
     else:
-        time.sleep(60)
+        time.sleep(600)
 
 
-deadlines = {"update": 1.0, "generate": 50.0} | ({module.BETWEEN: 1.0} if how == "between" else {})
+if how == "in_time":
+    module.POLL_SECONDS, module.HELD_SECONDS = 0.01, 0.0
+    with Watchdog({"outer": 60.0, "inner": 2.0}, rank=0, world_size=1) as watchdog, watchdog.phase("outer"):
+        begin = time.monotonic()
+        while time.monotonic() - begin < 2.5:
+            with watchdog.phase("inner"):
+                time.sleep(0.05)
+    print("inner phases took long enough")
+    sys.exit()
+
+# With several ranks, so long that all others wait in their collective by then.
+seconds = 1.0 if world_size == 1 else 3.0
+deadlines = {"update": seconds, "generate": 500.0} | ({module.BETWEEN: 1.0} if how == "between" else {})
 with Watchdog(deadlines, rank=rank, world_size=world_size) as watchdog:
     with watchdog.phase("generate"):
         if world_size > 1:

@@ -1,7 +1,8 @@
 """Stands for `perl-megatron train`: measures a function of its settings, step by step, and can be resumed.
 
 `fake_run.py OUTCOMES train CONFIG [--resume] SETTING…`. It notes every step that it makes in the file `steps` of its
-run's folder, with its process id, so that a step that is made twice, or by two at a time, can be seen.
+run's folder, with its process id, so that a step that is made twice, or by two at a time, can be seen. While there
+is a file `hold` in OUTCOMES it stays after its second step, until it is told to stop.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> int:
     rows = [json.loads(line) for line in read(folder / "metrics.jsonl") if json.loads(line)["step"] <= done]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     crash = Path(sys.argv[1]) / f"{folder.parent.name}-crash"
+    hold = Path(sys.argv[1]) / "hold"
     slow = (Path(sys.argv[1]) / "slow").exists()
     while done < STEPS and not stopped:
         time.sleep(SECONDS_A_STEP * (4 if slow else 1))
@@ -45,6 +47,8 @@ def main() -> int:
         with (folder / "steps").open("a") as file:
             file.write(f"{done} {os.getpid()}\n")
         (checkpoints / f"step-{done:08d}").mkdir()
+        while done == 2 and hold.exists() and not stopped:
+            time.sleep(0.02)
         if crash.exists() and done == 3:
             crash.unlink()
             return 1

@@ -16,6 +16,8 @@ from perl_megatron.config.sweep_file import Sweep, read_sweep
 from perl_megatron.sweep.study import read_study
 
 DRIVER = Path(__file__).with_name("worker_driver.py")
+LONGEST = 400.0
+"""Seconds that a worker may take, with its imports, on a machine that does other things too."""
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = """
 model: {path: examples/qwen2_5_vl/3b}
@@ -53,8 +55,13 @@ class SweepCase:
     def work(self) -> tuple[int, str]:
         """One worker, until its end: (status, output)."""
         worker = self.start()
-        output, _ = worker.communicate(timeout=120)
+        output, _ = worker.communicate(timeout=LONGEST)
         return worker.returncode, output
+
+    @property
+    def hold(self) -> Path:
+        """While this file is there, a run stays after its second step."""
+        return self.folder / "hold"
 
     def steps(self, point: int, seed: int = 0) -> list[tuple[int, int]]:
         """(step, process id) of all that the runs of one point have made."""

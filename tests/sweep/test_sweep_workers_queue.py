@@ -7,9 +7,10 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from optuna.trial import TrialState
-from sweep_case import SweepCase, make_case, wait_until
+from sweep_case import LONGEST, SweepCase, make_case, wait_until
 
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.results import read_results, to_markdown
@@ -41,12 +42,16 @@ def test_a_killed_workers_trial_is_resumed_and_none_is_run_twice(storage: str, t
     """SIGKILL in the middle of a run: its process is told to stop, and the other worker goes on from its checkpoint."""
     setting = f"storage: sqlite:///{tmp_path / 'study.db'}" if storage == "sqlite" else ""
     grid = make_case(tmp_path, GRID.format(storage=setting))
+    grid.hold.touch()
     first = grid.start()
-    wait_until(lambda: len(grid.steps(0)) >= 2, first)
+    wait_until(lambda: len(grid.steps(0)) == 2, first)
     second = grid.start()
+    process = grid.steps(0)[0][1]
     first.kill()
     first.communicate()
-    output, _ = second.communicate(timeout=100)
+    wait_until(lambda: not psutil.pid_exists(process), second)
+    grid.hold.unlink()
+    output, _ = second.communicate(timeout=LONGEST)
     assert second.returncode == 0, output
     assert "point-0000, seed-0: continues" in output
     trials = grid.study.get_trials()
@@ -60,13 +65,15 @@ def test_a_killed_workers_trial_is_resumed_and_none_is_run_twice(storage: str, t
 
 def test_an_interrupted_worker_gives_its_trial_back_at_once(grid: SweepCase) -> None:
     """SIGTERM, as before a preemption: the run writes a checkpoint, and the next worker has nothing to wait for."""
+    grid.hold.touch()
     first = grid.start()
-    wait_until(lambda: len(grid.steps(0)) >= 2, first)
+    wait_until(lambda: len(grid.steps(0)) == 2, first)
     first.send_signal(signal.SIGTERM)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=LONGEST)
     assert first.returncode == 75, output
     assert "is in the queue again" in output
     assert states(grid) == {"FAIL": 1, "WAITING": 3}
+    grid.hold.unlink()
     status, output = grid.work()
     assert status == 0, output
     assert states(grid) == {"COMPLETE": 3, "FAIL": 1}
@@ -75,13 +82,15 @@ def test_an_interrupted_worker_gives_its_trial_back_at_once(grid: SweepCase) -> 
 
 def test_a_worker_whose_run_was_told_to_stop_gives_its_trial_back_and_ends(grid: SweepCase) -> None:
     """As where Slurm preempts a job: it tells the steps, not the batch script. That is no failure of the point."""
+    grid.hold.touch()
     first = grid.start()
-    wait_until(lambda: len(grid.steps(0)) >= 2, first)
+    wait_until(lambda: len(grid.steps(0)) == 2, first)
     os.kill(grid.steps(0)[0][1], signal.SIGTERM)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=LONGEST)
     assert first.returncode == 75, output
     assert "is in the queue again" in output
     assert states(grid) == {"FAIL": 1, "WAITING": 3}
+    grid.hold.unlink()
     assert [trial.user_attrs.get(PREEMPTED) for trial in grid.study.get_trials()][:1] == [1]
     assert grid.work()[0] == 0
     assert [step for step, _ in grid.steps(0)] == [1, 2, 3, 4, 5, 6]
@@ -89,13 +98,15 @@ def test_a_worker_whose_run_was_told_to_stop_gives_its_trial_back_and_ends(grid:
 
 def test_a_worker_that_was_only_silent_gives_way(grid: SweepCase) -> None:
     """It is suspended for longer than the grace period, with its run at work; then both would run the same point."""
+    grid.hold.touch()
     first = grid.start()
-    wait_until(lambda: len(grid.steps(0)) >= 2, first)
+    wait_until(lambda: len(grid.steps(0)) == 2, first)
     first.send_signal(signal.SIGSTOP)
+    grid.hold.unlink()  # its run goes on
     second = grid.start()
     wait_until(lambda: states(grid)["FAIL"] == 1, second)
     first.send_signal(signal.SIGCONT)
-    outputs = [worker.communicate(timeout=100)[0] for worker in (first, second)]
+    outputs = [worker.communicate(timeout=LONGEST)[0] for worker in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
     assert "another worker" in outputs[0]
     assert states(grid) == {"COMPLETE": 3, "FAIL": 1}
@@ -116,10 +127,11 @@ def test_a_worker_that_died_before_it_put_its_trial_back(grid: SweepCase) -> Non
     assert [len(grid.steps(point)) for point in range(3)] == [6, 6, 6]
 
 
-def test_two_workers_share_the_points(grid: SweepCase) -> None:
+def test_two_workers_share_the_points(tmp_path: Path) -> None:
+    grid = make_case(tmp_path, GRID.format(storage="").replace("grace: 3", "grace: 60"))  # both are well
     workers = [grid.start(), grid.start()]
     for worker in workers:
-        output, _ = worker.communicate(timeout=100)
+        output, _ = worker.communicate(timeout=LONGEST)
         assert worker.returncode == 0, output
         assert ": done" in output
     assert states(grid) == {"COMPLETE": 3}
@@ -204,7 +216,7 @@ space:
         (tmp_path / name).mkdir()
         case = make_case(tmp_path / name, text)
         for worker in [case.start() for _ in range(count)]:
-            output, _ = worker.communicate(timeout=100)
+            output, _ = worker.communicate(timeout=LONGEST)
             assert worker.returncode == 0, output
         drawn.append({trial.number: trial.params for trial in case.study.get_trials()})
         assert states(case) == {"COMPLETE": 4}
