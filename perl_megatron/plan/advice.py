@@ -13,6 +13,7 @@ from perl_megatron.plan.engine import EngineMemory
 from perl_megatron.plan.gpus import GIB, Gpu
 from perl_megatron.plan.memory import StageMemory
 from perl_megatron.plan.step_time import StepTime
+from perl_megatron.plan.workload import Workload
 
 FULL = 0.9
 """Share of a device above which a plan is called tight."""
@@ -41,6 +42,7 @@ def advise(
     stages: Sequence[StageMemory],
     engine: EngineMemory,
     time: StepTime,
+    workload: Workload,
     *,
     without_full_recomputation: float,
 ) -> list[Remark]:
@@ -48,6 +50,7 @@ def advise(
     remarks = [
         *_memory(config, derived, numbers, gpu, device_bytes, stages, without_full_recomputation),
         *_engine(config, derived, gpu, engine),
+        *_micro_batches(config, workload, time),
         *_nodes(derived, gpu, engine),
         *_layout(config, derived, stages, time),
         *_images(config, derived),
@@ -200,6 +203,34 @@ def _engine(config: Config, derived: Derived, gpu: Gpu, engine: EngineMemory) ->
 def _is_large(engine: EngineMemory) -> bool:
     """Whether the embedded engine's model is one that vLLM should run."""
     return engine.weights > GIB
+
+
+def _micro_batches(config: Config, workload: Workload, time: StepTime) -> Iterator[Remark]:
+    """What mean groups have computed again because they are divided over micro-batches."""
+    sharing = config.actor.sharing
+    if sharing == "full" and time.view_parts > 1:
+        memory = "a larger parallel.tensor or parallel.pipeline"
+        if config.model.recompute != "full":
+            memory = f"model.recompute=full, or {memory}"
+        yield Remark(
+            "views are split",
+            "wasteful",
+            f"a mean view takes {workload.view_memory} of actor.micro_batch_tokens = "
+            f"{config.actor.micro_batch_tokens}: its responses are divided over {time.view_parts:.3g} micro-batches, "
+            f"each of which computes its prompt and images; updates compute {time.computed_flops / 1e15:.1f} PFLOP "
+            f"(recomputation included) for {time.update_flops / 1e15:.1f} of useful work",
+            f"actor.micro_batch_tokens well above {workload.view_memory} ({workload.largest_view_memory} holds the "
+            f"largest view whole); {memory} makes room for it",
+        )
+    elif sharing != "none" and time.image_runs > 1.05:
+        yield Remark(
+            "images encoded again",
+            "note",
+            f"an image is encoded {time.image_runs:.3g} times in an update, as what has it does not fit into one "
+            "micro-batch",
+            f"actor.micro_batch_tokens from {workload.group_memory} on holds a mean group whole, but a pipeline waits "
+            "longer for fewer micro-batches",
+        )
 
 
 def _nodes(derived: Derived, gpu: Gpu, engine: EngineMemory) -> Iterator[Remark]:

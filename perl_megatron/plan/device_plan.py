@@ -82,6 +82,11 @@ class DevicePlan:
         """Why it cannot run; empty where it can."""
         return cannot_run(self.remarks)
 
+    @property
+    def fullest(self) -> float:
+        """Bytes of the rank that needs most."""
+        return max(stage.peak for stage in self.stages)
+
     def as_json(self) -> dict[str, Any]:
         """All numbers: bytes, seconds, shares."""
         return {
@@ -101,21 +106,42 @@ class DevicePlan:
         }
 
 
-def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumbers, device: Device) -> DevicePlan:
-    """The plan of a config that ``derive`` has accepted."""
-    gpu, assumptions = device.gpu, device.assumptions
-    workload = make_workload(config, derived, numbers, assumptions)
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What each rank's memory is taken by."""
+
+    workload: Workload
+    engine: EngineMemory
+    stages: tuple[StageMemory, ...]
+
+    @property
+    def fullest(self) -> float:
+        """Bytes of the rank that needs most."""
+        return max(stage.peak for stage in self.stages)
+
+
+def make_memory_plan(config: Config, derived: Derived, numbers: ArchitectureNumbers, device: Device) -> MemoryPlan:
+    """The memory of a config that ``derive`` has accepted, which is found much sooner than its times."""
+    workload = make_workload(config, derived, numbers, device.assumptions)
     engine = engine_memory(
         config,
         derived,
         numbers,
-        gpu,
-        assumptions,
+        device.gpu,
+        device.assumptions,
         device_bytes=device.memory,
         prompt_tokens=workload.prompt_tokens,
         response_tokens=workload.response_tokens,
     )
-    stages = plan_memory(config, derived, numbers, workload, gpu, assumptions, engine=engine.share)
+    stages = plan_memory(config, derived, numbers, workload, device.gpu, device.assumptions, engine=engine.share)
+    return MemoryPlan(workload, engine, tuple(stages))
+
+
+def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumbers, device: Device) -> DevicePlan:
+    """The plan of a config that ``derive`` has accepted."""
+    gpu, assumptions = device.gpu, device.assumptions
+    memory = make_memory_plan(config, derived, numbers, device)
+    workload, engine, stages = memory.workload, memory.engine, memory.stages
     lighter = config.model_copy(update={"model": config.model.model_copy(update={"recompute": "selective"})})
     without = plan_memory(lighter, derived, numbers, workload, gpu, assumptions, engine=engine.share)
     time = Roofline(config, derived, numbers, workload, gpu, assumptions).step(engine)
@@ -123,7 +149,7 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
         device=device,
         workload=workload,
         modules=modules_on(gpu, config),
-        stages=tuple(stages),
+        stages=stages,
         engine=engine,
         time=time,
         remarks=tuple(
@@ -136,6 +162,7 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
                 stages,
                 engine,
                 time,
+                workload,
                 without_full_recomputation=max(stage.peak for stage in without),
             )
         ),

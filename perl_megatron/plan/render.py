@@ -128,8 +128,12 @@ def _step(plan: DevicePlan) -> Table:
     table.add_row(
         "log-probabilities", f"{time.log_probs:.1f} s, of it exchange of weights {time.reference_exchange:.1f} s"
     )
+    useful, computed = time.update_flops / 1e15, time.computed_flops / 1e15
     share = f"{time.model_flops_share:.0%} of the peak"
-    table.add_row("update", f"{time.update:.1f} s, {time.update_flops / 1e15:.1f} PFLOP: {share}")
+    table.add_row("update", f"{time.update:.1f} s, {useful:.1f} PFLOP of useful work: {share}; {computed:.1f} computed")
+    table.add_row(
+        "a view, an image of it", f"in {time.view_parts:.3g} micro-batches, encoded {time.image_runs:.3g} times"
+    )
     table.add_row("pipeline bubble", f"{time.bubble:.0%} of {time.micro_batches} micro-batches")
     table.add_row("weight sync", f"{time.sync:.1f} s for {time.sync_bytes / 1e9:.1f} GB")
     if time.sleep:

@@ -13,12 +13,12 @@ from perl_megatron.config.derive import Derived, derive
 from perl_megatron.config.derive_launch import with_servers
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
-from perl_megatron.plan.device_plan import Device, DevicePlan, make_device_plan
+from perl_megatron.plan.device_plan import Device, DevicePlan, MemoryPlan, make_device_plan, make_memory_plan
 from perl_megatron.plan.gpus import Gpu
 from perl_megatron.plan.node import launch_for
 
 RECOMPUTE = ("none", "selective", "full")
-LONGEST_SEQUENCES = (1, 2, 4)
+LONGEST_SEQUENCES = (1, 2, 4, 8)
 """Micro-batches of so many of the longest sequences are tried, beside those of the config."""
 MAX_VIRTUAL = 4
 FULLEST, FRACTION_STEP = 0.95, 0.05
@@ -86,7 +86,7 @@ def search(
         fitted = _fitted(candidate, derived, numbers, device)
         if fitted is not None:
             candidate, plan = fitted  # noqa: PLW2901
-            found.append((plan.time.total, _fullest(plan) / device.memory, candidate, derived.data_size))
+            found.append((plan.time.total, plan.fullest / device.memory, candidate, derived.data_size))
     found.sort(key=lambda one: one[:2])
     best: dict[tuple[int, ...], Proposal] = {}
     for seconds, share, candidate, data in found:
@@ -96,29 +96,28 @@ def search(
     return SearchResult(tried, len(found), tuple(best.values())[:limit])
 
 
-def _fullest(plan: DevicePlan) -> float:
-    return max(stage.peak for stage in plan.stages)
-
-
 def _fitted(
     candidate: Config, derived: Derived, numbers: ArchitectureNumbers, device: Device
 ) -> tuple[Config, DevicePlan] | None:
     """The candidate with its plan, a colocated engine with a share that suits it; None where it does not fit."""
-    plan = make_device_plan(candidate, derived, numbers, device)
+    memory = make_memory_plan(candidate, derived, numbers, device)
     if derived.engine == "vllm" and not device.gpu.is_cpu:
-        fraction = _fraction(candidate, plan)
+        fraction = _fraction(candidate, memory, device)
         if fraction <= 0:
             return None
         if fraction != candidate.rollout.gpu_memory_fraction:
             rollout = candidate.rollout.model_copy(update={"gpu_memory_fraction": fraction})
             candidate = candidate.model_copy(update={"rollout": rollout})
-            plan = make_device_plan(candidate, derived, numbers, device)
-    return None if plan.obstacles or _fullest(plan) > FULLEST * device.memory else (candidate, plan)
+            memory = make_memory_plan(candidate, derived, numbers, device)
+    if memory.fullest > FULLEST * device.memory:
+        return None
+    plan = make_device_plan(candidate, derived, numbers, device)
+    return None if plan.obstacles else (candidate, plan)
 
 
-def _fraction(candidate: Config, plan: DevicePlan) -> float:
+def _fraction(candidate: Config, plan: MemoryPlan, device: Device) -> float:
     """What vLLM may take: as much as is free, or less where that is enough and no less than the config's."""
-    engine, memory = plan.engine, plan.device.memory
+    engine, memory = plan.engine, device.memory
     without = max(
         stage.phases["generate"] - engine.reserve if engine.share.sleeps else stage.peak - engine.reserve
         for stage in plan.stages

@@ -11,15 +11,15 @@ update, and only the longer of the two counts):
 - update: forward and backward passes, what recomputation repeats, gradients, optimizer, all-gather.
 - sync: weights to the engine. Where it sleeps meanwhile, its weights go to pinned host memory and back.
 
-A pass through a pipeline of P stages, V chunks each: (m + (P - 1)/V) times the slowest stage's micro-batch, m of them.
+Passes are those over the micro-batches that the trainer's planner makes of mean groups (``passes``, ``pass_time``).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from perl_megatron.batching.cost import CostModel, Flops
+from perl_megatron.batching.cost import CostModel
 from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
 from perl_megatron.config.schema import Config
@@ -27,17 +27,16 @@ from perl_megatron.plan.activations import bytes_of_number
 from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.communication import (
     Links,
-    PassTraffic,
     Traffic,
     model_parallel_gradients,
-    pass_traffic,
     sync_seconds,
     update_traffic,
 )
 from perl_megatron.plan.engine import EngineMemory
 from perl_megatron.plan.gpus import Gpu
 from perl_megatron.plan.parameters import count, decoded_count, stage_parameters, trained_parts
-from perl_megatron.plan.workload import MicroBatchSize, Workload, most_patches, size_of
+from perl_megatron.plan.pass_time import PassRoofline, PassTime
+from perl_megatron.plan.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,17 @@ class StepTime:
     """Share of the update that pipeline stages wait while it fills and drains."""
     micro_batches: int
     """Of each data-parallel rank in an update of mean groups."""
+    view_parts: float
+    """Micro-batches of an update that a view is divided over; its prompt and its images are computed in each."""
+    image_runs: float
+    """How often an image of a question is encoded in an update, by patches."""
     update_flops: float
-    """Floating-point operations of a step's updates, of all ranks; what recomputation repeats is not in it."""
+    """Useful floating-point operations of a step's updates, of all ranks: each group's once, as in a micro-batch of its
+    own, and nothing that is computed again."""
+    computed_flops: float
+    """All that the updates compute: prompts and images in each of a view's micro-batches, and recomputation."""
     model_flops_share: float
-    """Of the peak of all devices, in the update."""
+    """``update_flops`` as a share of the peak of all devices during the updates."""
     traffic: tuple[Traffic, ...]
     overlapped: bool
     """Whether generation runs beside the update."""
@@ -94,37 +100,39 @@ class Roofline:
         peak = gpu.flops if config.model.dtype == "bfloat16" else gpu.flops_float32
         self.flops = peak * assumptions.matmul_efficiency
         self.peak, self.bandwidth = peak, gpu.bandwidth * assumptions.bandwidth_efficiency
-        # Merger and language model alone send nothing back through the tower.
-        self.trains_images = "vision" in trained_parts(config.optimizer)
-        # Of a micro-batch's images, that of the tensor-parallel rank with most.
-        images = workload.images_of_micro_batch
-        is_dealt = config.parallel.vision == "replicated"
-        most = most_patches(images, 1, derived.tensor_size) / images
-        self.image_share = most if is_dealt else 1 / derived.tensor_size
+        self.passes = PassRoofline(config, derived, numbers, workload.group, self.links, flops_per_second=self.flops)
 
     def step(self, engine: EngineMemory) -> StepTime:
         """All phases of a step."""
         config, derived, assumptions = self.config, self.derived, self.assumptions
         passes = (config.algorithm.old_policy == "trainer") + (config.algorithm.kl_coefficient > 0)
         exchange = self._reference_exchange() if config.algorithm.kl_coefficient > 0 else 0.0
-        scored, _ = self._pass(backward=False, groups=derived.questions_per_step)
-        one_update, bubble = self._pass(backward=True, groups=derived.questions_per_update)
-        update = derived.updates_per_step * (one_update + self._reduce_and_optimize())
+        scored = self.passes.over(derived.questions_per_step, backward=False)
+        one_update = self.passes.over(derived.questions_per_update, backward=True)
+        update = derived.updates_per_step * (one_update.seconds + self._reduce_and_optimize())
         sync_bytes, sync = sync_seconds(config, derived, self.numbers, self.links, assumptions)
-        flops = derived.questions_per_step * self._group_flops(backward=True)
+        # Servers are taken to be on nodes of their own.
+        is_near = derived.engine != "server" and derived.world_size <= self.gpu.per_node
+        useful = self.passes.once(derived.questions_per_step)
         return StepTime(
             generate=self._generate(engine),
-            log_probs=passes * scored + exchange,
+            log_probs=passes * scored.seconds + exchange,
             reference_exchange=exchange,
             update=update,
             sync=sync,
             sync_bytes=sync_bytes,
             sleep=2 * engine.share.host / (self._sleep_gb * 1e9),
-            bubble=bubble,
-            micro_batches=self.workload.micro_batches,
-            update_flops=flops,
-            model_flops_share=flops / (update * self.peak * derived.world_size),
-            traffic=tuple(self._traffic(passes, sync_bytes, sync)),
+            bubble=one_update.waiting,
+            micro_batches=one_update.plan.num_micro_batches,
+            view_parts=one_update.plan.view_parts,
+            image_runs=one_update.plan.image_runs,
+            update_flops=useful,
+            computed_flops=derived.updates_per_step * one_update.flops,
+            model_flops_share=useful / (update * self.peak * derived.world_size),
+            traffic=(
+                *self._traffic(passes, scored, one_update),
+                Traffic("weight sync", sync_bytes, is_near, sync),
+            ),
             overlapped=config.rollout.max_staleness > 0,
         )
 
@@ -132,64 +140,6 @@ class Roofline:
     def _sleep_gb(self) -> float:
         """GB/s of a sleeping engine's weights: vLLM's host memory is pinned, the embedded engine's is not."""
         return self.assumptions.pinned_copy_gb if self.derived.engine == "vllm" else self.assumptions.host_copy_gb
-
-    def _group_flops(self, *, backward: bool) -> float:
-        return self._cost(backward=backward).flops(self.workload.group).total
-
-    def _cost(self, *, backward: bool) -> CostModel:
-        return CostModel(self.numbers, self.config.actor.sharing, backward=backward, vision_backward=self.trains_images)
-
-    def _repeated(self) -> Flops:
-        """What recomputation computes again of the mean group: all layers, or the attention alone."""
-        forward, group = self._cost(backward=False), self.workload.group
-        repeated = {
-            "none": Flops(),
-            "selective": forward.attention_flops(group),
-            "full": replace(forward.flops(group), loss=0),
-        }[self.config.model.recompute]
-        return repeated if self.trains_images else replace(repeated, vision=0)
-
-    def _stage_seconds(self, groups: float, *, backward: bool) -> list[float]:
-        """Of each stage for so many groups, whatever micro-batches they are in: arithmetic and messages."""
-        derived, numbers = self.derived, self.numbers
-        cost = self._cost(backward=backward)
-        parts = [cost.flops(self.workload.group), *([self._repeated()] if backward else [])]
-        language = sum(part.prompt + part.response + part.padding for part in parts)
-        vision, loss = sum(part.vision for part in parts), sum(part.loss for part in parts)
-        size = size_of(self.workload.group, cost)
-        ranks = derived.tensor_size * derived.context_size
-        seconds = []
-        for stage, layers in enumerate(derived.stage_layers):
-            work = language * layers / numbers.num_layers / ranks
-            work += vision * self.image_share if stage == 0 else 0
-            work += loss / ranks if stage == derived.pipeline_size - 1 else 0
-            sent = self._sent(stage, size, backward=backward)
-            messages = sum(self.links.seconds(axis, getattr(sent, axis)) for axis in ("tensor", "context", "pipeline"))
-            seconds.append(groups * (work / self.flops + messages))
-        return seconds
-
-    def _sent(self, stage: int, size: MicroBatchSize, *, backward: bool) -> PassTraffic:
-        return pass_traffic(
-            self.config,
-            self.derived,
-            self.numbers,
-            stage,
-            tokens=size.tokens,
-            patches=size.patches,
-            share=self.image_share,
-            backward=backward,
-        )
-
-    def _pass(self, *, backward: bool, groups: int) -> tuple[float, float]:
-        """(seconds, share of them that stages wait) of a pass over a data-parallel rank's share of some groups."""
-        derived = self.derived
-        views = groups * len(self.workload.group)
-        # Whole views are dealt; the rank with most decides.
-        share = -(-views // derived.data_size) / len(self.workload.group)
-        number = max(1, round(self.workload.micro_batches * groups / derived.questions_per_update))
-        slowest = max(self._stage_seconds(share, backward=backward))
-        waiting = (derived.pipeline_size - 1) / derived.virtual_pipeline_size
-        return slowest * (1 + waiting / number), waiting / (number + waiting)
 
     def _reduce_and_optimize(self) -> float:
         """Seconds of one update beside its passes: the slowest stage's."""
@@ -237,23 +187,18 @@ class Roofline:
         tokens = max(sequences * work.response_tokens / running, work.response_tokens)
         return prompts + (tokens + longest - work.response_tokens) * token
 
-    def _traffic(self, passes: int, sync_bytes: float, sync: float) -> list[Traffic]:
+    def _traffic(self, passes: int, scored: PassTime, update: PassTime) -> list[Traffic]:
+        """Of the rank that sends most along each axis: ``passes`` for log-probabilities, and all updates."""
         config, derived, numbers = self.config, self.derived, self.numbers
-        size = size_of(self.workload.group, CostModel(numbers, config.actor.sharing))
-        groups = derived.questions_per_step / derived.data_size
         most = dict.fromkeys(("tensor", "pipeline", "context", "data"), 0.0)
         for stage in range(derived.pipeline_size):
-            forward, both = (self._sent(stage, size, backward=backward) for backward in (False, True))
             gradients = model_parallel_gradients(config, derived, numbers, stage)
             gradients["data"] = update_traffic(config, derived, numbers, stage)
             for axis in most:
-                of_passes = passes * getattr(forward, axis, 0.0) + getattr(both, axis, 0.0)
-                of_updates = derived.updates_per_step * gradients.get(axis, 0.0)
-                most[axis] = max(most[axis], groups * of_passes + of_updates)
-        rows = [
+                of_update = getattr(update.sent[stage], axis, 0.0) + gradients.get(axis, 0.0)
+                of_passes = passes * getattr(scored.sent[stage], axis, 0.0)
+                most[axis] = max(most[axis], of_passes + derived.updates_per_step * of_update)
+        return [
             Traffic(axis, sent, self.links.within_node(axis), self.links.seconds(axis, sent))
             for axis, sent in most.items()
         ]
-        # Servers are taken to be on nodes of their own.
-        is_near = derived.engine != "server" and derived.world_size <= self.gpu.per_node
-        return [*rows, Traffic("weight sync", sync_bytes, is_near, sync)]

@@ -80,12 +80,14 @@ class Workload:
     prompt_tokens: int
     response_tokens: int
     """Means."""
-    micro_batches: int
-    """Of each data-parallel rank in an update of mean groups."""
+    view_memory: int
+    """Of a view of the mean group, as `actor.micro_batch_tokens` measures it."""
+    group_memory: int
+    """Of the mean group."""
+    largest_view_memory: int
+    """Of the largest view that the config allows."""
     most_micro_batches: int
     """Of each data-parallel rank in an update of the longest."""
-    images_of_micro_batch: int
-    """Distinct images of one of them; at least one."""
     with_images: MicroBatchSize
     """The largest micro-batch of prompts that are images throughout."""
     text_only: MicroBatchSize
@@ -107,27 +109,16 @@ def make_workload(config: Config, derived: Derived, numbers: ArchitectureNumbers
         ViewWork(tuple(range(view * responses, (view + 1) * responses)), prompt, (response,) * responses, images)
         for view in range(views)
     )
-    budget, multiple = config.actor.micro_batch_tokens, micro_batch_multiple(config.parallel)
-    micro_batches = most_micro_batches(
-        # Its images are the group's: each view's share of them.
-        replace(group[0], images=(("images", sum(patches for _, patches in images) // views),)),
-        derived.questions_per_update * views,
-        cost,
-        token_budget=budget,
-        data_size=derived.data_size,
-        multiple=multiple,
-    )
     largest = _largest_view(config, derived, responses, cells)
     most = derived.questions_per_update * views
     return Workload(
         group=group,
         prompt_tokens=prompt,
         response_tokens=response,
-        micro_batches=micro_batches,
+        view_memory=cost.memory(group[:1]),
+        group_memory=cost.memory(group),
+        largest_view_memory=cost.memory([largest]),
         most_micro_batches=longest_update(config, derived, numbers),
-        images_of_micro_batch=max(
-            1, round(len(images) * derived.questions_per_update / (derived.data_size * micro_batches))
-        ),
         with_images=_largest(largest, most, cost, config),
         text_only=_largest(replace(largest, images=()), most, cost, config),
     )

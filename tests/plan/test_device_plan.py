@@ -117,6 +117,8 @@ def test_options_that_mean_nothing_are_refused(capsys, options):
         (["rollout.sleep_mode=false"], 8, "engine stays awake"),
         (["rollout.gpu_memory_fraction=0.2", "data.max_prompt_tokens=512", "rollout.max_response_tokens=512",
           "actor.micro_batch_tokens=2048"], 8, "recomputes with memory left"),
+        (["actor.micro_batch_tokens=16200"], 8, "views are split"),
+        (["actor.micro_batch_tokens=20480"], 8, "images encoded again"),
     ],
 )  # fmt: skip
 def test_every_remark_has_its_occasion(settings, world_size, name):
@@ -229,12 +231,26 @@ def test_search_proposes_layouts_that_the_plan_accepts():
     assert len(result.proposals) == 3
     best = planned("3b", *result.proposals[0].overrides, world_size=4, on=device(4))
     assert best.engine.concurrent_sequences == config.rollout.max_concurrent_sequences  # its share is chosen too
+    assert best.time.total <= planned("3b", "parallel.data=2", world_size=4, on=device(4)).time.total
     seconds = [proposal.seconds for proposal in result.proposals]
     assert seconds == sorted(seconds)
     for proposal in result.proposals:
         plan = planned("3b", *proposal.overrides, world_size=4, on=device(4))
         assert not plan.obstacles
         assert plan.time.total == pytest.approx(proposal.seconds)
+
+
+@pytest.mark.parametrize("settings", [(), ("actor.micro_batch_tokens=8192",)])
+def test_search_is_not_slower_than_what_is_shipped(settings):
+    """Also where a view is split: a larger micro-batch is tried."""
+    overrides = [f"model.path={EXAMPLES / '3b'}", *settings]
+    config = load_config(EXAMPLES / "3b_one_gpu.yaml", overrides).config
+    numbers = read_architecture_numbers(EXAMPLES / "3b")
+    derived = derive(config, world_size=1, architecture=numbers, elsewhere=True)
+    shipped = make_device_plan(config, derived, numbers, device(1))
+    assert (shipped.time.view_parts > 1) == bool(settings)
+    result = search(config, numbers, device(1), processes=1, limit=1, elsewhere=True)
+    assert result.proposals[0].seconds <= shipped.time.total / (1.2 if settings else 1)
 
 
 def test_search_says_when_nothing_fits(capsys):

@@ -108,24 +108,27 @@ def test_the_mean_question_has_few_large_images():
 
 
 def test_a_replicated_tower_waits_for_the_rank_with_most_images():
-    """Against a sharded one, on two ranks with messages that take no time."""
+    """Against a sharded one, on two ranks with messages that take no time: three images in each micro-batch."""
     near = replace(H100, link=1e30)
-    settings = ("parallel.tensor=2", "actor.micro_batch_tokens=400", "model.recompute=none")
+    settings = ("parallel.tensor=2", "model.recompute=none", "rollout.max_response_tokens=64")
+    budget = plan_of(*settings, world_size=2, prompt_share=0.35).workload.group_memory
+    settings = (*settings, f"actor.micro_batch_tokens={budget}")
     sharded, replicated = (
-        plan_of(*settings, f"parallel.vision={vision}", world_size=2, gpu=near) for vision in ("sharded", "replicated")
+        plan_of(*settings, f"parallel.vision={vision}", world_size=2, gpu=near, prompt_share=0.35)
+        for vision in ("sharded", "replicated")
     )
-    images = replicated.workload.images_of_micro_batch
-    share = -(-images // 2) / images
     group = replicated.workload.group
+    assert [len(view.images) for view in group] == [3, 3]
+    assert replicated.time.image_runs == 1
+    assert replicated.time.micro_batches == 128 / config_of(*BASE).algorithm.updates_per_step
     vision = CostModel(TINY).flops(group).vision
-    more = 128 * (share - 1 / 2) * vision / (H100.flops * Assumptions().matmul_efficiency)
+    more = 128 * (2 / 3 - 1 / 2) * vision / (H100.flops * Assumptions().matmul_efficiency)
     towers = [
         count(chunk_parameters(TINY, config_of(*BASE, *settings, f"parallel.vision={one}").parallel, 0))
         for one in ("sharded", "replicated")
     ]
     optimizer = 42 * (towers[1] - towers[0]) / (H100.bandwidth * Assumptions().bandwidth_efficiency)
     updates = replicated.time.update - sharded.time.update
-    assert images % 2 == 1
     assert updates == pytest.approx(more + config_of(*BASE).algorithm.updates_per_step * optimizer, rel=1e-6)
 
 
