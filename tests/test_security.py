@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import pickle
 import struct
@@ -10,10 +11,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from perl_megatron.config.schema import RolloutConfig
 from perl_megatron.data import image_store, images
 from perl_megatron.data.images import check_image, load_image
 from perl_megatron.data.records import DroppedRecord, parse_record
@@ -144,6 +147,18 @@ def test_torch_unpickles_no_programs_within_the_block(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
     torch.load(tmp_path / "file.pt", weights_only=False)
     assert (tmp_path / "harm").exists()  # so the file was hostile
+
+
+def test_transformers_is_not_led_out_of_the_policys_folder(tmp_path: Path) -> None:
+    import torch
+
+    from perl_megatron.rollout.embedded import EmbeddedEngine
+
+    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    encoder: Any = None
+    with pytest.raises(UserError, match="names a file outside the checkpoint"):
+        EmbeddedEngine(RolloutConfig(), encoder=encoder, model_path=tmp_path, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../secret.png", "images/../../secret.png", "a/b/../../../c.png"])

@@ -133,7 +133,7 @@ def verify_checkpoint(
         try:
             same = _digest(checkpoint / name, algorithm, keep_on) == expected[name][1]
         except OSError as error:
-            return f"a file of the checkpoint cannot be read: {error.strerror or error}"
+            return _unreadable(error)
         return None if same else "a file of the checkpoint is not what was written"
 
     names = sorted(expected)
@@ -162,13 +162,22 @@ def _read_whole_manifest(checkpoint: Path, fix: str) -> tuple[str, dict[str, tup
     algorithm, expected = _read_manifest(checkpoint / MANIFEST, fix)
     for name, (expected_size, _) in sorted(expected.items()):
         file = checkpoint / name
-        if not file.is_file():
-            raise UserError("a file of the checkpoint is missing", where=str(file), fix=fix)
-        size = file.stat().st_size
-        if size != expected_size:
-            problem = f"a file of the checkpoint has {size} bytes, and was written with {expected_size}"
+        problem = None
+        try:
+            size = file.stat().st_size if file.is_file() else None
+            if size is None:
+                problem = "a file of the checkpoint is missing"
+            elif size != expected_size:
+                problem = f"a file of the checkpoint has {size} bytes, and was written with {expected_size}"
+        except OSError as error:
+            problem = _unreadable(error)
+        if problem is not None:
             raise UserError(problem, where=str(file), fix=fix)
     return algorithm, expected
+
+
+def _unreadable(error: OSError) -> str:
+    return f"a file of the checkpoint cannot be read: {error.strerror or error}"
 
 
 def _require_sight(checkpoint: Path, sizes: Mapping[str, int], fix: str) -> None:
@@ -217,8 +226,7 @@ def _entry(file: Path) -> dict[str, Any]:
     try:
         return file_entry(file)
     except OSError as error:
-        problem = f"a file of the checkpoint cannot be read again: {error.strerror or error}"
-        raise UserError(problem, where=str(file)) from error
+        raise UserError(_unreadable(error), where=str(file)) from error
 
 
 def _require_all(folder: Path, entries: Mapping[str, Mapping[str, Any]], owners: Mapping[str, int]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from perl_megatron.checkpoint.hf_files import open_checkpoint
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
 from perl_megatron.config.schema import RolloutConfig
 from perl_megatron.data.processor import PromptEncoder
@@ -63,6 +64,7 @@ class EmbeddedEngine:
         self._device = platform.device()
         self.weight_version = 0
         self._cache_use, self._cached_tokens = CacheUse(), 0
+        open_checkpoint(model_path)  # refuses what is damaged, and an index that leads transformers out of the folder
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             model_path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True

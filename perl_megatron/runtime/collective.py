@@ -100,7 +100,7 @@ def gather_objects(mine: Result) -> list[Result]:
 def from_rank_zero(work: Callable[[], Result]) -> Result:
     """What ``work`` returns on rank 0, on every rank: what ranks may see otherwise (files, above all) is seen once.
 
-    Collective; ``work`` itself must not be. Raises, on every rank, the UserError that rank 0 meets.
+    Collective; ``work`` itself must not be. Raises, on every rank, the UserError or OSError that rank 0 meets.
     """
     if world_size() == 1:
         return work()
@@ -108,10 +108,10 @@ def from_rank_zero(work: Callable[[], Result]) -> Result:
     if rank() == 0:
         try:
             outcome = [work()]
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome = [error]
     dist.broadcast_object_list(outcome, src=0, group=_group.get())
-    if isinstance(outcome[0], UserError):
+    if isinstance(outcome[0], UserError | OSError):
         raise outcome[0]
     return outcome[0]
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perl_megatron.checkpoint.hf_files import open_checkpoint
 from perl_megatron.checkpoint.qwen25_vl_table import EMBEDDING, OUTPUT_LAYER, published_name
 from perl_megatron.errors import UserError
 from perl_megatron.kernels.scores import BANNED_BIAS
@@ -75,6 +76,7 @@ class Reference:
         weights_dtype: torch.dtype,
         distribution: Distribution,
     ):
+        open_checkpoint(model_path)  # refuses what is damaged, and an index that leads transformers out of the folder
         transformers.utils.logging.disable_progress_bar()
         self._is_8_bit = precision == "float8"
         self._dtype = torch.bfloat16 if precision == "float8" else getattr(torch, precision)

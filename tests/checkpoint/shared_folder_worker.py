@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch.distributed as dist
 
 from perl_megatron.checkpoint import manifest, shared_folder
@@ -85,7 +86,7 @@ def check_writing(directory: Path) -> None:
     with hidden(1, "b"):
         told = failed(lambda: save(directory / "never", 1))
     assert told[0] == told[1], told
-    assert "cannot be read again" in told[0], told
+    assert "cannot be read: not seen yet" in told[0], told
     assert [path.name for path in (directory / "never").iterdir()] == [".incomplete-step-00000001"]
 
 
@@ -121,6 +122,11 @@ def check_resuming(directory: Path) -> None:
     assert resumed_from(directory, refused_by(0)) == [first.name] * 2
     assert resumed_from(directory, refused_by(1)) == [second.name] * 2
     unreadable = OSError(5, "Input/output error")
+    with (
+        mock.patch.object(manifest, "list_checkpoints", side_effect=unreadable),  # rank 0's alone, told to both
+        pytest.raises(OSError, match="Input/output error"),
+    ):
+        latest_checkpoint(directory)
     with mock.patch.object(manifest, "_digest", side_effect=unreadable) if collective.rank() else mock.MagicMock():
         told = failed(lambda: verify_checkpoint(second))
     assert told[0] == told[1], told

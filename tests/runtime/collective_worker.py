@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from perl_megatron.errors import UserError
@@ -90,6 +91,16 @@ def agree_on_errors(rank: int) -> None:
             assert met == (f"not for {unable[0]}", "here", f"ask {1 - unable[0]}"), met
             assert collective.gather_objects((rank, unable)) == [(0, unable), (1, unable)]
     assert collective.together(lambda: rank) == rank
+    assert collective.from_rank_zero(lambda: f"rank {rank} has seen it") == "rank 0 has seen it"
+    for error in (UserError("rank 0 cannot read it", fix="repair"), PermissionError(13, "not allowed", "file")):
+
+        def refuse(error: Exception = error) -> None:
+            assert rank == 0, "only rank 0 is asked"
+            raise error
+
+        with pytest.raises(type(error)) as told:
+            collective.from_rank_zero(refuse)
+        assert str(told.value) == str(error)
 
 
 if __name__ == "__main__":
