@@ -62,6 +62,7 @@ _VISION_DEFAULTS = {
 }
 """What transformers takes where the file leaves it out."""
 _FULL_ATTENTION_BLOCKS = [7, 15, 23, 31]
+_FIX = "copy the file again from where the policy was published or exported"
 
 
 def read_architecture_numbers(path: Path | str) -> ArchitectureNumbers:
@@ -72,13 +73,12 @@ def read_architecture_numbers(path: Path | str) -> ArchitectureNumbers:
     folder = Path(path)
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(
-            "the policy's config.json does not exist", where=f"model.path = {folder}", fix="give a Hugging Face folder"
-        )
+        fix = f"give a Hugging Face folder, or make it first; paths are relative to the current directory, {Path.cwd()}"
+        raise UserError("the policy's config.json does not exist", where=f"model.path = {folder}", fix=fix)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"not a readable JSON file: {error}", where=str(file)) from error
+        raise UserError(f"not a readable JSON file: {error}", where=str(file), fix=_FIX) from error
     if not isinstance(content, dict) or content.get("model_type") != "qwen2_5_vl":
         model_type = content.get("model_type") if isinstance(content, dict) else None
         raise UserError(
@@ -117,12 +117,12 @@ def _vision_sizes(vision: dict[str, Any], file: Path) -> dict[str, int]:
 
 def _blocks(value: Any, file: Path) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(block) is int and block >= 0 for block in value):
-        raise UserError(f"'fullatt_block_indexes' is {value!r}, not a list of block numbers", where=str(file))
+        raise UserError(f"'fullatt_block_indexes' is {value!r}, not a list of block numbers", where=str(file), fix=_FIX)
     return tuple(value)
 
 
 def _number(section: Any, key: str, file: Path) -> int:
     value = section.get(key) if isinstance(section, dict) else None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"'{key}' is {value!r}, not a positive whole number", where=str(file))
+        raise UserError(f"'{key}' is {value!r}, not a positive whole number", where=str(file), fix=_FIX)
     return value

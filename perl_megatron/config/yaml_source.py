@@ -36,8 +36,12 @@ def read(path: Path) -> yaml.Node | None:
     """Parse a YAML file (UTF-8). A missing or unreadable file is a UserError."""
     try:
         return parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        fix = f"give a YAML file in UTF-8; paths are relative to the current directory, {Path.cwd()}"
+    except OSError as error:
+        fix = f"give a YAML file that can be read; paths are relative to the current directory, {Path.cwd()}"
+        what = f"cannot read the config file: {error.strerror or error}"
+        raise UserError(what, where=str(path), fix=fix) from error
+    except UnicodeDecodeError as error:
+        fix = "save it as UTF-8, or give another file"
         raise UserError(f"cannot read the config file: {error}", where=str(path), fix=fix) from error
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from derive_case import TINY, config_of
@@ -145,8 +146,11 @@ def test_architecture_from_both_layouts(tmp_path, layout):
 def test_bad_architectures(tmp_path, content, says):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=says) as error:
         read_architecture_numbers(tmp_path)
+    assert error.value.fix
+    if content is None:
+        assert f"or make it first; paths are relative to the current directory, {Path.cwd()}" in error.value.fix
 
 
 def test_an_engine_may_have_another_layout_than_the_trainer(monkeypatch):

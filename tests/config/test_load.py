@@ -147,9 +147,12 @@ def test_broken_files(tmp_path, text, says):
 
 
 def test_missing_and_binary_files(tmp_path):
-    assert "cannot read" in error_of(tmp_path / "none.yaml").what
+    missing = error_of(tmp_path / "none.yaml")
+    assert missing.what == "cannot read the config file: No such file or directory"
+    assert str(Path.cwd()) in missing.fix
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot read" in error_of(tmp_path / "b.yaml").what
+    assert "UTF-8" in error_of(tmp_path / "b.yaml").fix
 
 
 @settings(deadline=None, max_examples=60)
