@@ -41,10 +41,11 @@ def test_a_killed_workers_trial_is_resumed_and_none_is_run_twice(storage: str, t
     """SIGKILL in the middle of a run: its process is told to stop, and the other worker goes on from its checkpoint."""
     setting = f"storage: sqlite:///{tmp_path / 'study.db'}" if storage == "sqlite" else ""
     grid = make_case(tmp_path, GRID.format(storage=setting))
+    (tmp_path / "slow").touch()  # so that the first run is not done before its worker is killed
     first = grid.start()
     wait_until(lambda: len(grid.steps(0)) >= 2, first)
-    second = grid.start()
     first.kill()
+    second = grid.start()
     first.communicate()
     output, _ = second.communicate(timeout=100)
     assert second.returncode == 0, output
