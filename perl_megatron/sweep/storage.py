@@ -1,97 +1,102 @@
-"""Where Optuna keeps the study, with heartbeats; and the queue: a trial whose worker is silent fails, and is put back.
-
-Databases have Optuna's own heartbeat. Its journal file has none; here it gets one through Optuna's own interface, so
-that `study.optimize` treats both alike.
-"""
+"""Where Optuna keeps the study, with heartbeats; and the queue: trials of silent workers fail, and are put back."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
+from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.storages.journal import JournalFileBackend
+import sqlalchemy
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError
 
+from perl_megatron.config.storage_url import without_password
 from perl_megatron.config.sweep_file import Sweep
 from perl_megatron.errors import UserError
+from perl_megatron.sweep.journal import Confirmed, JournalWithHeartbeat
 
 JOURNAL_NAME = "study.journal"
 SQLITE_TIMEOUT = 60.0
 """Seconds that a worker waits for another one's transaction."""
+TABLE_TRIES = 5
+"""How often, a second apart, tables are looked for that another sweep is making."""
 PREEMPTED = "preempted"
 """User attribute of a trial: how often its point's workers were asked to stop in the middle of it."""
 REFUSED = "refused"
 """User attribute of a trial: its run cannot be done, and would fail again."""
 
 
-class JournalWithHeartbeat(JournalStorage, BaseHeartbeat):
-    """A journal file in which running trials count their heartbeats.
+SET_UTC = {
+    "postgresql": "SET TIME ZONE 'UTC'",
+    "mysql": "SET time_zone = '+00:00'",
+    "mariadb": "SET time_zone = '+00:00'",
+}
+"""Optuna's heartbeats are local times of the database's session. Without this all of them look an hour late when summer
+time begins, and those of sessions in different time zones always do."""
 
-    No clocks are compared: a trial is silent if its count has stayed the same for ``grace`` seconds of the reader's own
-    clock. So a worker that has just started needs that long to find it.
-    """
 
-    _KEY = "heartbeat"
+class Database(RDBStorage):
+    """Optuna's, with heartbeats that survive a database which is away for a while."""
 
-    def __init__(self, path: str, *, interval: int, grace: int):
-        super().__init__(JournalFileBackend(path))
-        self._interval, self._grace = interval, grace
-        self._seen: dict[int, tuple[int, float]] = {}
-        """Running trial → its count, and when this reader saw it first."""
+    def __init__(self, url: str, *, interval: int, grace: int):
+        is_sqlite = url.startswith("sqlite:")
+        arguments = {"connect_args": {"timeout": SQLITE_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            super().__init__(url, engine_kwargs=arguments, heartbeat_interval=interval, grace_period=grace)
+        self._confirmed = Confirmed(interval)
+        statement = SET_UTC.get(self.engine.dialect.name)
+        if statement is not None:
+            sqlalchemy.event.listen(self.engine, "connect", lambda connection, _: _execute(connection, statement))
+            self.engine.dispose()  # the connections that were made without it
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """Count on, unless another worker has taken the trial away, which this one will notice by itself."""
-        count = self.get_trial(trial_id).system_attrs.get(self._KEY, 0)
-        try:
-            self.set_trial_system_attr(trial_id, self._KEY, count + 1)
-        except UpdateFinishedTrialError:
-            return
+        """One that the database does not take is left out: the next one may get there."""
+        with contextlib.suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        now = time.monotonic()
-        running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-        counts = {trial._trial_id: trial.system_attrs.get(self._KEY, 0) for trial in running}
-        before = self._seen
-        self._seen = {
-            number: before[number] if number in before and before[number][0] == count else (count, now)
-            for number, count in counts.items()
-        }
-        return [number for number, (_, since) in self._seen.items() if now - since > self._grace]
-
-    def get_heartbeat_interval(self) -> int | None:
-        """Seconds."""
-        return self._interval
-
-    def get_heartbeat_stale_trial_callback(self) -> None:
-        """None: silent trials fail, and ``put_back_unfinished`` does the rest."""
+        return self._confirmed.of(super()._get_stale_trial_ids(study_id))
 
 
-def open_storage(sweep: Sweep) -> RDBStorage | JournalWithHeartbeat:
+def _execute(connection: Any, statement: str) -> None:
+    """On a connection of the database's driver (PEP 249)."""
+    cursor = connection.cursor()
+    cursor.execute(statement)
+    cursor.close()
+    connection.commit()
+
+
+def open_storage(sweep: Sweep) -> Database | JournalWithHeartbeat:
     """The storage of the study; made where it is not there. UserError where it cannot be opened."""
     workers, url = sweep.workers, sweep.sweep.storage
     if url is None or "://" not in url:
         path = sweep.folder / JOURNAL_NAME if url is None else url
         return JournalWithHeartbeat(str(path), interval=workers.heartbeat, grace=workers.grace)
-    arguments = {"connect_args": {"timeout": SQLITE_TIMEOUT}} if url.startswith("sqlite:") else {"pool_pre_ping": True}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            return RDBStorage(
-                url,
-                engine_kwargs=arguments,
-                heartbeat_interval=workers.heartbeat,
-                grace_period=workers.grace,
-            )
+        return _open_database(url, interval=workers.heartbeat, grace=workers.grace)
     except Exception as error:  # of SQLAlchemy, of the database's driver, or its absence
         raise UserError(
-            f"the study's storage cannot be opened: {error}",
+            f"the study's storage cannot be opened: {without_password(str(error))}",
             where=f"{sweep.places['sweep.storage']}: sweep.storage",
             fix="check the URL and the server; each kind of database needs its driver, such as psycopg2-binary",
         ) from error
+
+
+def _open_database(url: str, *, interval: int, grace: int) -> Database:
+    """Once more where another sweep made the tables at the same time: a database has one set of them for all."""
+    for _ in range(TABLE_TRIES):
+        try:
+            return Database(url, interval=interval, grace=grace)
+        except DBAPIError as error:
+            if "already exists" not in str(error):
+                raise
+        time.sleep(1.0)
+    return Database(url, interval=interval, grace=grace)
 
 
 def unfinished_points(study: optuna.Study) -> dict[int, FrozenTrial]:

@@ -8,6 +8,7 @@ finished by then.
 from __future__ import annotations
 
 import json
+import uuid
 from typing import Any, cast
 
 import optuna
@@ -22,6 +23,8 @@ from perl_megatron.sweep.storage import open_storage
 
 SETTINGS = "settings"
 """User attribute of the study: what all workers of a sweep have to agree on."""
+FOLDER, FOLDER_FILE = "folder", "study.id"
+"""User attribute of the study, and file in the sweep's folder: the same word in both, made up when the study began."""
 QUEUE_LOCK = "queue.lock"
 SEED_STRIDE = 1_000_003
 """A prime between the sampler's seeds of two points, so that no two sweeps with near seeds share points."""
@@ -69,9 +72,11 @@ def open_study(sweep: Sweep, queue: FileLock) -> optuna.Study:
         )
         settings = shared_settings(sweep)
         if SETTINGS in study.user_attrs:
+            _check_folder(study, sweep)
             _check_same(study.user_attrs[SETTINGS], settings, sweep)
         else:
             _check_new(sweep)
+            study.set_user_attr(FOLDER, _folder_name(sweep, study.user_attrs.get(FOLDER)))
             study.set_user_attr(SETTINGS, settings)
         _enqueue_missing(study, sweep)
     finally:
@@ -144,6 +149,25 @@ def shared_settings(sweep: Sweep) -> dict[str, Any]:
         **{f"config: {key}": value for key, value in values.items()},
     }
     return json.loads(json.dumps(agreed))
+
+
+def _folder_name(sweep: Sweep, began: str | None) -> str:
+    """The word in the folder; a new one where there is none."""
+    file = sweep.folder / FOLDER_FILE
+    if not file.is_file() or not file.read_text(encoding="ascii"):
+        file.write_text(began or uuid.uuid4().hex, encoding="ascii")
+    return file.read_text(encoding="ascii")
+
+
+def _check_folder(study: optuna.Study, sweep: Sweep) -> None:
+    """Workers of two folders would not see each other's locks, and each would have only some of the runs."""
+    began, file = study.user_attrs.get(FOLDER), sweep.folder / FOLDER_FILE
+    if began is not None and (not file.is_file() or file.read_text(encoding="ascii") != began):
+        raise UserError(
+            f"the study '{sweep.sweep.name}' of this storage belongs to a sweep in another folder",
+            where=f"{sweep.places['sweep.storage']}: sweep.storage, {sweep.folder}",
+            fix="give this sweep another sweep.name, or set sweep.directory to the one that the study began with",
+        )
 
 
 def _check_new(sweep: Sweep) -> None:

@@ -124,14 +124,14 @@ class Worker:
 
     def _take(self, first: FrozenTrial) -> None:
         """Run the first trial of the queue, which this worker holds until the trial's values are chosen."""
-        self._study.sampler = make_sampler(self._sweep, first.number)
+        self._study.sampler = make_sampler(self._sweep, point_of(first))
         try:
             self._study.optimize(
                 self._objective, n_trials=1, catch=(RunFailedError, _InterruptedError), callbacks=[self._after]
             )
-        except ValueError as error:
+        except (ValueError, UpdateFinishedTrialError) as error:
             # Optuna's words for an outcome of a trial that somebody else has ended meanwhile.
-            if "Cannot tell" not in str(error):
+            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
                 raise
             self._say("was silent for too long: another worker has its trial")
 
@@ -230,6 +230,7 @@ class Worker:
                 raise RunFailedError(what, user_error=False)
 
         lock.acquire(on_wait)
+        self._check_mine(trial)  # another worker may have had it, and let it go
 
     def _check_mine(self, trial: optuna.Trial) -> None:
         if self._frozen(trial).state != TrialState.RUNNING:

@@ -37,9 +37,8 @@ def main() -> int:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     crash = Path(sys.argv[1]) / f"{folder.parent.name}-crash"
     hold = Path(sys.argv[1]) / "hold"
-    slow = (Path(sys.argv[1]) / "slow").exists()
     while done < STEPS and not stopped:
-        time.sleep(SECONDS_A_STEP * (4 if slow else 1))
+        time.sleep(SECONDS_A_STEP)
         done += 1
         value = done / STEPS - 0.1 * abs(math.log10(rate) + 4) + 0.01 * seed
         with (folder / "metrics.jsonl").open("a") as file:

@@ -277,7 +277,7 @@ def test_tpe_looks_where_values_are_good(case: SweepCase) -> None:
 
 @pytest.mark.filterwarnings("ignore:Heartbeat")
 def test_the_study_is_one_that_other_tools_read(case: SweepCase) -> None:
-    """As optuna-dashboard opens it: a plain journal file."""
+    """A plain journal file. (What was tried with optuna-dashboard itself is in docs/sweep.md.)"""
     fill(case)
     storage = JournalStorage(JournalFileBackend(str(case.sweep.folder / "study.journal")))
     study = optuna.load_study(study_name="case", storage=storage)
