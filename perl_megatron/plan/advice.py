@@ -46,7 +46,7 @@ def advise(
 ) -> list[Remark]:
     """All remarks, what cannot run first. ``without_full_recomputation``: the peak with `model.recompute=selective`."""
     remarks = [
-        *_memory(config, derived, device_bytes, stages, without_full_recomputation),
+        *_memory(config, derived, device_bytes, stages, workload, without_full_recomputation),
         *_engine(config, derived, engine),
         *_micro_batches(config, workload, time),
         *_layout(config, derived, gpu, stages, time),
@@ -65,6 +65,7 @@ def _memory(
     derived: Derived,
     device_bytes: float,
     stages: Sequence[StageMemory],
+    workload: Workload,
     without_full_recomputation: float,
 ) -> Iterator[Remark]:
     worst = max(stages, key=lambda stage: stage.peak)
@@ -73,14 +74,14 @@ def _memory(
     phase = worst.fullest_phase
     if worst.peak > device_bytes:
         text = f"{where} need {worst.peak / GIB:.1f} GiB ({phase}), and a device has {device_bytes / GIB:.1f} GiB"
-        yield Remark("does not fit", "cannot run", text, "; ".join(_ways_to_less(config, derived, worst)))
+        yield Remark("does not fit", "cannot run", text, "; ".join(_ways_to_less(config, derived, workload, worst)))
     elif worst.peak > FULL * device_bytes:
         share = worst.peak / device_bytes
         yield Remark(
             "tight",
             "note",
             f"{where} need {share:.0%} of a device ({phase}): the assumptions below decide whether it fits",
-            "; ".join(_ways_to_less(config, derived, worst)[:2]),
+            "; ".join(_ways_to_less(config, derived, workload, worst)[:2]),
         )
     elif config.model.recompute == "full" and without_full_recomputation < FULL * device_bytes:
         yield Remark(
@@ -92,7 +93,7 @@ def _memory(
         )
 
 
-def _ways_to_less(config: Config, derived: Derived, worst: StageMemory) -> list[str]:
+def _ways_to_less(config: Config, derived: Derived, workload: Workload, worst: StageMemory) -> list[str]:
     """What to change in the fullest phase, by what takes most."""
     ways = [(float(worst.exact), "a larger parallel.tensor or parallel.pipeline, or more processes")]
     if not config.optimizer.distributed and derived.data_size > 1:
@@ -103,7 +104,10 @@ def _ways_to_less(config: Config, derived: Derived, worst: StageMemory) -> list[
         if config.model.recompute != "full":
             ways.append((active, "model.recompute=full"))
         elif config.actor.micro_batch_tokens > derived.max_sequence_tokens:
-            ways.append((active, f"actor.micro_batch_tokens={max(derived.max_sequence_tokens, 1)}"))
+            # Below the largest view's memory, views are split and computed more than once.
+            whole = workload.largest_view_memory
+            least = whole if config.actor.micro_batch_tokens > whole else max(derived.max_sequence_tokens, 1)
+            ways.append((active, f"actor.micro_batch_tokens={least}"))
         else:
             ways.append((active, "shorter data.max_prompt_tokens or rollout.max_response_tokens"))
         if not config.parallel.sequence and derived.tensor_size > 1:
@@ -214,7 +218,8 @@ def _layout(
             "pipeline bubble",
             "wasteful",
             f"stages wait {time.bubble:.0%} of an update of {time.micro_batches} micro-batches",
-            "parallel.virtual_pipeline above 1, a smaller actor.micro_batch_tokens, fewer stages, or fewer updates",
+            "parallel.virtual_pipeline above 1, a smaller actor.micro_batch_tokens that still holds a view, fewer "
+            "stages, or fewer updates",
         )
     if not config.optimizer.distributed and derived.data_size * derived.context_size > 1:
         ranks = derived.data_size * derived.context_size
