@@ -3,206 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
-from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
 from perl_megatron.config.schema import Config
 from perl_megatron.plan.engine import EngineMemory
 from perl_megatron.plan.gpus import GIB, Gpu
 from perl_megatron.plan.memory import StageMemory
+from perl_megatron.plan.memory_advice import MemoryAdvice
+from perl_megatron.plan.remark import Remark, name_ranks
 from perl_megatron.plan.step_time import StepTime
 from perl_megatron.plan.workload import Workload
 
-FULL = 0.9
-"""Share of a device above which a plan is called tight."""
 
+def advise(memory: MemoryAdvice, time: StepTime, *, without_full_recomputation: float) -> list[Remark]:
+    """All remarks, what cannot run first.
 
-@dataclass(frozen=True)
-class Remark:
-    """Something to know about a plan."""
-
-    name: str
-    level: Literal["cannot run", "wasteful", "note"]
-    text: str
-    fix: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """As in the class."""
-        return asdict(self)
-
-
-def advise(
-    config: Config,
-    derived: Derived,
-    numbers: ArchitectureNumbers,
-    gpu: Gpu,
-    device_bytes: float,
-    stages: Sequence[StageMemory],
-    engine: EngineMemory,
-    time: StepTime,
-    workload: Workload,
-    *,
-    without_full_recomputation: float,
-) -> list[Remark]:
-    """All remarks, what cannot run first. ``without_full_recomputation``: the peak with `model.recompute=selective`."""
+    ``without_full_recomputation``: the peak in bytes with `model.recompute=selective`.
+    """
+    config, derived = memory.config, memory.derived
     remarks = [
-        *_memory(config, derived, numbers, gpu, device_bytes, stages, without_full_recomputation),
-        *_engine(config, derived, gpu, engine),
-        *_micro_batches(config, workload, time),
-        *_nodes(derived, gpu, engine),
-        *_layout(config, derived, stages, time),
+        *memory.on_training(without_full_recomputation=without_full_recomputation),
+        *memory.on_engine(),
+        *_micro_batches(config, memory.workload, time),
+        *_nodes(derived, memory.gpu, memory.engine),
+        *_layout(config, derived, memory.stages, time),
         *_images(config, derived),
     ]
     return sorted(remarks, key=lambda remark: ("cannot run", "wasteful", "note").index(remark.level))
-
-
-def cannot_run(remarks: Sequence[Remark]) -> list[Remark]:
-    """Those that say so."""
-    return [remark for remark in remarks if remark.level == "cannot run"]
-
-
-def _memory(
-    config: Config,
-    derived: Derived,
-    numbers: ArchitectureNumbers,
-    gpu: Gpu,
-    device_bytes: float,
-    stages: Sequence[StageMemory],
-    without_full_recomputation: float,
-) -> Iterator[Remark]:
-    worst = max(stages, key=lambda stage: stage.peak)
-    ranks = derived.world_size // derived.pipeline_size
-    where = f"{_ranks(worst.stage * ranks, ranks)} (pipeline stage {worst.stage})"
-    need = "needs" if ranks == 1 else "need"
-    phase = worst.fullest_phase
-    if worst.peak > device_bytes:
-        text = f"{where} {need} {worst.peak / GIB:.1f} GiB ({phase}), and a device has {device_bytes / GIB:.1f} GiB"
-        yield Remark("does not fit", "cannot run", text, "; ".join(_ways_to_less(config, derived, numbers, gpu, worst)))
-    elif worst.peak > FULL * device_bytes:
-        share = worst.peak / device_bytes
-        yield Remark(
-            "tight",
-            "note",
-            f"{where} {need} {share:.0%} of a device ({phase}): the assumptions below decide whether it fits",
-            "; ".join(_ways_to_less(config, derived, numbers, gpu, worst)[:2]),
-        )
-    elif config.model.recompute == "full" and without_full_recomputation < FULL * device_bytes:
-        yield Remark(
-            "recomputes with memory left",
-            "wasteful",
-            "a third more arithmetic in the language model's updates, while with selective recomputation "
-            f"{without_full_recomputation / device_bytes:.0%} of the fullest device would be taken",
-            "model.recompute=selective",
-        )
-
-
-def _ranks(first: int, number: int) -> str:
-    return f"rank {first}" if number == 1 else f"ranks {first} to {first + number - 1}"
-
-
-def _wider(config: Config, derived: Derived, numbers: ArchitectureNumbers, gpu: Gpu) -> str:
-    """What spreads parameters, gradients and optimizer further; '' where nothing does."""
-    parts = (numbers.num_heads, numbers.num_kv_heads, numbers.ffn_size)  # a tower that does not divide can be whole
-    sizes = range(derived.tensor_size + 1, gpu.per_node + 1)
-    ways = []
-    if any(all(part % size == 0 for part in parts) for size in sizes):
-        ways.append("a larger parallel.tensor")
-    if derived.pipeline_size < numbers.num_layers:
-        ways.append("a larger parallel.pipeline")
-    if config.optimizer.distributed:
-        ways.append("more processes")
-    return " or ".join(ways)
-
-
-def _ways_to_less(
-    config: Config, derived: Derived, numbers: ArchitectureNumbers, gpu: Gpu, worst: StageMemory
-) -> list[str]:
-    """What to change in the fullest phase, by what takes most."""
-    wider = _wider(config, derived, numbers, gpu)
-    ways = [(float(worst.exact), wider)] if wider else []
-    if not config.optimizer.distributed and derived.data_size > 1:
-        ways.append((worst.static.optimizer, "optimizer.distributed=true"))
-    phase = worst.fullest_phase
-    if phase == "update":
-        active = worst.activations + worst.vision_activations + worst.work
-        if config.model.recompute != "full":
-            ways.append((active, "model.recompute=full"))
-        elif config.actor.micro_batch_tokens > derived.max_sequence_tokens:
-            ways.append((active, f"actor.micro_batch_tokens={max(derived.max_sequence_tokens, 1)}"))
-        else:
-            ways.append((active, "shorter data.max_prompt_tokens or rollout.max_response_tokens"))
-        if not config.parallel.sequence and derived.tensor_size > 1:
-            ways.append((active / 2, "parallel.sequence=true"))
-    elif phase == "weight sync" and worst.synchronization > worst.least_synchronization:
-        ways.append((worst.synchronization, "a smaller rollout.sync_bucket_mib"))
-    own = {"update": worst.engine.update, "weight sync": worst.engine.sync, "generate": worst.engine.generate}[phase]
-    if own and not gpu.is_cpu and not config.rollout.sleep_mode:  # on a CPU none sleeps
-        ways.append((own, "rollout.sleep_mode=true"))
-    if own == worst.engine.generate > 0 and derived.engine == "vllm":
-        key = _engine_size(gpu)
-        size = getattr(config.rollout, key)
-        of_cache = size * GIB if gpu.is_cpu else own  # where what comes beside the cache is not cut
-        ways.append((of_cache, f"rollout.{key} below {size:g}"))
-        if gpu.is_cpu and _engine_can_be_wider(derived, numbers):
-            ways.append((own - of_cache, "a larger rollout.tensor_parallel"))
-    if own and derived.engine == "embedded":
-        ways.append((own, "rollout.engine=vllm, which is spread over processes"))
-    return [text for _, text in sorted(ways, reverse=True)]
-
-
-def _engine_can_be_wider(derived: Derived, numbers: ArchitectureNumbers) -> bool:
-    parts = (derived.world_size, numbers.num_heads, numbers.num_kv_heads)
-    sizes = range(derived.engine_tensor_size + 1, derived.world_size + 1)
-    return any(all(part % size == 0 for part in parts) for size in sizes)
-
-
-def _engine_size(gpu: Gpu) -> str:
-    """The field of the rollouts that says how much vLLM takes on this device."""
-    return "cpu_cache_gib" if gpu.is_cpu else "gpu_memory_fraction"
-
-
-def _engine(config: Config, derived: Derived, gpu: Gpu, engine: EngineMemory) -> Iterator[Remark]:
-    rollout, larger = config.rollout, f"a larger rollout.{_engine_size(gpu)} or rollout.tensor_parallel"
-    if derived.engine == "embedded":
-        if derived.world_size > 1 or _is_large(engine):
-            yield Remark(
-                "slow engine",
-                "wasteful",
-                "the embedded engine is a whole model in every process, and made for tests and small policies",
-                "install vLLM and set rollout.engine=vllm, or ask servers",
-            )
-        return
-    if engine.cache <= 0 or not engine.longest_fits:
-        weights, rest = engine.weights / GIB, (engine.multimodal + engine.step + engine.fixed) / GIB
-        yield Remark(
-            "engine does not fit",
-            "cannot run",
-            f"of vLLM's {engine.reserve / GIB:.1f} GiB, weights take {weights:.1f} and one step with its images "
-            f"{rest:.1f}: what is left holds no sequence of {derived.max_sequence_tokens} tokens",
-            f"{larger}, or fewer data.max_prompt_tokens",
-        )
-    elif engine.concurrent_sequences < rollout.max_concurrent_sequences:
-        yield Remark(
-            "engine runs few sequences",
-            "wasteful",
-            f"vLLM's cache holds about {engine.concurrent_sequences} sequences of mean length, not the "
-            f"{rollout.max_concurrent_sequences} of rollout.max_concurrent_sequences",
-            larger,
-        )
-    if derived.engine == "vllm" and not rollout.sleep_mode and not gpu.is_cpu:
-        yield Remark(
-            "engine stays awake",
-            "note",
-            f"vLLM keeps its {engine.reserve / GIB:.1f} GiB during updates",
-            "rollout.sleep_mode=true copies its weights to host memory and back in every step",
-        )
-
-
-def _is_large(engine: EngineMemory) -> bool:
-    """Whether the embedded engine's model is one that vLLM should run."""
-    return engine.weights > GIB
 
 
 def _micro_batches(config: Config, workload: Workload, time: StepTime) -> Iterator[Remark]:
@@ -269,7 +96,8 @@ def _layout(config: Config, derived: Derived, stages: Sequence[StageMemory], tim
             "pipeline bubble",
             "wasteful",
             f"stages wait {time.bubble:.0%} of an update of {time.micro_batches} micro-batches",
-            "parallel.virtual_pipeline above 1, a smaller actor.micro_batch_tokens, fewer stages, or fewer updates",
+            "parallel.virtual_pipeline above 1, a smaller actor.micro_batch_tokens that still holds a view, fewer "
+            "stages, or fewer updates",
         )
     if not config.optimizer.distributed and derived.data_size * derived.context_size > 1:
         ranks = derived.data_size * derived.context_size
@@ -303,7 +131,7 @@ def _images(config: Config, derived: Derived) -> Iterator[Remark]:
         yield Remark(
             "stages without images",
             "note",
-            f"only {_ranks(0, ranks)} (pipeline stage 0) {'encodes' if ranks == 1 else 'encode'} images; the other "
+            f"only {name_ranks(0, ranks)} (pipeline stage 0) {'encodes' if ranks == 1 else 'encode'} images; the other "
             f"{derived.world_size - ranks} never see any",
         )
     # Under full sharing a view goes to a single rank, and views of common images stay together where they fit.

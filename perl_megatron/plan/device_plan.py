@@ -10,12 +10,14 @@ from perl_megatron.config.architecture import ArchitectureNumbers
 from perl_megatron.config.derive import Derived
 from perl_megatron.config.schema import Config
 from perl_megatron.errors import UserError
-from perl_megatron.plan.advice import Remark, advise, cannot_run
+from perl_megatron.plan.advice import advise
 from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.engine import EngineMemory, engine_memory
 from perl_megatron.plan.gpus import GIB, Gpu
 from perl_megatron.plan.memory import StageMemory, modules_on, plan_memory
+from perl_megatron.plan.memory_advice import MemoryAdvice
 from perl_megatron.plan.node import Node
+from perl_megatron.plan.remark import Remark, cannot_run
 from perl_megatron.plan.step_time import Roofline, StepTime
 from perl_megatron.plan.workload import Workload, make_workload
 
@@ -154,15 +156,8 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
         time=time,
         remarks=tuple(
             advise(
-                config,
-                derived,
-                numbers,
-                gpu,
-                device.memory,
-                stages,
-                engine,
+                MemoryAdvice(config, derived, numbers, gpu, device.memory, stages, workload, engine),
                 time,
-                workload,
                 without_full_recomputation=max(stage.peak for stage in without),
             )
         ),

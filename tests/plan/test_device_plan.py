@@ -50,6 +50,16 @@ def test_what_does_not_fit_ends_with_a_status_and_says_where_and_what_to_change(
     assert max(map(len, output.out.splitlines())) <= 110
 
 
+@pytest.mark.parametrize(("budget", "said"), [(40960, 33848), (20480, 10240)])
+def test_less_memory_is_first_sought_where_no_view_is_split(budget, said):
+    small = Device(gpu_of("h100-80g"), 30 * GIB, Assumptions())
+    settings = (f"actor.micro_batch_tokens={budget}", "rollout.engine=server", "rollout.servers=http://a:1")
+    plan = planned("7b", *settings, on=small)
+    (obstacle,) = [remark for remark in plan.obstacles if remark.name == "does not fit"]
+    assert plan.workload.largest_view_memory == 33848
+    assert f"actor.micro_batch_tokens={said}" in obstacle.fix
+
+
 def test_json_has_everything_with_every_assumption(capsys):
     assert main([*arguments("32b"), "--gpu", "h200", "--json", "--assume", "matmul_efficiency=0.3"]) == 0
     found = json.loads(capsys.readouterr().out)
