@@ -189,7 +189,10 @@ def _write_benchmarks(
 def _readable_records(config: Config) -> tuple[Record, ...]:
     """The records of `data.evaluation` whose answers can be graded; without a policy, prompts have no length."""
     assert config.data.evaluation is not None, "checked before the start"
-    dataset: Dataset = read_records(config.data.evaluation, max_corrupt_fraction=config.data.max_corrupt_fraction)
+    path, data = config.data.evaluation, config.data
+    dataset: Dataset = read_records(
+        path, max_corrupt_fraction=data.max_corrupt_fraction, follow_links=data.follow_links
+    )
     kept = []
     for record in dataset.records:
         try:
