@@ -35,12 +35,17 @@ from perl_megatron.evaluation.order_report import order_report
 from perl_megatron.evaluation.output_log import OutputLog, answer_settings, open_folder, output_folder
 from perl_megatron.evaluation.paper_table import PUBLISHED, own_row
 from perl_megatron.evaluation.paper_table import markdown as paper_markdown
+from perl_megatron.evaluation.watched_asker import EvaluationStopped, WatchedAsker
+from perl_megatron.launch.failures import stop_status
 from perl_megatron.observability.order_bias_plot import plot_order_bias
 from perl_megatron.observability.progress import RunProgress
 from perl_megatron.questions import most_images, read_questions
 from perl_megatron.record_check import check_answer
+from perl_megatron.rollout.engine import RolloutEngine
 from perl_megatron.runtime.collective import rank
+from perl_megatron.runtime.signals import StopRequest
 from perl_megatron.runtime.topology import Topology
+from perl_megatron.runtime.watchdog import Watchdog
 from perl_megatron.types import Record
 
 logger = logging.getLogger(__name__)
@@ -51,8 +56,26 @@ WIDTH = 120
 """Of what is printed where there is no terminal."""
 
 
-def by_engine(config: Config, place: Topology) -> int:
+def by_engine(config: Config, place: Topology, *, watchdog: Watchdog, stop: StopRequest) -> int:
     """Evaluate `model.path` in the engine of `rollout.engine`; the exit status. Called by all ranks."""
+    with watchdog.phase("start"):
+        engine, asker, benchmarks, records = _prepare(config, place)
+    try:
+        with WatchedAsker(asker, watchdog=watchdog, stop=stop) as watched:
+            _evaluate(config, watched, benchmarks, records)
+    except EvaluationStopped:
+        if place.rank == 0:
+            logger.info("stopped as it was told to; the same command goes on from the answers that are there")
+        return stop_status()
+    finally:
+        engine.close()
+    return 0
+
+
+def _prepare(
+    config: Config, place: Topology
+) -> tuple[RolloutEngine, Asker, Mapping[str, Sequence[Item]], Sequence[Record]]:
+    """The engine, what asks it, and the benchmarks or records that it is asked."""
     derived = derive_for(config, place.world_size, "eval")
     encoder = build_encoder(config)
     benchmarks = _load_benchmarks(config) if config.evaluation.benchmarks else {}
@@ -62,12 +85,7 @@ def by_engine(config: Config, place: Topology) -> int:
         else read_questions(config, config.data.evaluation, "data.evaluation", encoder)
     )
     engine = build_engine(config, derived, encoder, place, most_images(records, PermutationConfig()))
-    asker = EngineAsker(config, encoder, engine, checked=not benchmarks)
-    try:
-        _evaluate(config, asker, benchmarks, records)
-    finally:
-        engine.close()
-    return 0
+    return engine, EngineAsker(config, encoder, engine, checked=not benchmarks), benchmarks, records
 
 
 def by_endpoint(config: Config) -> int:
@@ -189,7 +207,10 @@ def _write_benchmarks(
 def _readable_records(config: Config) -> tuple[Record, ...]:
     """The records of `data.evaluation` whose answers can be graded; without a policy, prompts have no length."""
     assert config.data.evaluation is not None, "checked before the start"
-    dataset: Dataset = read_records(config.data.evaluation, max_corrupt_fraction=config.data.max_corrupt_fraction)
+    path, data = config.data.evaluation, config.data
+    dataset: Dataset = read_records(
+        path, max_corrupt_fraction=data.max_corrupt_fraction, follow_links=data.follow_links
+    )
     kept = []
     for record in dataset.records:
         try:

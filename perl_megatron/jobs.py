@@ -31,18 +31,16 @@ def run(command: str, loaded: LoadedConfig, *, resume: bool) -> int:
     timeout = config.deadlines.collective_timeout
     place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=timeout)
     platform.set_threads()
-    try:
-        if command == "eval":
-            return evaluation_job.by_engine(config, place)
+    with topology.left_at_the_end():
         watchdog = Watchdog(config.deadlines.of_phases(), rank=place.rank, world_size=place.world_size)
         with watchdog, StopRequest(last=True) as stop:
+            if command == "eval":
+                return evaluation_job.by_engine(config, place, watchdog=watchdog, stop=stop)
             session = _run_session(command, loaded, place, resume=resume, stop=stop, memory=memory, watchdog=watchdog)
         if place.rank == 0:
             with FullDisk().tolerated("lines of the summary"):  # all is done, and on another disk maybe
                 _say_where_to_look(session)
         return session.exit_status
-    finally:
-        topology.shutdown()
 
 
 def _run_session(

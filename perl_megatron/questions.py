@@ -11,6 +11,7 @@ from pathlib import Path
 
 from perl_megatron.checkpoint.manifest import on_rank_zero
 from perl_megatron.config.schema import Config, PermutationConfig
+from perl_megatron.data.links import link_problem
 from perl_megatron.data.node_folder import turn_on_node
 from perl_megatron.data.permutation import apply_order
 from perl_megatron.data.processor import PromptEncoder
@@ -54,8 +55,13 @@ def training_questions(config: Config, encoder: PromptEncoder, *, demonstrations
     files = _open(config, paths)
     if demonstrations:
         files = files.with_demonstration()
+
+    def problem(record: Record) -> str | None:
+        linked = None if config.data.follow_links else link_problem(record)
+        return linked or problem_of(record, config.data.max_prompt_tokens, encoder)
+
     checks = DrawChecks(
-        lambda record: problem_of(record, config.data.max_prompt_tokens, encoder),
+        problem,
         config.data.max_corrupt_fraction,
         where=", ".join(map(str, config.data.train)),
     )
@@ -73,11 +79,12 @@ def read_questions(config: Config, path: Path | None, key: str, encoder: PromptE
     """
     if path is None:
         raise UserError(f"{key} has to be set", where=key, fix=f"{key}=FILE.jsonl")
-    file, most_tokens = path, config.data.max_prompt_tokens
+    file, data = path, config.data
 
     def read() -> Dataset:
-        dataset = read_records(file, max_corrupt_fraction=config.data.max_corrupt_fraction)
-        return drop_unusable(dataset, most_tokens, encoder)
+        how = {"follow_links": data.follow_links}
+        dataset = read_records(file, max_corrupt_fraction=data.max_corrupt_fraction, **how)
+        return drop_unusable(dataset, data.max_prompt_tokens, encoder)
 
     dataset = _drop_what_any_rank_dropped(together(read))
     if rank() == 0:

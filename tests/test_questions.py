@@ -88,6 +88,17 @@ def test_what_is_dropped_at_load_is_passed_over_when_drawn(policy, encoder, tmp_
     assert "(q5): the answer 'many' cannot be read" in caplog.text
 
 
+@pytest.mark.parametrize("check", ["load", "draw"])
+def test_images_that_lie_elsewhere_are_used_where_links_are_followed(policy, encoder, tmp_path, check):
+    path = write(tmp_path / "data", "train.jsonl", range(4), q1={"images": ["images/away.png"]})
+    (tmp_path / "data/images/away.png").symlink_to(tmp_path / "away.png")
+    Image.new("RGB", (28, 28)).save(tmp_path / "away.png")
+    for follow, expected in (("true", {"q0", "q1", "q2", "q3"}), ("false", {"q0", "q2", "q3"})):
+        config = config_of(policy, f"data.train={path}", f"data.check={check}", f"data.follow_links={follow}")
+        drawn = training_questions(config, encoder).next(4)
+        assert {one.record.id for one in drawn if one.problem is None} == expected
+
+
 def test_too_many_bad_questions_end_a_run_that_checks_as_it_draws(policy, encoder, tmp_path):
     path = write(tmp_path, "train.jsonl", range(12), **BAD)
     overrides = (f"data.train={path}", "data.check=draw", "data.max_corrupt_fraction=0.1")

@@ -19,7 +19,8 @@ from PIL import Image
 from perl_megatron.config.schema import RolloutConfig
 from perl_megatron.data import image_store, images
 from perl_megatron.data.images import check_image, load_image
-from perl_megatron.data.records import DroppedRecord, parse_record
+from perl_megatron.data.links import link_problem
+from perl_megatron.data.records import DroppedRecord, parse_record, read_records
 from perl_megatron.data.row_formats import RECORDS
 from perl_megatron.data.row_import import NumberedRow, RowSettings, convert_rows
 from perl_megatron.errors import UserError
@@ -169,6 +170,41 @@ def test_records_cannot_name_files_outside_their_folder(path: str, tmp_path: Pat
     assert "leaves the dataset's folder" in dropped.reason
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_links_do_not_lead_out_of_a_data_set_but_where_that_is_allowed(is_folder: bool, tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (data, elsewhere):
+        folder.mkdir()
+        Image.new("RGB", (28, 28)).save(folder / "own.png")
+    (data / "alias.png").symlink_to("own.png")
+    (data / "link").symlink_to(elsewhere if is_folder else elsewhere / "own.png")
+    linked = "link/own.png" if is_folder else "link"
+    images = ("own.png", "alias.png", linked)
+    lines = [{"id": image, "images": [image], "text": "<image>?", "answer": "7"} for image in images]
+    (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset = read_records(data / "train.jsonl", max_corrupt_fraction=0.5)
+    assert [record.id for record in dataset.records] == ["own.png", "alias.png"]
+    assert "is a link that leaves the dataset's folder; data.follow_links=true allows it" in dataset.dropped[0].reason
+    followed = read_records(data / "train.jsonl", max_corrupt_fraction=0, follow_links=True)
+    assert [link_problem(record) is None for record in followed.records] == [True, True, False]
+
+    table, rows = data / "table.parquet", [NumberedRow(f"file:{number}", "", line) for number, line in enumerate(lines)]
+    for follow_links in (False, True):
+        settings = RowSettings(RECORDS, tmp_path / "target", data, "source", follow_links=follow_links)
+        outcomes = [outcome for (outcome,) in convert_rows(rows, settings=settings)]
+        assert [outcome.line is not None for outcome in outcomes] == [True, True, follow_links]
+        reader = table_images.TableImages(None, follow_links=follow_links)
+        assert reader.read("alias.png", table)
+        if follow_links:
+            assert reader.read(linked, table)
+        else:
+            assert "--follow-links allows it" in outcomes[2].reason
+            with pytest.raises(UserError, match="is a link that leaves the folder") as error:
+                reader.read(linked, table)
+            assert error.value.fix is not None
+            assert "source.follow_links" in error.value.fix
+
+
 def test_images_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything of them is read: a sparse file of a terabyte costs its maker nothing."""
     path = tmp_path / "large.png"
@@ -224,7 +260,7 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
     """A pipe would be waited for without end, and a device has no size that could be refused."""
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
-    settings = RowSettings(RECORDS, tmp_path / "target", tmp_path, "source")
+    settings = RowSettings(RECORDS, tmp_path / "target", tmp_path, "source", follow_links=True)
     reader = table_images.TableImages(None)
     os.mkfifo(tmp_path / "pipe.zip")
     for name in ("pipe.png", "zero.png"):

@@ -36,6 +36,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", choices=[*FORMATS, RECORDS], help="default: by the names of the columns")
     parser.add_argument("--name", help="of the dataset, where rows do not say it (default: the source's own)")
     parser.add_argument("--images", type=Path, help="folder that paths of images start from (default: the source's)")
+    text = "images may be symbolic links that leave that folder, as in a cache of the Hugging Face hub"
+    parser.add_argument("--follow-links", action="store_true", help=text)
     parser.add_argument("--prefix", default="", help="begins every id")
     parser.add_argument("--answer-type", choices=ANSWER_TYPES, help="of all answers (default: guessed for each)")
     parser.add_argument("--turns", choices=("first", "all"), default="first", help="of conversations")
@@ -52,6 +54,7 @@ def settings_of(options: argparse.Namespace) -> RowSettings:
         target=options.target,
         image_root=options.images or (source if source.is_dir() else source.parent),
         source=options.name or source.stem,
+        follow_links=options.follow_links,
         all_turns=options.turns == "all",
         answer_type=options.answer_type,
         prefix=options.prefix,

@@ -18,7 +18,7 @@ class DeadlinesConfig(Section):
     data: float = Field(default=1800.0, gt=0)
     """Drawing questions, and decoding the images of those that are drawn together."""
     generate: float = Field(default=7200.0, gt=0)
-    """All sampling of one step, refills, rewards and reading of data included."""
+    """All sampling of one step, refills, rewards and reading of data included; in `eval`, that of one chunk."""
     reward: float = Field(default=3600.0, gt=0)
     """Scoring the rollouts that are drawn together; a judge that is asked again and again takes its time."""
     sync: float = Field(default=1800.0, gt=0)
@@ -30,7 +30,7 @@ class DeadlinesConfig(Section):
     save: float = Field(default=1800.0, gt=0)
     """Copying a checkpoint, waiting for the one before, and at the end of the run writing it."""
     evaluate: float = Field(default=14400.0, gt=0)
-    """One evaluation on the held-out questions."""
+    """One evaluation on the held-out questions; in `eval`, what lies between two chunks."""
     export: float = Field(default=3600.0, gt=0)
     """Writing the final policy."""
     between: float = Field(default=1800.0, gt=0)

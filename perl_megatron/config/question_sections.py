@@ -37,6 +37,9 @@ class DataConfig(Section):
     """Images are reduced to this area at most, once, before engine and trainer; None: the checkpoint's own setting."""
     max_corrupt_fraction: float = Field(default=0.01, ge=0, le=1)
     """The run is refused if more than this share of records is corrupt (each one is dropped and named)."""
+    follow_links: bool = False
+    """Images may be symbolic links to elsewhere, or lie in folders that are: set it where you have made the links
+    yourself. By default a record with such an image is dropped as corrupt."""
     check: Literal["auto", "load", "draw"] = "auto"
     """When training images are decoded and prompts measured for the first time: 'load', before the run; 'draw', each
     question as it is drawn, so that large sets open in seconds; 'auto': at load up to 2 MiB of records."""

@@ -234,6 +234,8 @@ def _fingerprint(source: Path, settings: RowSettings) -> dict[str, Any]:
         for file in table_files(source)
     ]
     how = {name: getattr(settings, name) for name in ("format", "source", "all_turns", "answer_type", "prefix")}
+    if settings.follow_links:  # only then, so that imports from before there was the setting can go on
+        how["follow_links"] = True
     templates = hashlib.blake2b(repr(settings.templates).encode(), digest_size=16).hexdigest()
     return {"files": files, **how, "image_root": str(settings.image_root.resolve()), "templates": templates}
 

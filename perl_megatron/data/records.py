@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perl_megatron.data.images import check_image
+from perl_megatron.data.links import link_problem
 from perl_megatron.data.permutation import validate_contract
 from perl_megatron.errors import UserError
 from perl_megatron.types import AnswerRule, Grading, PermutationContract, Record, ReferenceRule
@@ -85,11 +86,12 @@ class _RecordLine(BaseModel):
     demonstration: str | None = None
 
 
-def read_records(path: Path, *, max_corrupt_fraction: float) -> Dataset:
+def read_records(path: Path, *, max_corrupt_fraction: float, follow_links: bool = False) -> Dataset:
     """Read, check and decode everything once.
 
     A record with a problem (bad JSON, unknown key, missing or corrupt image, placeholders that do not match, a
-    contradictory contract, an id seen before) is dropped and named. Raises ``UserError`` if the file is missing or
+    contradictory contract, an id seen before, without ``follow_links`` an image that a link takes from elsewhere) is
+    dropped and named. Raises ``UserError`` if the file is missing or
     empty, if no record is left, or if more than ``max_corrupt_fraction`` of the records are dropped.
     """
     path = Path(path)
@@ -102,6 +104,8 @@ def read_records(path: Path, *, max_corrupt_fraction: float) -> Dataset:
         raise UserError("the dataset is empty", where=str(path), fix="write one JSON object a line")
 
     parsed = [parse_record(line, where, path.parent) for where, line in numbered]
+    if not follow_links:
+        parsed = [record if isinstance(record, DroppedRecord) else _in_place(record) for record in parsed]
     broken_images = _broken_images(record for record in parsed if isinstance(record, Record))
     records: dict[str, Record] = {}
     dropped: list[DroppedRecord] = []
@@ -191,6 +195,11 @@ def parse_record(line: bytes, where: str, folder: Path) -> Record | DroppedRecor
     except UserError as error:
         return DroppedRecord(where, record.id, error.what)
     return record
+
+
+def _in_place(record: Record) -> Record | DroppedRecord:
+    problem = link_problem(record)
+    return record if problem is None else DroppedRecord(record.source, record.id, problem)
 
 
 def _path_problem(image: str) -> str | None:

@@ -12,6 +12,7 @@ from perl_megatron.data.answer_guess import guess_answer, lettered_options
 from perl_megatron.data.contract.contract_templates import ContractTemplates, apply_template
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES, ImageStore
 from perl_megatron.data.images import check_image
+from perl_megatron.data.links import leaves
 from perl_megatron.data.permutation import validate_contract
 from perl_megatron.data.record_index import Check
 from perl_megatron.data.records import DroppedRecord, parse_record, record_to_json
@@ -35,6 +36,8 @@ class RowSettings:
     """Paths of images are relative to it, and stay inside it."""
     source: str
     """Name of the dataset, where rows do not say it."""
+    follow_links: bool = False
+    """Images may be symbolic links that leave the image root."""
     all_turns: bool = False
     """Every pair of turns of a conversation is a question, not only the first one."""
     answer_type: str | None = None
@@ -148,14 +151,17 @@ def _finish(record: Record, source: str, settings: RowSettings, row: NumberedRow
 
 def _stored(image: bytes | str, settings: RowSettings) -> Path:
     """Where the store keeps an image, which has been decoded once."""
-    content = image if isinstance(image, bytes) else _read(image, settings.image_root)
+    content = image if isinstance(image, bytes) else _read(image, settings)
     check_image(Path("image" if isinstance(image, bytes) else image), content)
     return ImageStore(settings.target / IMAGES).add(content)
 
 
-def _read(image: str, root: Path) -> bytes:
+def _read(image: str, settings: RowSettings) -> bytes:
+    root = settings.image_root
     if PurePosixPath(image).is_absolute() or ".." in image.split("/"):
         raise UserError(f"the image path '{image}' leaves the dataset's folder")
+    if not settings.follow_links and leaves(root / image, root):
+        raise UserError(f"the image '{image}' is a link that leaves its folder; --follow-links allows it")
     try:
         content = read_regular(root / image, MAX_IMAGE_BYTES)
     except OSError as error:

@@ -23,7 +23,7 @@ MAY_CHANGE = frozenset(
         *("run.name", "run.directory", "parallel", "evaluation", "data.evaluation", "data.epochs", "rollout.engine"),
         *("endpoint", "judge.url", "judge.api_key_file", "judge.deadline", "judge.retries", "judge.concurrency"),
         *("judge.cache", "reward.judge_failure", "data.weights", "data.decode_processes", "data.decode_ahead_mib"),
-        "data.pixel_cache_mib",
+        *("data.pixel_cache_mib", "data.follow_links"),
         *("rollout.tensor_parallel", "rollout.max_concurrent_sequences", "rollout.gpu_memory_fraction"),
         *("rollout.servers", "rollout.api_key_file", "rollout.weight_transfer", "rollout.shared_folder"),
         *("rollout.request_deadline", "rollout.health_deadline", "rollout.sync_deadline"),

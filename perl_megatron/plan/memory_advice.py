@@ -96,12 +96,11 @@ class MemoryAdvice:
                 ways.append((active / 2, "parallel.sequence=true"))
         elif phase == "weight sync" and worst.synchronization > worst.least_synchronization:
             ways.append((worst.synchronization, "a smaller rollout.sync_bucket_mib"))
-        own = {"update": worst.engine.update, "weight sync": worst.engine.sync, "generate": worst.engine.generate}[
-            phase
-        ]
+        engine = worst.engine
+        own = {"update": engine.update, "weight sync": engine.sync, "generate": engine.generate}[phase]
         if own and not gpu.is_cpu and not config.rollout.sleep_mode:  # on a CPU none sleeps
             ways.append((own, "rollout.sleep_mode=true"))
-        if own == worst.engine.generate > 0 and derived.engine == "vllm":
+        if own == engine.generate > 0 and derived.engine == "vllm":
             key = self._engine_size
             size = getattr(config.rollout, key)
             of_cache = size * GIB if gpu.is_cpu else own  # where what comes beside the cache is not cut

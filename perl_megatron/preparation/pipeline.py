@@ -218,9 +218,10 @@ class Pipeline:
         """For each stage, what it depends on: its settings, and the mark of the stage before."""
         settings = self.settings
         base = settings.source.path
+        links = ["follow_links"] if settings.source.follow_links else []
         tables = [[os.path.relpath(each, base), file_fingerprint(each)] for each in source_tables(settings.source)]
         values: dict[str, Any] = {
-            "rules": [settings.source.turns, str(settings.source.images), settings.rules, tables],
+            "rules": [settings.source.turns, str(settings.source.images), settings.rules, tables, *links],
             "rephrase": [settings.rephrase, self.rephrase.prompt, settings.endpoint.model, settings.output.seed],
             "difficulty": [settings.difficulty, settings.policy_endpoint.model, self._policy_mark],
             "resample": [settings.resample, settings.output.seed],

@@ -50,7 +50,7 @@ def apply_rules(
             questions name no files (a dry run).
         done: ids that are decided already; their images are not decoded again.
     """
-    images = TableImages(source.images)
+    images = TableImages(source.images, follow_links=source.follow_links)
     store = None if folder is None else ImageStore(folder / IMAGE_FOLDER)
     seen: set[bytes] = set()
     ids: Counter[str] = Counter()

@@ -35,6 +35,8 @@ class SourceSettings(Section):
     """A table (parquet, Arrow, JSON), or a folder with tables in its subfolders."""
     images: Path | None = None
     """Folder of the images that rows only name by path; None: the folder of each table, and the zip files in it."""
+    follow_links: bool = False
+    """Those images may be symbolic links that leave the folder, as in a cache of the Hugging Face hub."""
     exclude: Annotated[tuple[str, ...], BeforeValidator(as_texts)] = ()
     """Tables whose path matches one of these patterns are left out, such as '*/llava_665k_multi/*'."""
     turns: Literal["first", "all"] = "first"

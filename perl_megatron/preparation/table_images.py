@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES
+from perl_megatron.data.links import leaves
 from perl_megatron.errors import UserError
 from perl_megatron.runtime.regular_file import read_regular
 
@@ -24,10 +25,11 @@ class TableImages:
 
     Args:
         folder: where images are that are named by path; None: the folder of their table.
+        follow_links: images may be symbolic links that leave it.
     """
 
-    def __init__(self, folder: Path | None):
-        self._folder = folder
+    def __init__(self, folder: Path | None, *, follow_links: bool = False):
+        self._folder, self._follow_links = folder, follow_links
         self._archives: dict[Path, list[tuple[zipfile.ZipFile, frozenset[str]]]] = {}
 
     def read(self, image: bytes | str, table: Path) -> bytes:
@@ -42,11 +44,16 @@ class TableImages:
         folder = self._folder or table.parent
         try:
             if (folder / image).is_file():
+                if not self._follow_links and leaves(folder / image, folder):
+                    what = f"the image '{image}' is a link that leaves the folder"
+                    raise UserError(what, where=str(folder), fix="set source.follow_links=true if you made the link")
                 content = read_regular(folder / image, MAX_IMAGE_BYTES)
                 if content is None:
                     raise UserError(f"the image '{image}' is larger than {MAX_IMAGE_BYTES} bytes", fix="reduce it")
                 return content
             return self._from_archive(image, folder)
+        except UserError:
+            raise
         except _UNREADABLE as error:
             raise UserError(f"cannot read the image '{image}': {error}", where=str(folder)) from error
 

@@ -21,6 +21,7 @@ from perl_megatron.observability.run_folder import RunFolder
 from perl_megatron.replay.findings import Findings, examine
 from perl_megatron.runtime import platform, topology
 from perl_megatron.runtime.collective import from_rank_zero
+from perl_megatron.runtime.watchdog import Watchdog
 from perl_megatron.train.actor import Actor
 from perl_megatron.train.skipped_batch import SkippedBatch, load_batch
 
@@ -45,18 +46,19 @@ def run(config: Config, folder: RunFolder, path: Path, *, checkpoint: Path | Non
     timeout = config.deadlines.collective_timeout
     place = topology.initialize(config.parallel, seed=config.run.seed, timeout_seconds=timeout)
     platform.set_threads()
-    try:
-        weights, remark = choose_weights(folder, batch, checkpoint)
-        if weights is not None and (weights / "config.json").is_file():
-            config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights})})
-            weights = None
-        encoder = BatchEncoder(config.model.path, batch.pixels)
-        actor = Actor(config, place, encoder, total_steps=1)
-        if weights is not None:
-            actor.restore(weights, verify=checkpoint is not None)  # the run's own has just been verified
-        findings = examine(actor, batch, encoder.decode)
-    finally:
-        topology.shutdown()
+    watchdog = Watchdog(config.deadlines.of_phases(), rank=place.rank, world_size=place.world_size)
+    with topology.left_at_the_end(), watchdog:
+        with watchdog.phase("start"):
+            weights, remark = choose_weights(folder, batch, checkpoint)
+            if weights is not None and (weights / "config.json").is_file():
+                config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights})})
+                weights = None
+            encoder = BatchEncoder(config.model.path, batch.pixels)
+            actor = Actor(config, place, encoder, total_steps=1)
+            if weights is not None:
+                actor.restore(weights, verify=checkpoint is not None)  # the run's own has just been verified
+        with watchdog.phase("update"):
+            findings = examine(actor, batch, encoder.decode)
     if place.rank == 0:
         show(findings, batch, remark)
         if json_file is not None:

@@ -14,6 +14,9 @@ import pytest
 from small_job import ENVIRONMENT, REPOSITORY, call
 from tiny_checkpoint import make_policy
 
+from perl_megatron.launch.failures import EXIT_STOPPED
+from perl_megatron.launch.ports import free_port
+
 PER_TASK = 12
 
 
@@ -87,6 +90,73 @@ def test_two_processes_give_the_same(work: Path) -> None:
     alone = call(command(work, "run.name=one", "evaluation.benchmarks=remi"))
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert rows(work, "two", "remi") == rows(work, "one", "remi")
+
+
+FAULTY = """
+import os, signal, sys, time
+from perl_megatron.runtime import environment
+
+environment.prepare_process()
+from perl_megatron.runtime import platform
+
+platform.install()
+from perl_megatron import cli
+from perl_megatron.evaluation.asking import EngineAsker
+
+fault, ask, calls = sys.argv.pop(1), EngineAsker.ask, []
+
+def ask_or_stall_here(asker, views, sampling):
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        if fault == "stalls":
+            time.sleep(1000)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return ask(asker, views, sampling)
+
+EngineAsker.ask = ask_or_stall_here
+sys.exit(cli.main())
+"""
+
+
+def two_ranks(work: Path, fault: str, *overrides: str) -> tuple[list[int], str]:
+    """Exit statuses and output of two ranks, of which one has a fault at its second chunk."""
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    argv = command(work, "parallel.data=2", "evaluation.benchmarks=remi", *overrides)[3:]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAULTY, fault, *argv],
+            cwd=REPOSITORY,
+            env={**ENVIRONMENT, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output = "".join(rank.communicate(timeout=500)[0] for rank in ranks)
+    return [rank.returncode for rank in ranks], output
+
+
+def test_a_rank_that_stalls_ends_the_evaluation(work: Path) -> None:
+    """Within seconds, not after the thousand that it stalls, or the hours that collectives wait."""
+    statuses, output = two_ranks(work, "stalls", "run.name=stalls", "deadlines.generate=20")
+    assert statuses == [1, 1], output
+    assert "phase 'generate' took longer than deadlines.generate = 20 s" in output
+    assert "ranks that the others wait for: 1\n" in output
+    assert "in ask_or_stall_here" in output
+
+
+def test_an_evaluation_that_is_told_to_end_does_so_after_its_chunk_and_goes_on(work: Path) -> None:
+    """Also where one rank alone is told."""
+    statuses, output = two_ranks(work, "is told to end", "run.name=told")
+    assert statuses == [EXIT_STOPPED, EXIT_STOPPED], output
+    assert "the same command goes on" in output
+    asked = rows(work, "told", "remi")
+    assert len(asked) == 4
+    result = call(command(work, "run.name=told", "evaluation.benchmarks=remi"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert rows(work, "told", "remi")[:4] == asked
+    assert len(rows(work, "told", "remi")) == 5
 
 
 def test_missing_copies_are_said_before_anything_starts(work: Path) -> None:
