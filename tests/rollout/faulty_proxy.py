@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +20,8 @@ class FaultyProxy:
     def __init__(self, target: str):
         self.spoil: Spoil | None = None
         self.num_spoiled = 0
+        self.is_asked = threading.Event()
+        """Set from the first request for rollouts on."""
         proxy, http = self, httpx.Client(base_url=target, timeout=120, trust_env=False)
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,6 +35,8 @@ class FaultyProxy:
 
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.path.endswith("/generate"):
+                    proxy.is_asked.set()
                 kept = {
                     name: value for name, value in self.headers.items() if name in ("Content-Type", "Authorization")
                 }
@@ -67,10 +70,12 @@ class FaultyProxy:
         self._server.server_close()
 
 
-def late(seconds: float) -> Spoil:
+def late(until: threading.Event, answers: Spoil = lambda answer: (200, answer)) -> Spoil:
+    """What ``answers`` makes of the answer, but not before ``until`` is set."""
+
     def spoil(answer: bytes) -> tuple[int, bytes]:
-        time.sleep(seconds)
-        return 200, answer
+        until.wait()
+        return answers(answer)
 
     return spoil
 

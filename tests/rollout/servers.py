@@ -17,7 +17,7 @@ import yaml
 from perl_megatron.launch.ports import free_port
 
 HERE = Path(__file__).resolve().parent
-START_SECONDS = 300.0
+START_SECONDS = 500.0
 
 
 class ServerProcess:

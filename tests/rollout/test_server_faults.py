@@ -27,11 +27,14 @@ from perl_megatron.rollout.engine import Sampling, vllm_obstacle
 from perl_megatron.rollout.server_survey import Needs
 
 VLLM = vllm_obstacle(cuda=False)
-pytestmark = [pytest.mark.skipif(VLLM is not None, reason=str(VLLM)), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.skipif(VLLM is not None, reason=str(VLLM)), pytest.mark.timeout(1000)]
 
 SAMPLED = Sampling(num_rollouts=3, temperature=1.0, top_p=1.0, max_tokens=10)
 LONG = Sampling(num_rollouts=16, temperature=1.0, top_p=1.0, max_tokens=40)
-HEALTH, REQUEST, SYNC = 2.0, 8.0, 30.0
+HEALTH, REQUEST, SYNC = 60.0, 200.0, 300.0
+"""Seconds that no server takes which does what it should, however busy the machine is."""
+SHORT_HEALTH, SHORT_REQUEST = 6.0, 12.0
+"""For servers that exceed them; another one that is well has to keep to them too."""
 
 
 class Weights:
@@ -106,12 +109,20 @@ def engine_of(addresses, encoder, **settings):
 
 
 @pytest.fixture
-def both(servers, proxy, encoder):
-    """The engine on both servers, after it brought them the weights."""
+def both(servers, proxy, encoder, request):
+    """The engine on both servers; a parameter is its deadlines."""
     servers[1].wait()
-    engine = engine_of([servers[0].address, proxy.address], encoder)
+    engine = engine_of([servers[0].address, proxy.address], encoder, **getattr(request, "param", {}))
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def over():
+    """To be set when a fault is over; it is at the end of the test."""
+    over = threading.Event()
+    yield over
+    over.set()
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +149,19 @@ def assert_same(rollouts, expected, *, version):
         assert rollout.token_ids.tolist() == reference.token_ids.tolist()
         np.testing.assert_allclose(rollout.logprob_rollout, reference.logprob_rollout, atol=1e-5)
         assert set(rollout.weight_versions.tolist()) == {version}
+
+
+def while_it_works(proxy, action):
+    """The thread that does it, a moment after the second server is first asked for rollouts."""
+
+    def wait_and_act():
+        proxy.is_asked.wait()
+        time.sleep(0.2)
+        action()
+
+    thread = threading.Thread(target=wait_and_act, daemon=True)
+    thread.start()
+    return thread
 
 
 def failure(engine):
@@ -188,24 +212,27 @@ def test_garbage_is_asked_of_another_server(both, proxy, asked, expected, folder
     assert_same(generate(both, asked), expected["b"], version=6)
 
 
-def test_a_late_answer_is_asked_of_another_server_and_not_counted(both, proxy, asked, expected, folder):
+@pytest.mark.parametrize("both", [{"request_deadline": SHORT_REQUEST}], indirect=True)
+def test_a_late_answer_is_asked_of_another_server_and_not_counted(both, proxy, over, asked, expected, folder):
+    """None of its answers comes before all are there."""
     both.update_weights(Weights(folder / "a"), version=5)
-    proxy.spoil = late(REQUEST + 3)
+    proxy.spoil = late(over)
     begin = time.monotonic()
     assert_same(generate(both, asked), expected["a"], version=5)
-    assert REQUEST <= time.monotonic() - begin < REQUEST + 3
-    assert f"did not answer a request for rollouts within {REQUEST:g} s" in failure(both)
+    assert time.monotonic() - begin >= SHORT_REQUEST
+    assert f"did not answer a request for rollouts within {SHORT_REQUEST:g} s" in failure(both)
 
 
-def test_a_server_that_hangs_is_done_without(both, servers, asked, expected, folder):
+@pytest.mark.parametrize("both", [{"health_deadline": SHORT_HEALTH}], indirect=True)
+def test_a_server_that_hangs_is_done_without(both, proxy, over, servers, asked, expected, folder):
     """Frozen while it works: its health is asked for, so that nobody waits for the requests' longer deadline."""
     both.update_weights(Weights(folder / "b"), version=2)
-    freezing = threading.Timer(0.2, servers[1].freeze)
-    freezing.start()
+    proxy.spoil = late(over)  # what it has answered by then comes no sooner than what it is at
+    freezing = while_it_works(proxy, servers[1].freeze)
     try:
         begin = time.monotonic()
         rollouts = generate(both, asked, LONG)
-        assert time.monotonic() - begin < REQUEST + 20
+        assert time.monotonic() - begin < REQUEST
         assert len(rollouts) == 16 * len(asked[0])
         freezing.join()
         assert_same(generate(both, asked), expected["b"], version=2)
@@ -215,11 +242,15 @@ def test_a_server_that_hangs_is_done_without(both, servers, asked, expected, fol
     finally:
         freezing.join()
         servers[1].thaw()
+    over.set()
+    proxy.spoil = None
+    servers[1].wait()
     both.update_weights(Weights(folder / "b"), version=4)
     assert failure(both) == ""
     assert_same(generate(both, asked), expected["b"], version=4)
 
 
+@pytest.mark.parametrize("both", [{"health_deadline": SHORT_HEALTH}], indirect=True)
 def test_a_server_that_hangs_during_an_update_does_not_keep_the_others(both, servers, asked, expected, folder):
     """Frozen when half of the weights are there: soon nobody waits for it, and the other server has them."""
     both.update_weights(Weights(folder / "a"), version=2)
@@ -235,23 +266,32 @@ def test_a_server_that_hangs_during_an_update_does_not_keep_the_others(both, ser
         begin = time.monotonic()
         both.update_weights(Freezing(folder / "b"), version=3)
         assert time.monotonic() - begin < SYNC
-        assert f"send the weights: it took nothing for {HEALTH:g} s" in failure(both)
+        assert f"send the weights: it took nothing for {SHORT_HEALTH:g} s" in failure(both)
         assert_same(generate(both, asked), expected["b"], version=3)
     finally:
         servers[1].thaw()
+    servers[1].wait()
     both.update_weights(Weights(folder / "a"), version=4)
     assert failure(both) == ""
     assert_same(generate(both, asked), expected["a"], version=4)
 
 
-def test_a_dead_server_is_done_without_and_brought_the_weights_when_it_is_back(both, servers, asked, expected, folder):
+def test_a_dead_server_is_done_without_and_brought_the_weights_when_it_is_back(
+    both, proxy, over, servers, asked, expected, folder
+):
     """Killed while it works; started again, it has the weights that it was first started with."""
     both.update_weights(Weights(folder / "b"), version=2)
-    killing = threading.Timer(0.2, servers[1].kill)
-    killing.start()
+    proxy.spoil = late(over, lambda answer: (502, b"what it has answered by then is lost too"))
+
+    def kill():
+        servers[1].kill()
+        over.set()
+
+    killing = while_it_works(proxy, kill)
     rollouts = generate(both, asked, LONG)
     assert len(rollouts) == 16 * len(asked[0])
     killing.join()
+    proxy.spoil = None
     assert_same(generate(both, asked), expected["b"], version=2)
     both.update_weights(Weights(folder / "b"), version=3)
     assert "status 502" in failure(both)
@@ -265,7 +305,7 @@ def test_a_dead_server_is_done_without_and_brought_the_weights_when_it_is_back(b
 
 def test_the_only_server_comes_back_with_old_weights_in_the_middle_of_a_step(servers, encoder, asked, expected, folder):
     """It is brought the last weights again before it serves, and the step goes on; nobody else has to do anything."""
-    engine = engine_of([servers[1].wait().address], encoder, sync_deadline=200)
+    engine = engine_of([servers[1].wait().address], encoder)
     weights = Weights(folder / "b")
     engine.update_weights(weights, version=9)
     assert_same(generate(engine, asked), expected["b"], version=9)
