@@ -1,6 +1,6 @@
 """Decoded images that all processes of a run on a node share: one file each in a common folder, which readers map.
 
-    FOLDER/pixels/KEY            height and width (int64), then uint8 [height, width, 3]; KEY is the hash of the pixels
+    FOLDER/pixels/KEY.pixels     height and width (int64), then uint8 [height, width, 3]; KEY is the hash of the pixels
     FOLDER/sources/NAME          symbolic link: which pixels an image file has (``NAME`` stands for its path and state)
     FOLDER/locks/…               who decodes, and the bytes of all pixels
 
@@ -35,7 +35,7 @@ KEPT_SHARE = 0.875
 """Of the bound: what remains when pixels are dropped, so that it is not done for every new image."""
 OWN_BYTES = 512 * 2**20
 HEADER_BYTES = 16
-TEMPORARY = ".tmp"
+SUFFIX, TEMPORARY = ".pixels", ".tmp"
 NUM_LOCKS = 64
 LOCK_SECONDS = 60.0
 """Whoever waits longer for another process goes on without it: it may have been stopped."""
@@ -155,7 +155,7 @@ class PixelStore:
         """The file of the pixels, which are used now."""
         if self._folder is None:
             return None
-        path, now = self._pixels / key, time.time_ns()
+        path, now = self._pixels / f"{key}{SUFFIX}", time.time_ns()
         try:
             os.utime(path, ns=(now, now))  # a file system's own clock gives many uses one time
         except OSError:
@@ -186,7 +186,7 @@ class PixelStore:
 
     def _write_pixels(self, key: str, pixels: np.ndarray, num_bytes: int) -> None:
         """Write their file, if it is not there; raises OSError."""
-        path = self._pixels / key
+        path = self._pixels / f"{key}{SUFFIX}"
         if path.exists():
             return
         self._make_room(num_bytes)
@@ -218,7 +218,7 @@ class PixelStore:
             if path.suffix == TEMPORARY and used_ns > being_written:
                 continue
             path.unlink(missing_ok=True)
-            dropped.add(path.name)
+            dropped.add(path.stem)
             total -= size
         for link in self._sources.iterdir():
             with contextlib.suppress(OSError):

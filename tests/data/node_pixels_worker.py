@@ -30,7 +30,7 @@ def main(image: Path, output: Path) -> None:
     keys = collective.gather_objects((read.key, read.pixels.tobytes()))
     assert keys[0] == keys[1]
     if collective.rank() == 0:
-        assert Path(folders[0], "pixels", read.key).is_file()
+        assert Path(folders[0], "pixels", f"{read.key}.pixels").is_file()
         output.write_text(folders[0])
     collective.gather_objects(None)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -81,7 +81,7 @@ def test_a_run_whose_processes_were_killed_is_removed_by_the_next(places):
         assert (place / "dead" / "left").is_file()  # nobody's folder is taken away
         (left,) = (path for path in place.iterdir() if path.is_dir() and path.name not in ("dead", "living"))
         put(first, 1)
-        assert (left / "pixels" / "key1").is_file()
+        assert (left / "pixels" / "key1.pixels").is_file()
     with process_in(place, "living too"):
         second = own_pixels(2**20)
         names = {path.name for path in place.iterdir()}

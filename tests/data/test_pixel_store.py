@@ -46,6 +46,7 @@ def test_what_one_process_puts_another_finds(store):
     assert other.holds("key1")
     assert not other.holds("key2")
     assert other.get("key2") is other.of_source("source2") is None
+    assert not other.holds("")  # asked for images of which no key is known
 
 
 def test_files_with_equal_pixels_share_them(store):
