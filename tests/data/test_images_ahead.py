@@ -191,7 +191,7 @@ def test_processes_of_a_node_decode_at_the_same_time(reader, tmp_path):
     times = sorted(tuple(map(float, path.read_text().split())) for path in tmp_path.glob("*.times"))
     assert len(times) == 24  # each once
     beside_another = sum(later[0] < earlier[1] for earlier, later in itertools.pairwise(times[1:]))
-    assert beside_another >= 5  # none, where both begin with the same image; a busy machine leaves fewer than half
+    assert beside_another > 0  # none, where both begin with the same image; a busy machine leaves few
 
 
 def test_threads_may_take_at_once(ahead, paths):
