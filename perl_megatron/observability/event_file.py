@@ -36,7 +36,9 @@ class EventFile:
 
     def __init__(self, folder: Path, disk: FullDisk, *, purge_step: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        # TensorBoard reads files in the order of their names, and two may be of the same second.
+        own = f"{os.getpid()}.{next(_numbers):06d}"
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{own}"
         self._file = AppendFile(folder / name, disk, what="rows of TensorBoard")
         begin = [Event(wall_time=time.time(), file_version=FORMAT)]
         if purge_step is not None:

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from perl_megatron.config.load import load_config
 from perl_megatron.errors import UserError
+from perl_megatron.observability import event_file
 from perl_megatron.observability.json_lines import read_rows, to_line, write_rows
 from perl_megatron.observability.metrics_log import MetricsLog
 from perl_megatron.observability.recorder import RolloutRecorder
@@ -37,7 +39,8 @@ def test_an_existing_run_is_not_overwritten(loaded):
     assert RunFolder.create(loaded, resume=True) == folder
 
 
-def test_resumed_metrics_have_each_step_once(tmp_path):
+def test_resumed_metrics_have_each_step_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(event_file, "_numbers", itertools.count(9))  # '9' and '10' have another order than 9 and 10
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, tmp_path / "tensorboard")
     for step in (1, 2, 3):
