@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from perl_megatron.data.group_state import group_from_json, group_to_json, record_from_json, record_to_json
 from perl_megatron.drawn import Drawn, DrawnQuestion
+from perl_megatron.durable import replace_file
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.types import EncodedPrompt, View
 
@@ -42,12 +42,7 @@ def write_step(path: Path, left: StepInProgress) -> None:
     """Write the file whole or not at all. Raises OSError where that is not possible."""
     content = json.dumps({"begins": left.begins, "ends": left.ends, "drawn": drawn_to_json(left.drawn)})
     text = json.dumps({"format": FORMAT, "sha256": hashlib.sha256(content.encode()).hexdigest(), "content": content})
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, text.encode())
 
 
 def read_step(

@@ -68,14 +68,25 @@ class Device:
 
 
 @dataclass(frozen=True)
-class DevicePlan:
+class MemoryPlan:
+    """What each rank's memory is taken by."""
+
+    workload: Workload
+    engine: EngineMemory
+    stages: tuple[StageMemory, ...]
+
+    @property
+    def fullest(self) -> float:
+        """Bytes of the rank that needs most."""
+        return max(stage.peak for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class DevicePlan(MemoryPlan):
     """What a config comes to on a kind of device."""
 
     device: Device
-    workload: Workload
     modules: str
-    stages: tuple[StageMemory, ...]
-    engine: EngineMemory
     time: StepTime
     remarks: tuple[Remark, ...]
 
@@ -83,11 +94,6 @@ class DevicePlan:
     def obstacles(self) -> list[Remark]:
         """Why it cannot run; empty where it can."""
         return cannot_run(self.remarks)
-
-    @property
-    def fullest(self) -> float:
-        """Bytes of the rank that needs most."""
-        return max(stage.peak for stage in self.stages)
 
     def as_json(self) -> dict[str, Any]:
         """All numbers: bytes, seconds, shares."""
@@ -106,20 +112,6 @@ class DevicePlan:
             "assumptions": self.device.assumptions.explain(),
             "fits": not self.obstacles,
         }
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What each rank's memory is taken by."""
-
-    workload: Workload
-    engine: EngineMemory
-    stages: tuple[StageMemory, ...]
-
-    @property
-    def fullest(self) -> float:
-        """Bytes of the rank that needs most."""
-        return max(stage.peak for stage in self.stages)
 
 
 def make_memory_plan(config: Config, derived: Derived, numbers: ArchitectureNumbers, device: Device) -> MemoryPlan:
