@@ -121,9 +121,14 @@ def connection(address: str, key: str | None) -> dict[str, Any]:
     """httpx's options for a server.
 
     Not through a proxy of the environment, as rollouts and weights stay in the cluster; but the environment's
-    certificates (SSL_CERT_FILE) count.
+    certificates (SSL_CERT_FILE) count. Each request has a connection of its own: servers close those that nobody used
+    for some seconds (vLLM: after 5), and one that does so while the next request is on its way would look dead.
     """
-    options: dict[str, Any] = {"headers": {} if key is None else {"Authorization": f"Bearer {key}"}, "trust_env": False}
+    options: dict[str, Any] = {
+        "headers": {} if key is None else {"Authorization": f"Bearer {key}"},
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        "trust_env": False,
+    }
     return options | ({"verify": ssl.create_default_context()} if address.startswith("https:") else {})
 
 

@@ -97,7 +97,6 @@ class RolloutRequests:
         self._options: dict[str, Any] = {
             **connection(next(filter(_is_encrypted, config.servers), ""), key),
             "timeout": httpx.Timeout(None, connect=config.health_deadline),
-            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=None),
         }
 
     async def run(

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from perl_megatron.rollout.server_client import connection
+
 Spoil = Callable[[bytes], tuple[int, bytes]]
 """Answer → status and answer."""
 
@@ -22,7 +24,7 @@ class FaultyProxy:
         self.num_spoiled = 0
         self.is_asked = threading.Event()
         """Set from the first request for rollouts on."""
-        proxy, http = self, httpx.Client(base_url=target, timeout=120, trust_env=False)
+        proxy, http = self, httpx.Client(base_url=target, timeout=120, **connection(target, None))
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"

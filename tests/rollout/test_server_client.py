@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import ssl
@@ -12,6 +13,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
 from perl_megatron.rollout.server_client import Misfit, ServerClient, ServerFailure, connection, refuse
@@ -29,10 +31,13 @@ class SmallServer:
         self.hang = threading.Event()
         self.trickle: float | None = None
         """Seconds after each byte of an answer."""
+        self.closes_what_is_idle = False
+        """As if a connection's second request came just when its time is over: it is closed without an answer."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            is_used = False
 
             def do_GET(self) -> None:
                 self._answer()
@@ -41,6 +46,10 @@ class SmallServer:
                 self._answer()
 
             def _answer(self) -> None:
+                if outer.closes_what_is_idle and self.is_used:
+                    self.close_connection = True
+                    return
+                self.is_used = True
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 outer.seen.append((self.command, self.path, dict(self.headers), body))
                 status, content = outer.reply(self.path)
@@ -124,6 +133,19 @@ def test_proxies_of_the_environment_are_passed_by(server: SmallServer, monkeypat
     client.close()
 
 
+def test_no_request_meets_a_connection_that_the_server_closes(server: SmallServer, client: ServerClient) -> None:
+    """Not those for rollouts either. vLLM closes connections after five idle seconds."""
+    server.closes_what_is_idle = True
+    for _ in range(3):
+        client.tell("pause")
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(**connection(server.address, None)) as http:
+            return [(await http.get(f"{server.address}/health")).status_code for _ in range(3)]
+
+    assert asyncio.run(ask()) == [200, 200, 200]
+
+
 def test_no_content_is_none(server: SmallServer, client: ServerClient) -> None:
     replies(server, 200)
     assert client.ask("health") is None
@@ -190,6 +212,7 @@ def test_the_options_of_a_connection(address: str, is_encrypted: bool) -> None:
     """The certificates of the environment count, its proxies do not."""
     options = connection(address, "a key")
     assert isinstance(options.pop("verify", None), ssl.SSLContext) == is_encrypted
+    assert options.pop("limits").max_keepalive_connections == 0
     assert options == {"headers": {"Authorization": "Bearer a key"}, "trust_env": False}
     assert connection("http://a", None)["headers"] == {}
 
