@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from perl_megatron.runtime import megatron_adam, megatron_cpu, torchvision_schema
+from perl_megatron.runtime import gloo_device, megatron_adam, megatron_cpu, torchvision_schema
 from perl_megatron.runtime.environment import cores_of_this_process
 
 _installed = False
@@ -25,6 +25,7 @@ def install() -> None:
     _installed = True
     torchvision_schema.install()
     if not is_cuda():
+        gloo_device.install()
         megatron_cpu.install()
     megatron_adam.install()
 
