@@ -27,10 +27,12 @@ SAVE_EVERY = 10
 LIMIT = 1.02
 """A step with its share of a checkpoint, over one without."""
 SETTINGS = {
-    "asynchronous": (f"run.save_every={SAVE_EVERY}",),
-    "synchronous": (f"run.save_every={SAVE_EVERY}", "run.asynchronous_checkpoints=false"),
+    "asynchronous": (),
+    "synchronous": ("run.asynchronous_checkpoints=false",),
     "no checkpoints": ("run.save_every=0",),
 }
+QUICK = ("parallel.tensor=1", "rollout.questions_per_step=2", "rollout.num_rollouts=2", "run.save_every=2")
+QUICK_STEPS = 4
 
 
 def prepare(folder: Path) -> None:
@@ -43,10 +45,11 @@ def prepare(folder: Path) -> None:
     (folder / "data" / "train.jsonl").write_text("".join(records[:200]))  # all are read at the start
 
 
-def work(name: str, folder: Path, num_steps: int) -> dict[str, list[float]]:
+def work(name: str, folder: Path, *, quick: bool) -> dict[str, list[float]]:
     """One run; numbers of its steps but for the first, which warms up."""
     settings = [
-        *(f"run.steps={num_steps}", *SETTINGS[name]),
+        *(f"run.steps={QUICK_STEPS if quick else 2 * SAVE_EVERY + 2}", f"run.save_every={SAVE_EVERY}"),
+        *(*(QUICK if quick else ()), *SETTINGS[name]),
         *(f"model.path={folder / 'policy'}", f"data.train={folder / 'data' / 'train.jsonl'}"),
         *("data.evaluation=null", "rollout.engine=embedded", "filter.no_signal=false"),
     ]
@@ -76,20 +79,18 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one round of fewer steps; its numbers mean little")
+    parser.add_argument("--quick", action="store_true", help="one round of few small steps; its numbers mean little")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=list(SETTINGS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=2 * SAVE_EVERY + 2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(work(options.worker, options.folder, options.steps)))
+        print(json.dumps(work(options.worker, options.folder, quick=options.quick)))
         return
-    num_steps = SAVE_EVERY + 2 if options.quick else options.steps
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        arguments = ["--folder", folder, "--steps", str(num_steps)]
+        arguments = ["--folder", folder, *(["--quick"] if options.quick else [])]
         rounds = 1 if options.quick else options.rounds
         found = run_in_turn(Path(__file__), list(SETTINGS), arguments, rounds=rounds, threads=1)
     report("Checkpoints at the demo's settings", rows_of(found), options.json)
