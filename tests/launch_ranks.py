@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from warm_torchrun import WarmJob, can_fork
 
 TESTS = Path(__file__).resolve().parent
 TAIL = 5000
@@ -23,9 +24,11 @@ def launch_ranks(
     """Run ``worker`` to its end; the test fails, with the end of the output, if a rank does or the time is over.
 
     ``log`` gets the output of all ranks; ``path`` comes first on the ranks' module path, before the repository and
-    tests/. One process runs without torchrun.
+    tests/. One process runs without torchrun. The ranks are warm (``warm_torchrun.py``) where ``path`` is empty.
     """
-    with running_ranks(worker, *arguments, log=log, processes=processes, path=path) as job:
+    is_warm = not path and can_fork()
+    start = warm_ranks if is_warm else running_ranks
+    with start(worker, *arguments, log=log, processes=processes, path=path) as job:
         try:
             status = job.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -41,18 +44,33 @@ def running_ranks(
     """The running torchrun; when the block is left, it and all that it started are killed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), str(worker), *map(str, arguments)]
-    inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-    places = os.pathsep.join([*map(str, (*path, TESTS.parent, TESTS)), *inherited])
-    environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
-        job = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        job = subprocess.Popen(command, env=_environment(path), stdout=output, stderr=subprocess.STDOUT)
         try:
             yield job
         finally:
             _kill_tree(job)
 
 
-def _kill_tree(job: subprocess.Popen[bytes]) -> None:
+@contextmanager
+def warm_ranks(
+    worker: Path, *arguments: object, log: Path, processes: int = 2, path: Sequence[Path] = ()
+) -> Iterator[WarmJob]:
+    """As ``running_ranks``, with ranks that have imported all (``warm_torchrun.py``)."""
+    job = WarmJob(worker, list(map(str, arguments)), processes, _environment(path), log)
+    try:
+        yield job
+    finally:
+        _kill_tree(job)
+
+
+def _environment(path: Sequence[Path]) -> dict[str, str]:
+    inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    places = os.pathsep.join([*map(str, (*path, TESTS.parent, TESTS)), *inherited])
+    return os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+
+
+def _kill_tree(job: subprocess.Popen[bytes] | WarmJob) -> None:
     """Not by process group: torchrun starts each rank in a session of its own, which that would not reach."""
     if job.poll() is None:
         found = psutil.Process(job.pid)

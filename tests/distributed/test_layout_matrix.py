@@ -58,7 +58,7 @@ def launched(tmp_path_factory, request):
 def launch(folder: Path, processes: int, chosen: Sequence[int]) -> Launch:
     numbers = ",".join(map(str, chosen))
     try:
-        launch_ranks(WORKER, folder, numbers, log=folder / "ranks.log", processes=processes, timeout=550)
+        launch_ranks(WORKER, folder, numbers, log=folder / "ranks.log", processes=processes, timeout=1000)
     except pytest.fail.Exception as failure:
         return Launch(folder, str(failure))
     return Launch(folder, "")

@@ -4,7 +4,8 @@ import time
 
 import psutil
 import pytest
-from launch_ranks import launch_ranks, running_ranks
+from launch_ranks import launch_ranks, running_ranks, warm_ranks
+from warm_torchrun import can_fork
 
 HANG = """
 import os, pathlib, subprocess, sys, time
@@ -20,10 +21,14 @@ def alive(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_hanging_ranks_and_their_children_are_killed(tmp_path):
+STARTS = [running_ranks, pytest.param(warm_ranks, marks=pytest.mark.skipif(not can_fork(), reason="CUDA"))]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_hanging_ranks_and_their_children_are_killed(tmp_path, start):
     worker = tmp_path / "worker.py"
     worker.write_text(HANG)
-    with running_ranks(worker, tmp_path, log=tmp_path / "log") as job:
+    with start(worker, tmp_path, log=tmp_path / "log") as job:
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("pids-*"))) < 2:
             assert time.monotonic() < deadline
@@ -34,6 +39,32 @@ def test_hanging_ranks_and_their_children_are_killed(tmp_path):
     while any(map(alive, [job.pid, *pids])):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+RANK = """
+import os, sys
+import torch.distributed as dist
+assert __name__ == "__main__" and sys.path[0] == os.path.dirname(sys.argv[0])
+print("began with the libraries:", "megatron.core" in sys.modules)
+dist.init_process_group("gloo")
+ranks = [None] * dist.get_world_size()
+dist.all_gather_object(ranks, (dist.get_rank(), os.environ["LOCAL_RANK"], os.environ["OMP_NUM_THREADS"], sys.argv[1]))
+assert ranks == [(0, "0", "1", "a b"), (1, "1", "1", "a b")], ranks
+dist.barrier()
+sys.exit("the second rank's word" if dist.get_rank() == 1 else 0)
+"""
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_torchrun_starts_the_ranks(tmp_path, start):
+    worker = tmp_path / "worker.py"
+    worker.write_text(RANK)
+    with start(worker, "a b", log=tmp_path / "log") as job:
+        status = job.wait(120)
+    said = (tmp_path / "log").read_text()
+    assert status == 1, said
+    assert said.count(f"began with the libraries: {start is warm_ranks}") == 2, said
+    assert "the second rank's word" in said
 
 
 @pytest.mark.parametrize(
