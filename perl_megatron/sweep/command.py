@@ -24,7 +24,15 @@ from perl_megatron.sweep import results
 from perl_megatron.sweep.check import check_slurm_array, check_sweep, has_multi_node_runs, num_processes
 from perl_megatron.sweep.file_lock import FileLock
 from perl_megatron.sweep.plots import write_plots
-from perl_megatron.sweep.storage import JOURNAL_NAME, PREEMPTED, REFUSED, may_go_on, put_back, unfinished_points
+from perl_megatron.sweep.storage import (
+    JOURNAL_NAME,
+    PREEMPTED,
+    REFUSED,
+    may_go_on,
+    put_back,
+    storage_failures,
+    unfinished_points,
+)
 from perl_megatron.sweep.study import QUEUE_LOCK, open_study, read_study
 from perl_megatron.sweep.trial_run import TrialRun
 from perl_megatron.sweep.worker import Worker, failed_points
@@ -50,6 +58,11 @@ def run(options: SweepOptions) -> int:
         fix = "leave out --worker and --results: --retry-failed puts the points into the queue, for all workers"
         raise UserError("nothing would be begun again", where="--retry-failed", fix=fix)
     sweep = read_sweep(options.path, options.overrides)
+    with storage_failures(sweep):
+        return _run(sweep, options)
+
+
+def _run(sweep: Sweep, options: SweepOptions) -> int:
     if options.results:
         write_results(sweep, read_study(sweep))
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import optuna
@@ -12,7 +13,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from perl_megatron.config.storage_url import without_password
 from perl_megatron.config.sweep_file import Sweep
@@ -84,6 +85,25 @@ def open_storage(sweep: Sweep) -> Database | JournalWithHeartbeat:
             f"the study's storage cannot be opened: {without_password(str(error))}",
             where=f"{sweep.places['sweep.storage']}: sweep.storage",
             fix="check the URL and the server; each kind of database needs its driver, such as psycopg2-binary",
+        ) from error
+
+
+@contextlib.contextmanager
+def storage_failures(sweep: Sweep) -> Iterator[None]:
+    """UserError where the storage does not do within the block what it is asked for: it is away, locked, or full."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError, UnboundLocalError) as error:
+        found: BaseException = error
+        if isinstance(error, UnboundLocalError):  # of Optuna, where it ends a trial: what it means is the one before
+            if not isinstance(error.__context__, StorageInternalError):
+                raise
+            found = error.__context__
+        cause = without_password(str(found.__cause__ or found)).splitlines()[0]
+        raise UserError(
+            f"the study's storage failed: {cause}",
+            where=f"{sweep.places.get('sweep.storage', sweep.path)}: sweep.storage",
+            fix=f"see to it and go on: {sweep.command()} (no point is lost, and runs go on from their checkpoints)",
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections import Counter
 from pathlib import Path
 
@@ -74,6 +75,30 @@ def test_an_interrupted_worker_gives_its_trial_back_at_once(grid: SweepCase) -> 
     assert "is in the queue again" in output
     assert states(grid) == {"FAIL": 1, "WAITING": 3}
     grid.hold.unlink()
+    status, output = grid.work()
+    assert status == 0, output
+    assert states(grid) == {"COMPLETE": 3, "FAIL": 1}
+    assert [step for step, _ in grid.steps(0)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_database_that_is_away_ends_the_worker_and_nothing_is_lost(tmp_path: Path) -> None:
+    """It is overwritten in the middle of a run, and put back as it was."""
+    database, copy = tmp_path / "study.db", tmp_path / "copy.db"
+    grid = make_case(tmp_path, GRID.format(storage=f"storage: sqlite:///{database}"))
+    grid.hold.touch()
+    worker = grid.start()
+    wait_until(lambda: len(grid.steps(0)) == 2, worker)
+    with sqlite3.connect(database) as source, sqlite3.connect(copy) as target:
+        source.backup(target)
+    database.write_bytes(b"no database" * 10_000)
+    grid.hold.unlink()
+    output, _ = worker.communicate(timeout=LONGEST)
+    assert worker.returncode == 2, output
+    assert "Traceback" not in output
+    assert "the study's storage failed: (sqlite3.DatabaseError) file is not a database" in output
+    assert "sweep.storage" in output
+    assert f"go on: perl-megatron sweep {grid.path}" in output
+    copy.replace(database)
     status, output = grid.work()
     assert status == 0, output
     assert states(grid) == {"COMPLETE": 3, "FAIL": 1}

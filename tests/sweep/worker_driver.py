@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 from perl_megatron.config.sweep_file import read_sweep
+from perl_megatron.errors import UserError
+from perl_megatron.launch.failures import EXIT_USER_ERROR
 from perl_megatron.runtime.signals import StopRequest
+from perl_megatron.sweep.storage import storage_failures
 from perl_megatron.sweep.trial_run import TrialRun
 from perl_megatron.sweep.worker import Worker
 
@@ -24,5 +27,10 @@ def use_fake_runs(outcomes: Path) -> None:
 
 if __name__ == "__main__":
     use_fake_runs(Path(sys.argv[2]))
-    with StopRequest() as stop:
-        sys.exit(Worker(read_sweep(Path(sys.argv[1])), stop).work())
+    sweep = read_sweep(Path(sys.argv[1]))
+    try:
+        with StopRequest() as stop, storage_failures(sweep):
+            sys.exit(Worker(sweep, stop).work())
+    except UserError as error:
+        print(error)
+        sys.exit(EXIT_USER_ERROR)
