@@ -50,7 +50,7 @@ def train(session: TrainingSession) -> None:
             ]
         step += 1
         session.log_step(step, drawn, updates, {"permutation/alpha": alpha, **rollout_metrics(drawn)})
-        session.evaluate_and_save_if_due(step)
+        session.save_and_evaluate_if_due(step)
     session.finish(step)
 
 

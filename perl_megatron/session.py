@@ -64,6 +64,7 @@ class Session:
         self._loaded, self._resume, self._stop = loaded, resume, stop
         self._memory = memory
         self._saved_step = self._first_step = -1
+        self._owes_score = False
         self._writer = BackgroundWriter(
             asynchronous=self.config.run.asynchronous_checkpoints,
             timeout_seconds=self.config.deadlines.collective_timeout,
@@ -112,7 +113,9 @@ class Session:
         elif self._resume:
             self.journal.note("no checkpoint was written yet: the run begins anew")
         self._skipped.forget_after(step)
-        self.encoder.take_waits()  # for images that were checked at load: they belong to no step
+        # What was done until here belongs to no step; images were checked at load.
+        self.encoder.take_waits()
+        self.phases.take()
         return step
 
     def _open_journal(self, step: int, seconds: float) -> Journal:
@@ -173,19 +176,28 @@ class Session:
                 self._writer.wait()
 
     def _await_save(self) -> None:
-        """Until the checkpoint before, which may have failed, is out of the way."""
+        """Until the checkpoint before, which may have failed, is out of the way, and has the score that came late."""
+        owes_score, self._owes_score = self._owes_score, False
         try:
             self._writer.wait()
         except UserError:
             self._saved_step = -1
             self.journal.note("the last checkpoint failed, see above; the run goes on, and saves again when it is due")
+            return
+        if owes_score:
+            self._score_late(self._saved_step)
 
     def score_if_saved(self, step: int) -> None:
-        """After a measurement at ``step``: its checkpoint, if it was written before, is one of those compared."""
-        if self.config.run.keep_best is not None and step == self._saved_step:
+        """After a measurement at ``step``: its checkpoint, if it was written before, is one of those compared.
+
+        One that is still being written is so when it is waited for the next time.
+        """
+        if self.config.run.keep_best is None or step != self._saved_step:
+            return
+        self._owes_score = True
+        if not any_rank(self._writer.is_busy):
             with self.phases("save", step=step):
                 self._await_save()
-                self._score_late(step)
 
     def _retention(self, step: int) -> Retention:
         run = self.config.run

@@ -119,11 +119,11 @@ class TrainingSession(Session):
         self.journal.groups(drawn.step + 1, ledger_rows(drawn))
         self.journal.rollouts(drawn.step + 1, [], drawn.dropped)
 
-    def evaluate_and_save_if_due(self, step: int) -> None:
-        """Evaluate and checkpoint as often as the config says."""
+    def save_and_evaluate_if_due(self, step: int) -> None:
+        """Checkpoint and evaluate as often as the config says. In this order a killed evaluation costs no step."""
+        self.save_if_due(step)
         if self.owes_evaluation(step) and not any_rank(self._grace.is_over_before("evaluate")):
             self.evaluate(step)
-        self.save_if_due(step)
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether the policy is to be evaluated after ``step`` steps: at the start, and as often as the config says."""
@@ -145,13 +145,12 @@ class TrainingSession(Session):
             self.collector.take_waits()
         self.journal.evaluation(step, evaluation.metrics(), evaluation.write)
         self.score_if_saved(step)
-        self._grace.learn({"seconds/evaluate": self.phases.take()["seconds/evaluate"]})  # belongs to no step
+        self._grace.learn({"seconds/evaluate": self.phases.leave_out("evaluate")})
 
     def finish(self, step: int) -> None:
-        """As every session; evaluates the final policy first."""
+        """As every session; a complete run evaluates its policy first."""
         if self.is_complete(step):
-            if self.stop_requested():
-                self.save(step)  # the evaluation may outlast the grace period
+            self.save(step)  # before the evaluation, which may be killed
             self.evaluate(step)
             self.rest_engine(step)  # the export has buckets as an update of the weights has
         super().finish(step)
@@ -198,14 +197,22 @@ class TrainingSession(Session):
     def _learn(self, times: Mapping[str, float]) -> None:
         """What steps take; say once where one could not end within the grace period."""
         self._grace.learn(times)
-        # Sampling by several calls is interrupted between them.
-        short = self._grace.too_short_for(sampling=self.config.rollout.questions_per_call is None)
+        short = self._grace.too_short_for(
+            sampling=self.config.rollout.questions_per_call is None,  # by several calls is interrupted between them
+            evaluating=not self._saves_before_evaluating,
+        )
         if short is not None and not self._is_warned:
             self._is_warned = True
             self.journal.note(
                 f"'{short[0]}' with a checkpoint may take {short[1]:.1f} s, longer than launch.grace_seconds = "
                 f"{self.config.launch.grace_seconds:g}: a run that is told to end in it loses its steps since the last"
             )
+
+    @property
+    def _saves_before_evaluating(self) -> bool:
+        """Whether each step that is evaluated has its checkpoint by then."""
+        save, evaluate = self.config.run.save_every, self.config.evaluation.every
+        return save > 0 and evaluate % save == 0
 
     def _conclude(self) -> None:
         self.journal.summarize(engine=self.engine.name, layout=self.layout())

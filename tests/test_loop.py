@@ -86,7 +86,7 @@ def make_session(actor: NotingActor, drawn: Drawn, **algorithm: Any) -> SimpleNa
         rest_engine=ignore,
         evaluate=ignore,
         log_step=ignore,
-        evaluate_and_save_if_due=ignore,
+        save_and_evaluate_if_due=ignore,
         finish=ignore,
     )
 

@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +68,87 @@ def test_an_evaluation_that_was_made_up_for_gives_its_checkpoint_a_score(
     assert scores(tmp_path) == {"step-00000002": 0.9, "step-00000004": None}
 
 
+def test_a_step_is_saved_before_it_is_evaluated(
+    stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed in an evaluation goes on from its step, and makes up for it."""
+
+    def killed(*arguments: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(training_session, "evaluate", killed)
+    with stack:
+        session = start(stack, tmp_path, "run.save_every=2", "evaluation.every=2")
+        session.restore()
+        session.journal.step(2, {"loss": 0.5})
+        with pytest.raises(SystemExit):
+            session.save_and_evaluate_if_due(2)
+    with ExitStack() as again:
+        session = start(again, tmp_path, "run.save_every=2", "evaluation.every=2", resume=True)
+        assert session.restore() == 2
+        assert session.owes_evaluation(2)
+    with ExitStack() as last:
+        session = start(last, tmp_path / "complete", "run.steps=3", "run.save_every=0", "evaluation.every=0")
+        session.restore()
+        with pytest.raises(SystemExit):
+            session.finish(3)
+    assert list(scores(tmp_path / "complete")) == ["step-00000003"]
+
+
+def test_an_evaluation_does_not_wait_for_the_checkpoint_that_gets_its_score(
+    stack: ExitStack, accuracies: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start(stack, tmp_path, *BEST, "run.save_every=2", "evaluation.every=2")
+    session.restore()
+    written, prepare = threading.Event(), session.actor.prepare_save
+
+    def slowly(*arguments: Any) -> Any:
+        write = prepare(*arguments)
+        return lambda: (written.wait(), write())[1]
+
+    monkeypatch.setattr(session.actor, "prepare_save", slowly)
+    accuracies += [0.9, 0.1]
+    session.save_and_evaluate_if_due(2)
+    assert scores(tmp_path) == {}
+    written.set()
+    session.save_and_evaluate_if_due(4)
+    session.save(6)
+    assert scores(tmp_path) == {"step-00000002": 0.9, "step-00000006": None}
+
+
+def test_an_evaluation_is_no_time_of_a_step_and_its_checkpoint_is_of_the_next(
+    stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+
+    def evaluate(*arguments: Any) -> Evaluation:
+        clock[0] += 40
+        return Evaluation(0.5)
+
+    def take(*arguments: Any, **options: Any) -> SimpleNamespace:
+        clock[0] += 5
+        return SimpleNamespace(seconds=5.0, num_bytes=0, num_tensors=0, attest_seconds=0.0)
+
+    session = start(stack, tmp_path, "run.save_every=2", "evaluation.every=2", "run.asynchronous_checkpoints=false")
+    session.restore()
+    prepare = session.actor.prepare_save
+
+    def slowly(*arguments: Any) -> Any:
+        clock[0] += 3
+        return prepare(*arguments)
+
+    monkeypatch.setattr("perl_megatron.observability.phases.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(training_session, "evaluate", evaluate)
+    monkeypatch.setattr(session.engine, "update_weights", take)
+    monkeypatch.setattr(session.actor, "prepare_save", slowly)
+    session.phases.take()
+    session.save_and_evaluate_if_due(2)
+    assert session.phases.elapsed == 3.0
+    clock[0] += 2
+    assert session.phases.take() == {"seconds/save": 3.0, "seconds/step": 5.0}
+    assert session._grace._took["seconds/evaluate"] == 45.0
+
+
 def test_a_worse_one_that_was_only_the_newest_goes_when_a_better_one_has_its_score(
     stack: ExitStack, accuracies: list[float], tmp_path: Path
 ) -> None:
@@ -104,7 +187,7 @@ def test_the_last_evaluation_counts_where_the_last_step_was_saved_before_it(
     accuracies += [0.2, 0.8]
     session.evaluate(2)
     session.save_if_due(2)
-    session.evaluate_and_save_if_due(4)
+    session.save_and_evaluate_if_due(4)
     assert scores(tmp_path) in ({"step-00000002": 0.2}, {"step-00000002": 0.2, "step-00000004": None})
     session.finish(4)
     assert scores(tmp_path) == {"step-00000004": 0.8}
@@ -196,7 +279,7 @@ def test_a_full_disk_costs_neither_the_run_nor_a_row(
         for step in range(1, 7):
             session.journal.groups(step, [{"step": step, "text": "x" * 9000}])
             session.journal.step(step, {"loss": 0.5})
-            session.evaluate_and_save_if_due(step)
+            session.save_and_evaluate_if_due(step)
             if step == 2:
                 session._writer.wait()
                 ballast.fill()

@@ -43,6 +43,11 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank is writing."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until the last write has ended. Raises what it met, once: a UserError on all ranks."""
         if self._thread is not None:

@@ -64,6 +64,15 @@ class Phases:
             self._stack.pop()
             self._on_leave()
 
+    def leave_out(self, name: str) -> float:
+        """Seconds of a phase since the last call of ``take``; they belong to no step, neither of that nor of the next.
+
+        So from here on they are not in ``elapsed``, and the next ``take`` does not have them.
+        """
+        seconds = self._seconds.pop(name, 0.0)
+        self._step_start += seconds
+        return seconds
+
     def take(self) -> dict[str, float]:
         """`seconds/PHASE` of each phase and `seconds/step` since the last call; starts again from zero."""
         now = time.perf_counter()

@@ -60,15 +60,16 @@ class Grace:
             return math.inf
         return self._seconds - (time.monotonic() - self._stop.received_at)
 
-    def too_short_for(self, *, sampling: bool) -> tuple[str, float] | None:
+    def too_short_for(self, *, sampling: bool, evaluating: bool) -> tuple[str, float] | None:
         """What cannot be interrupted and would not end within a grace period that began as it did, with its seconds.
 
-        None where all would: the update with the log-probabilities before it, an evaluation, and with ``sampling`` a
-        step's sampling.
+        None where all would: the update with the log-probabilities before it, with ``sampling`` a step's sampling, and
+        with ``evaluating`` an evaluation.
         """
+        asked = {"generate": sampling, "update": True, "evaluate": evaluating}
         for name, phases in (("generate", ("generate",)), ("update", TRAINING), ("evaluate", ("evaluate",))):
             seconds = MARGIN * sum(self._took.get(f"seconds/{phase}", 0.0) for phase in phases) + self._checkpoint()
-            if seconds > self._seconds and (sampling or name != "generate"):
+            if seconds > self._seconds and asked[name]:
                 return name, seconds
         return None
 

@@ -83,20 +83,21 @@ def test_an_evaluation_is_begun_only_if_it_can_end():
 
 def test_a_period_that_is_too_short_is_told_before_it_begins():
     grace = told(8, None)
-    assert grace.too_short_for(sampling=True) is None
+    assert grace.too_short_for(sampling=True, evaluating=True) is None
     grace.learn({**STEP, "seconds/generate": 6.0})
-    assert grace.too_short_for(sampling=True) == ("generate", 9.5)
-    assert grace.too_short_for(sampling=False) is None
+    assert grace.too_short_for(sampling=True, evaluating=True) == ("generate", 9.5)
+    assert grace.too_short_for(sampling=False, evaluating=True) is None
     grace.learn({"seconds/update": 3.0, "save/background_seconds": 1.5})
-    assert grace.too_short_for(sampling=False) == ("update", 8.5)
+    assert grace.too_short_for(sampling=False, evaluating=True) == ("update", 8.5)
     grace.learn({"seconds/update": 4.0, "save/background_seconds": 0.0})
-    assert grace.too_short_for(sampling=False) == ("update", 8.25)
+    assert grace.too_short_for(sampling=False, evaluating=True) == ("update", 8.25)
 
 
 def test_an_evaluation_that_is_longer_than_the_period_is_told_too():
     """It is begun where no signal has come yet, and is not broken off when one comes."""
     grace = told(8, None)
     grace.learn({**STEP, "seconds/evaluate": 4.0})
-    assert grace.too_short_for(sampling=False) is None
+    assert grace.too_short_for(sampling=False, evaluating=True) is None
     grace.learn({"seconds/evaluate": 5.0})
-    assert grace.too_short_for(sampling=False) == ("evaluate", 8.25)
+    assert grace.too_short_for(sampling=False, evaluating=True) == ("evaluate", 8.25)
+    assert grace.too_short_for(sampling=False, evaluating=False) is None
