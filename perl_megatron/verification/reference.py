@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
 from perl_megatron.runtime.collective import shared_map
@@ -76,7 +77,12 @@ def _evaluate(
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    # Its kernel is a whole patch, so it is a matrix product. As a convolution torch has it, on a CPU without bfloat16
+    # instructions, at a tenth of the speed: two thirds of all that the reference takes in bfloat16.
+    convolution = model.model.visual.patch_embed.proj
+    convolution.forward = lambda patches: linear(patches.flatten(1), convolution.weight.flatten(1))
+    return model
 
 
 def _accumulate(
