@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -26,9 +26,12 @@ def launch_ranks(
     ``log`` gets the output of all ranks; ``path`` comes first on the ranks' module path, before the repository and
     tests/. One process runs without torchrun. The ranks are warm (``warm_torchrun.py``) where ``path`` is empty.
     """
-    is_warm = not path and can_fork()
-    start = warm_ranks if is_warm else running_ranks
-    with start(worker, *arguments, log=log, processes=processes, path=path) as job:
+    started: AbstractContextManager[subprocess.Popen[bytes] | WarmJob]
+    if not path and can_fork():
+        started = warm_ranks(worker, *arguments, log=log, processes=processes)
+    else:
+        started = running_ranks(worker, *arguments, log=log, processes=processes, path=path)
+    with started as job:
         try:
             status = job.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -53,18 +56,16 @@ def running_ranks(
 
 
 @contextmanager
-def warm_ranks(
-    worker: Path, *arguments: object, log: Path, processes: int = 2, path: Sequence[Path] = ()
-) -> Iterator[WarmJob]:
-    """As ``running_ranks``, with ranks that have imported all (``warm_torchrun.py``)."""
-    job = WarmJob(worker, list(map(str, arguments)), processes, _environment(path), log)
+def warm_ranks(worker: Path, *arguments: object, log: Path, processes: int = 2) -> Iterator[WarmJob]:
+    """As ``running_ranks``, with ranks that have imported all (``warm_torchrun.py``), so no path can come first."""
+    job = WarmJob(worker, list(map(str, arguments)), processes, _environment(), log)
     try:
         yield job
     finally:
         _kill_tree(job)
 
 
-def _environment(path: Sequence[Path]) -> dict[str, str]:
+def _environment(path: Sequence[Path] = ()) -> dict[str, str]:
     inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     places = os.pathsep.join([*map(str, (*path, TESTS.parent, TESTS)), *inherited])
     return os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}

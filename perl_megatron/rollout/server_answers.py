@@ -62,9 +62,7 @@ def request_body(
         "token_ids": list(prompt.compact_ids),  # one image-pad id for each image: vLLM expands them itself
         "content_parts": [{"type": "image_url", "url": url_of(key)} for key in prompt.image_keys],
         "return_token_ids": True,
-        # JSON has no numbers as keys.
-        "sampling_params": settings
-        | {"logit_bias": {str(token): bias for token, bias in settings["logit_bias"].items()}},
+        "sampling_params": settings,
     }
 
 

@@ -66,10 +66,13 @@ class Grace:
         None where all would: the update with the log-probabilities before it, with ``sampling`` a step's sampling, and
         with ``evaluating`` an evaluation.
         """
-        asked = {"generate": sampling, "update": True, "evaluate": evaluating}
-        for name, phases in (("generate", ("generate",)), ("update", TRAINING), ("evaluate", ("evaluate",))):
+        for name, phases, is_asked in (
+            ("generate", ("generate",), sampling),
+            ("update", TRAINING, True),
+            ("evaluate", ("evaluate",), evaluating),
+        ):
             seconds = MARGIN * sum(self._took.get(f"seconds/{phase}", 0.0) for phase in phases) + self._checkpoint()
-            if seconds > self._seconds and asked[name]:
+            if is_asked and seconds > self._seconds:
                 return name, seconds
         return None
 

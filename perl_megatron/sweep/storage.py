@@ -93,13 +93,8 @@ def storage_failures(sweep: Sweep) -> Iterator[None]:
     """UserError where the storage does not do within the block what it is asked for: it is away, locked, or full."""
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError, UnboundLocalError) as error:
-        found: BaseException = error
-        if isinstance(error, UnboundLocalError):  # of Optuna, where it ends a trial: what it means is the one before
-            if not isinstance(error.__context__, StorageInternalError):
-                raise
-            found = error.__context__
-        cause = without_password(str(found.__cause__ or found)).splitlines()[0]
+    except (StorageInternalError, SQLAlchemyError) as error:
+        cause = without_password(str(error.__cause__ or error)).splitlines()[0]
         raise UserError(
             f"the study's storage failed: {cause}",
             where=f"{sweep.places.get('sweep.storage', sweep.path)}: sweep.storage",

@@ -9,7 +9,7 @@ import time
 import warnings
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from perl_megatron.config.load import load_config
@@ -134,6 +134,12 @@ class Worker:
             if isinstance(error, ValueError) and "Cannot tell" not in str(error):
                 raise
             self._say("was silent for too long: another worker has its trial")
+        except UnboundLocalError as error:
+            # Optuna's own, where it cannot note how a trial ended: what it means is the error before.
+            meant = error.__context__
+            if isinstance(meant, StorageInternalError):
+                raise meant from meant.__cause__
+            raise
 
     def _objective(self, trial: optuna.Trial) -> float:
         values = {domain.name: suggest(trial, domain) for domain in self._sweep.space}
