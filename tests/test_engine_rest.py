@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from perl_megatron import training_session
 from perl_megatron.config.schema import Config
 from perl_megatron.drawn import Drawn
 from perl_megatron.loop import train
+from perl_megatron.observability.phases import Phases
 from perl_megatron.rollout.cache_use import CacheUse
 from perl_megatron.training_session import TrainingSession
 
@@ -121,11 +122,7 @@ def make_session(notes: list[str], draw: Draw, *, steps: int, evaluate_every: in
     def ignore(*args: Any, **options: Any) -> None:
         pass
 
-    def phases(name: str, **facts: Any) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    phases.take = lambda: {"seconds/evaluate": 0.0}  # type: ignore[attr-defined]
-    session.phases, session.total_steps, session._synced_step, session._is_exhausted = phases, steps, -1, False
+    session.phases, session.total_steps, session._synced_step, session._is_exhausted = Phases(), steps, -1, False
     session.evaluation_records = ["a question"] if evaluate_every else []
     evaluated: set[int] = set()
     session._journal = SimpleNamespace(
