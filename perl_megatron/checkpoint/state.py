@@ -35,7 +35,7 @@ from perl_megatron.checkpoint.manifest import (
 from perl_megatron.checkpoint.retention import Retention, read_facts
 from perl_megatron.checkpoint.state_buckets import keep_bucket_padding
 from perl_megatron.checkpoint.state_optimizer import fit_to_optimizer
-from perl_megatron.checkpoint.state_parts import StateParts
+from perl_megatron.checkpoint.state_parts import StatePlanner
 from perl_megatron.checkpoint.torch_dist_index import check_index
 from perl_megatron.errors import UserError
 from perl_megatron.model.policy import Policy
@@ -58,6 +58,7 @@ def prepare_training_state(
     settings: Mapping[str, float],
     model: str | None = None,
     retention: Retention,
+    planner: StatePlanner,
 ) -> Callable[[], Path]:
     """Copy the training state; what is returned writes the copy to ``directory/step-NNNNNNNN``. Both are collective.
 
@@ -75,6 +76,7 @@ def prepare_training_state(
         settings: the options, by name, that must be the same where the checkpoint is continued.
         model: tells the model from others; a checkpoint of another one is not continued.
         retention: which checkpoints are kept, and what the manifest says of this one.
+        planner: that of this state's earlier checkpoints, if there are any.
 
     Raises UserError, on all ranks, where not even an empty folder can be made.
     """
@@ -89,7 +91,7 @@ def prepare_training_state(
     pending = PendingCheckpoint.begin(directory, step)
     sharded, metadata = _sharded(modules, optimizer, is_loading=False)
     described = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
-    parts = StateParts.copy(sharded, described, metadata["dp_cp_group"], pending.temporary)
+    parts = planner.copy_parts(sharded, described, pending.temporary)
 
     def write() -> Path:
         try:

@@ -7,6 +7,7 @@ go over the trainer's own process group: here a thread writes, and the ranks agr
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import queue
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -23,12 +26,13 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed.checkpoint.metadata import Metadata
 
 from perl_megatron.checkpoint.disk import write_failure
 from perl_megatron.checkpoint.manifest import on_rank_zero
 from perl_megatron.errors import UserError
-from perl_megatron.runtime.collective import gather_objects, rank, together
+from perl_megatron.runtime.collective import any_rank, gather_objects, rank, together
 
 _BACKEND, _VERSION = "torch_dist", 1
 
@@ -43,29 +47,6 @@ class StateParts:
     writer: FileSystemWriterAsync
     metadata: Metadata | None
     """Where each part of each global tensor lies (rank 0's; None on the others)."""
-
-    @classmethod
-    def copy(cls, sharded: dict[str, Any], content_metadata: dict[str, Any], group: Any, folder: Path) -> StateParts:
-        """Plan and copy; nothing but empty folders is written. Collective.
-
-        Args:
-            sharded: megatron-core's description of the whole state.
-            content_metadata: how it was described.
-            group: the ranks that hold replicas of each other's parts, and share the writing of them.
-            folder: where the files will lie.
-        """
-        sharded["content_metadata"] = content_metadata
-        parts, common = save_preprocess(sharded)
-        strategy = _PlanOnly(_BACKEND, _VERSION)
-        # Without this, megatron-core starts a process to hand results from one of its functions to the next.
-        filesystem_async._results_queue = queue.Queue()
-        FullyParallelSaveStrategyWrapper(strategy, group).async_save(parts, folder)
-        assert strategy.writer is not None
-        _copy_to_cpu(strategy.writer)
-        shared = io.BytesIO()
-        if rank() == 0:
-            torch.save(common, shared)
-        return cls(folder, shared.getvalue(), strategy.writer, strategy.metadata)
 
     def write(self) -> list[str]:
         """Write all files and wait for the disk. Collective; UserError on all ranks where one of them cannot.
@@ -101,15 +82,79 @@ class StateParts:
         save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self.folder))
 
 
+class StatePlanner:
+    """Plans and copies the checkpoints of one training state, and keeps the plan for those that follow.
+
+    Which rank writes which part depends on names and shapes alone, and is found by exchanging those of all ranks: half
+    of the time that training stands still for a small policy, and more with each rank. So it is done again only where
+    they have changed on any rank.
+    """
+
+    def __init__(self) -> None:
+        self._structure: list[tuple[Any, ...]] | None = None
+        self._strategy, self._shared = _new_strategies()
+
+    def copy_parts(self, sharded: dict[str, Any], content_metadata: dict[str, Any], folder: Path) -> StateParts:
+        """This rank's part as it is now; nothing but empty folders is written. Collective.
+
+        Args:
+            sharded: megatron-core's description of the whole state.
+            content_metadata: how it was described.
+            folder: where the files will lie.
+        """
+        sharded["content_metadata"] = content_metadata
+        parts, common = save_preprocess(sharded, validate_access_integrity=False)
+        structure = _structure(parts)
+        if any_rank(structure != self._structure):
+            self._structure = None
+            self._strategy, self._shared = _new_strategies()
+            validate_sharding_integrity(determine_global_metadata(parts)[1], common_state_dict=common)
+        # Without this, megatron-core starts a process to hand results from one of its functions to the next.
+        filesystem_async._results_queue = queue.Queue()
+        self._shared.async_save(parts, folder)
+        writer, metadata = self._strategy.take()
+        self._structure = structure
+        _copy_to_cpu(writer)
+        shared = io.BytesIO()
+        if rank() == 0:
+            torch.save(common, shared)
+        return StateParts(folder, shared.getvalue(), writer, metadata)
+
+
+def _structure(parts: Any) -> list[tuple[Any, ...]]:
+    """Everything about this rank's tensors and objects but their values."""
+    return [
+        (type(part), *(value for name, value in vars(part).items() if name != "data")) for part in nested_values(parts)
+    ]
+
+
 class _PlanOnly(TorchDistSaveShardedStrategy):
     """megatron-core's strategy up to where files would be written."""
 
-    writer: FileSystemWriterAsync | None = None
-    metadata: Metadata | None = None
+    _writer: FileSystemWriterAsync | None = None
+    _metadata: Metadata | None = None
+
+    def take(self) -> tuple[FileSystemWriterAsync, Metadata | None]:
+        """Of the last plan; the metadata is rank 0's alone."""
+        writer, self._writer = self._writer, None
+        assert writer is not None
+        return writer, self._metadata
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
-        self.writer, self.metadata = writer, save_state_dict_ret[1]
+        metadata = save_state_dict_ret[1]
+        self._writer, self._metadata = writer, copy.copy(metadata)  # where the files' parts lie goes into the copy
+        # By itself it trusts its plan when a second one, made in full, was the same.
+        self.cached_global_metadata, self.validated_cache_reuse = metadata, True
         return AsyncRequest(None, (), [])
+
+
+def _new_strategies() -> tuple[_PlanOnly, _PlanOnly | FullyParallelSaveStrategyWrapper]:
+    """One that has planned nothing yet, and what to call of it: that, or what shares the writing among replicas."""
+    strategy = _PlanOnly(_BACKEND, _VERSION, cached_metadata=True)
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if replicas.size() == 1:  # there is nothing to share, and it would examine the parts each time
+        return strategy, strategy
+    return strategy, FullyParallelSaveStrategyWrapper(strategy, replicas, do_cache_distribution=True)
 
 
 def _copy_to_cpu(writer: FileSystemWriterAsync) -> None:

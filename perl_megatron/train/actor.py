@@ -19,6 +19,7 @@ from perl_megatron.checkpoint import stream
 from perl_megatron.checkpoint.hf_files import open_checkpoint
 from perl_megatron.checkpoint.retention import Retention
 from perl_megatron.checkpoint.state import load_training_state, newest_checkpoint, prepare_training_state
+from perl_megatron.checkpoint.state_parts import StatePlanner
 from perl_megatron.config.derive_model import fp8_alignment
 from perl_megatron.config.schema import Config
 from perl_megatron.data.processor import PromptEncoder
@@ -78,6 +79,7 @@ class Actor:
             alignment=fp8_alignment(config.model),
         )
         self._schedule = Schedule(self.optimizer.chunks, topology, layout)
+        self._checkpoints = StatePlanner()
 
     def log_probs(self, sequences: Sequence[TrainingSequence]) -> list[np.ndarray]:
         """float32 [R] for each sequence: the policy's log-probability of each response token.
@@ -148,6 +150,7 @@ class Actor:
             settings=self.optimizer.settings,
             model=self._identity,
             retention=retention,
+            planner=self._checkpoints,
         )
 
     def newest_checkpoint(self, directory: Path, *, run: str | None) -> Path | None:

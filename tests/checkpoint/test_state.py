@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from actor_case import make_case, make_config, make_encoder, make_sequences, weights_of, with_log_probs
+from megatron.core.dist_checkpointing.validation import determine_global_metadata
 from watched_disk import watched_disk
 
 from perl_megatron.checkpoint.convert import plan_conversion
@@ -46,6 +47,25 @@ def start(cases, topology, encoder):
 @pytest.fixture
 def sequences(cases, encoder):
     return make_sequences(cases[0], encoder)
+
+
+def test_who_writes_what_is_found_once_until_the_state_has_other_parts(start, cases, tmp_path, monkeypatch):
+    exchanges = []
+    monkeypatch.setattr(
+        "perl_megatron.checkpoint.state_parts.determine_global_metadata",
+        lambda parts: exchanges.append(1) or determine_global_metadata(parts),
+    )
+    actor, deeper = start(), start(cases[1])
+    deeper._checkpoints = actor._checkpoints
+    for step, (saved, expected) in enumerate([(actor, 1), (actor, 1), (deeper, 2), (deeper, 2), (actor, 3)]):
+        weights = weights_of(saved)
+        folder = saved.save(tmp_path / str(step), step, {})
+        assert len(exchanges) == expected
+        for parameter in saved.modules[0].parameters():
+            parameter.data.add_(1)  # the next one has other weights
+        other = start(saved.config.model.path.parent)
+        other.restore(folder)
+        assert all(np.array_equal(value, weights[name]) for name, value in weights_of(other).items())
 
 
 @pytest.mark.parametrize(("distributed", "dtype"), [(True, "float32"), (False, "float32"), (True, "bfloat16")])

@@ -30,6 +30,7 @@ from actor_case import (  # noqa: E402
 )
 
 from perl_megatron.checkpoint.state import latest_checkpoint  # noqa: E402
+from perl_megatron.checkpoint.state_parts import StatePlanner  # noqa: E402
 from perl_megatron.model.vision_shares import gradient_group  # noqa: E402
 from perl_megatron.runtime import garbage  # noqa: E402
 from perl_megatron.runtime import topology as layout  # noqa: E402
@@ -205,10 +206,17 @@ def digest_of_replicas(actor: Actor) -> str:
 
 
 def resume(case: Path, encoder: Any, sections: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Four updates at a stretch against two, a checkpoint, and two more in another actor."""
+    """Four updates at a stretch against two, a checkpoint, and two more in another actor.
+
+    The checkpoint is the second one, by the plan of the first; a third is planned anew.
+    """
     uninterrupted = start_again(case, encoder, sections)
-    train(uninterrupted, case, encoder, [0, 1])
+    train(uninterrupted, case, encoder, [0])
+    uninterrupted.save(folder, 1, {})
+    train(uninterrupted, case, encoder, [1])
     checkpoint = uninterrupted.save(folder, 2, {"note": "after two"})
+    uninterrupted._checkpoints = StatePlanner()
+    planned_anew = uninterrupted.save(folder / "planned-anew", 2, {"note": "after two"})
     rest = train(uninterrupted, case, encoder, [2, 3])
     expected = weights_of(uninterrupted)
     continued = start_again(case, encoder, sections)
@@ -219,10 +227,18 @@ def resume(case: Path, encoder: Any, sections: dict[str, Any], folder: Path) -> 
     actual = weights_of(continued)
     return {
         "extra": extra,
+        "same_files": data_files(checkpoint) == data_files(planned_anew),
         "metrics_of_rest": rest,
         "same_metrics": rest == rest_again,
         "same_weights": all(np.array_equal(expected[name], actual[name]) for name in expected),
     }
+
+
+def data_files(checkpoint: Path) -> dict[str, str]:
+    """Name and digest."""
+    files = list(checkpoint.glob("*.distcp"))
+    assert files
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def start_again(case: Path, encoder: Any, sections: dict[str, Any]) -> Actor:

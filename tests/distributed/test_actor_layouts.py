@@ -43,6 +43,7 @@ def test_continuing_from_a_checkpoint_is_bit_for_bit_the_uninterrupted_run(resul
     assert report["extra"] == {"note": "after two"}
     assert report["same_metrics"]
     assert report["same_weights"]
+    assert report["same_files"], "a kept plan writes something else than a new one"
 
 
 def test_a_checkpoint_is_continued_in_another_layout(results, cases, out):

@@ -47,6 +47,7 @@ def test_log_probabilities_and_loss_are_the_whole_policys(cases, results, expect
 def test_continuing_from_a_checkpoint_is_bit_for_bit_the_uninterrupted_run(results, name):
     assert results[name].report["same_metrics"]
     assert results[name].report["same_weights"]
+    assert results[name].report["same_files"], "a kept plan writes something else than a new one"
 
 
 def test_a_checkpoint_with_frozen_parts_is_continued_in_one_process(results, cases, out):
