@@ -33,7 +33,7 @@ from perl_megatron.checkpoint.manifest import (
     verify_checkpoint,
 )
 from perl_megatron.checkpoint.retention import Retention, read_facts
-from perl_megatron.checkpoint.state_buckets import keep_bucket_padding
+from perl_megatron.checkpoint.state_gather import GatheredStates
 from perl_megatron.checkpoint.state_optimizer import fit_to_optimizer
 from perl_megatron.checkpoint.state_parts import StatePlanner
 from perl_megatron.checkpoint.torch_dist_index import check_index
@@ -89,9 +89,9 @@ def prepare_training_state(
     }
     state = json.dumps(content)
     pending = PendingCheckpoint.begin(directory, step)
-    sharded, metadata = _sharded(modules, optimizer, is_loading=False)
+    sharded, metadata, states = _sharded(modules, optimizer, is_loading=False)
     described = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
-    parts = planner.copy_parts(sharded, described, pending.temporary)
+    parts = planner.copy_parts(sharded, described, states, pending.temporary)
 
     def write() -> Path:
         try:
@@ -142,7 +142,7 @@ def load_training_state(
     state = from_rank_zero(lambda: _read_state(checkpoint))
     _refuse_other_settings(state.get("settings", {}), settings, checkpoint)
     together(lambda: check_index(checkpoint))
-    content, _ = _sharded(modules, optimizer, is_loading=True)
+    content, _, _ = _sharded(modules, optimizer, is_loading=True)
     try:
         with environment.weights_only_loads():
             _keep_unsaved_extra_state(content, checkpoint)
@@ -189,8 +189,11 @@ def _refuse_other_settings(saved: Mapping[str, float], current: Mapping[str, flo
 
 def _sharded(
     modules: Sequence[Policy], optimizer: MegatronOptimizer, *, is_loading: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """megatron-core's description of which part of each global tensor is this rank's, and the options behind it."""
+) -> tuple[dict[str, Any], dict[str, Any], GatheredStates]:
+    """megatron-core's description of which part of each global tensor is this rank's, and the options behind it.
+
+    The states of a distributed optimizer are not in it before they are asked for.
+    """
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -201,9 +204,9 @@ def _sharded(
     content: dict[str, Any] = {
         _model_key(index, modules): module.sharded_state_dict(metadata=metadata) for index, module in enumerate(modules)
     }
-    keep_bucket_padding(optimizer)
-    content["optimizer"] = optimizer.sharded_state_dict(dict(content), is_loading=is_loading, metadata=metadata)
-    return content, metadata
+    with GatheredStates.described(optimizer) as states:
+        content["optimizer"] = optimizer.sharded_state_dict(dict(content), is_loading=is_loading, metadata=metadata)
+    return content, metadata, states
 
 
 def _keep_unsaved_extra_state(content: dict[str, Any], checkpoint: Path) -> None:

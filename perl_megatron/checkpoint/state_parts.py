@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from perl_megatron.checkpoint.disk import write_failure
 from perl_megatron.checkpoint.manifest import on_rank_zero
+from perl_megatron.checkpoint.state_gather import GatheredStates
 from perl_megatron.errors import UserError
 from perl_megatron.runtime.collective import any_rank, gather_objects, rank, together
 
@@ -94,12 +95,15 @@ class StatePlanner:
         self._structure: list[tuple[Any, ...]] | None = None
         self._strategy, self._shared = _new_strategies()
 
-    def copy_parts(self, sharded: dict[str, Any], content_metadata: dict[str, Any], folder: Path) -> StateParts:
+    def copy_parts(
+        self, sharded: dict[str, Any], content_metadata: dict[str, Any], states: GatheredStates, folder: Path
+    ) -> StateParts:
         """This rank's part as it is now; nothing but empty folders is written. Collective.
 
         Args:
             sharded: megatron-core's description of the whole state.
             content_metadata: how it was described.
+            states: the optimizer's in it.
             folder: where the files will lie.
         """
         sharded["content_metadata"] = content_metadata
@@ -111,7 +115,10 @@ class StatePlanner:
             validate_sharding_integrity(determine_global_metadata(parts)[1], common_state_dict=common)
         # Without this, megatron-core starts a process to hand results from one of its functions to the next.
         filesystem_async._results_queue = queue.Queue()
-        self._shared.async_save(parts, folder)
+        if self._shared is not None:
+            self._shared.apply_saving_parallelization(parts)
+        states.fill(parts)
+        self._strategy.async_save(parts, folder)
         writer, metadata = self._strategy.take()
         self._structure = structure
         _copy_to_cpu(writer)
@@ -148,12 +155,12 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [])
 
 
-def _new_strategies() -> tuple[_PlanOnly, _PlanOnly | FullyParallelSaveStrategyWrapper]:
-    """One that has planned nothing yet, and what to call of it: that, or what shares the writing among replicas."""
+def _new_strategies() -> tuple[_PlanOnly, FullyParallelSaveStrategyWrapper | None]:
+    """One that has planned nothing yet, and what shares the writing among replicas, where there are some."""
     strategy = _PlanOnly(_BACKEND, _VERSION, cached_metadata=True)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if replicas.size() == 1:  # there is nothing to share, and it would examine the parts each time
-        return strategy, strategy
+    if replicas.size() == 1:
+        return strategy, None
     return strategy, FullyParallelSaveStrategyWrapper(strategy, replicas, do_cache_distribution=True)
 
 

@@ -29,6 +29,7 @@ from actor_case import (  # noqa: E402
     with_log_probs,
 )
 
+from perl_megatron.checkpoint import state_gather  # noqa: E402
 from perl_megatron.checkpoint.state import latest_checkpoint  # noqa: E402
 from perl_megatron.checkpoint.state_parts import StatePlanner  # noqa: E402
 from perl_megatron.model.vision_shares import gradient_group  # noqa: E402
@@ -208,15 +209,18 @@ def digest_of_replicas(actor: Actor) -> str:
 def resume(case: Path, encoder: Any, sections: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Four updates at a stretch against two, a checkpoint, and two more in another actor.
 
-    The checkpoint is the second one, by the plan of the first; a third is planned anew.
+    The checkpoint is the second one, by the plan of the first; a third is planned anew, its
+    optimizer's states brought in small pieces.
     """
     uninterrupted = start_again(case, encoder, sections)
     train(uninterrupted, case, encoder, [0])
     uninterrupted.save(folder, 1, {})
     train(uninterrupted, case, encoder, [1])
     checkpoint = uninterrupted.save(folder, 2, {"note": "after two"})
-    uninterrupted._checkpoints = StatePlanner()
+    uninterrupted._checkpoints, whole = StatePlanner(), state_gather.PIECE_BYTES
+    state_gather.PIECE_BYTES = 5001
     planned_anew = uninterrupted.save(folder / "planned-anew", 2, {"note": "after two"})
+    state_gather.PIECE_BYTES = whole
     rest = train(uninterrupted, case, encoder, [2, 3])
     expected = weights_of(uninterrupted)
     continued = start_again(case, encoder, sections)
