@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -32,7 +33,8 @@ from torch import Tensor
 from perl_megatron.runtime import platform
 
 PIECE_BYTES = 256 << 20
-"""Of a state, that all data-parallel ranks together bring at a time: on the device, of each of them."""
+"""Of a state, that all data-parallel ranks together bring at a time. On the device of each, with what it sends."""
+SINGLE = 4
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -72,7 +74,8 @@ class GatheredStates:
         described: dict[Any, Any] = {"buckets_coalesced": True}
         for index, of_dtypes in enumerate(optimizer.gbuf_ranges):
             buffer = optimizer.buffers[index]
-            states = {name: torch.zeros(buffer.numel) for name in _STATES}
+            # numpy leaves zeros to the operating system; torch writes them, and would take all the memory at once.
+            states = {name: torch.from_numpy(np.zeros(buffer.numel, np.float32)) for name in _STATES}
             self._buffers.append(_Buffer(optimizer, index, states))
             described[index] = {dtype: {**states, "numel_unpadded": buffer.numel_unpadded} for dtype in of_dtypes}
         return described
@@ -103,6 +106,7 @@ def _extent(view: Tensor) -> tuple[int, int]:
 
 def _fill(buffer: _Buffer, wanted: dict[str, list[tuple[int, int]]]) -> None:
     optimizer = buffer.optimizer
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)  # fused Adams have none before their first step
     (of_buckets,) = optimizer.gbuf_ranges[buffer.index].values()
     for bucket, ranges in zip(optimizer.buffers[buffer.index].buckets, of_buckets, strict=True):
         own = [
@@ -117,7 +121,7 @@ def _fill(buffer: _Buffer, wanted: dict[str, list[tuple[int, int]]]) -> None:
 
 
 def _pieces(mine: list[tuple[int, Tensor]], bucket: Any, group: dist.ProcessGroup) -> Iterator[tuple[int, Tensor]]:
-    """(place in the buffer, float32 numbers) of a bucket, on the device. Collective.
+    """(place in the buffer, float32 numbers) of a bucket, on the device; valid until the next is asked for. Collective.
 
     Args:
         mine: (place in this rank's share of the bucket, numbers) of each parameter in it.
@@ -125,18 +129,19 @@ def _pieces(mine: list[tuple[int, Tensor]], bucket: Any, group: dist.ProcessGrou
         group: its ranks.
     """
     share = bucket.grad_data.numel() // group.size()
-    step = max(1, PIECE_BYTES // 4 // group.size())
+    step = min(share, max(1, PIECE_BYTES // SINGLE // group.size()))
+    sending = torch.zeros(step, device=platform.device())
+    receiving = sending if group.size() == 1 else sending.new_empty(group.size() * step)
     for start in range(0, share, step):
-        stop = min(start + step, share)
-        sent = torch.zeros(stop - start, device=platform.device())
+        length = min(step, share - start)
+        sent, received = sending[:length], receiving[: group.size() * length]
+        sent.zero_()  # what is padding
         for place, numbers in mine:
-            for first, last in _common([(place, place + len(numbers))], start, stop):
+            for first, last in _common([(place, place + len(numbers))], start, start + length):
                 sent[first - start : last - start] = numbers[first - place : last - place]
-        received = sent
         if group.size() > 1:
-            received = sent.new_empty(group.size() * len(sent))
             dist.all_gather_into_tensor(received, sent, group=group)
-        for index, piece in enumerate(received.split(len(sent))):
+        for index, piece in enumerate(received.split(length)):
             yield bucket.offset + index * share + start, piece
 
 

@@ -23,6 +23,7 @@ def advise(memory: MemoryAdvice, time: StepTime, *, without_full_recomputation: 
     config, derived = memory.config, memory.derived
     remarks = [
         *memory.on_training(without_full_recomputation=without_full_recomputation),
+        *memory.on_host(),
         *memory.on_engine(),
         *_micro_batches(config, memory.workload, time),
         *_nodes(derived, memory.gpu, memory.engine),

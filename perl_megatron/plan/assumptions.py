@@ -42,6 +42,10 @@ class Assumptions:
     engine_fixed_gib: float = _assume(2.0, "GiB of vLLM's reserve for CUDA graphs and NCCL, which it keeps asleep")
     engine_batched_tokens: float = _assume(16384, "tokens of one of vLLM's steps (its default on GPUs from 70 GiB on)")
 
+    # Memory of the machine
+    host_gib: float = _assume(230.0, "GiB of a machine's memory for each of its devices (DGX A100 to H200: 2 TB for 8)")
+    host_process_gib: float = _assume(6.0, "GiB of it for a rank: libraries, CUDA's and NCCL's buffers, decoded images")
+
     # Memory of a process on a CPU
     cpu_process_gib: float = _assume(0.38, "GiB for the interpreter and libraries (torch, transformers, megatron-core)")
     cpu_workspace_gib: float = _assume(0.05, "GiB for threads, communication and what the allocator keeps")

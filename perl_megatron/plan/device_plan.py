@@ -34,6 +34,11 @@ class Device:
     node_source: str = ""
     """What says how many devices a node has; '': the data sheet's."""
 
+    @property
+    def host_memory(self) -> float:
+        """Bytes of its machine's memory that each process can have."""
+        return self.memory if self.gpu.is_cpu else self.assumptions.host_gib * GIB
+
     @classmethod
     def of(
         cls,
@@ -148,7 +153,9 @@ def make_device_plan(config: Config, derived: Derived, numbers: ArchitectureNumb
         time=time,
         remarks=tuple(
             advise(
-                MemoryAdvice(config, derived, numbers, gpu, device.memory, stages, workload, engine),
+                MemoryAdvice(
+                    config, derived, numbers, gpu, device.memory, stages, workload, engine, device.host_memory
+                ),
                 time,
                 without_full_recomputation=max(stage.peak for stage in without),
             )

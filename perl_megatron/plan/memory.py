@@ -27,6 +27,7 @@ from perl_megatron.plan.assumptions import Assumptions
 from perl_megatron.plan.buffers import Bucket, buckets, buffer_size, largest_optimized
 from perl_megatron.plan.engine import EngineShare
 from perl_megatron.plan.gpus import GIB, Gpu
+from perl_megatron.plan.host_memory import HostMemory, host_memory
 from perl_megatron.plan.parameters import chunk_parameters, count, stage_parameters, total_count, trained_parts
 from perl_megatron.plan.workload import MicroBatchSize, Workload
 
@@ -69,8 +70,8 @@ class StageMemory:
     engine: EngineShare
     fragmentation: float
     """Share of the trainer's memory that its allocator loses between blocks."""
-    host_reference: int
-    """In host memory: the reference policy's weights."""
+    host: HostMemory
+    """Of the machine's."""
 
     @property
     def exact(self) -> int:
@@ -113,7 +114,7 @@ class StageMemory:
     def as_json(self) -> dict[str, Any]:
         """All numbers, with ``phases``, ``fullest_phase``, ``peak`` and ``lost``."""
         derived = {name: getattr(self, name) for name in ("phases", "fullest_phase", "peak", "lost")}
-        return {**asdict(self), **derived}
+        return {**asdict(self), **derived, "host": self.host.as_json()}
 
 
 def static_memory(config: Config, derived: Derived, numbers: ArchitectureNumbers, stage: int) -> Static:
@@ -188,6 +189,7 @@ def stage_memory(
     micro_batches: int,
     modules: Modules,
     process: float,
+    host_process: float,
     engine: EngineShare,
     fragmentation: float,
 ) -> StageMemory:
@@ -230,7 +232,16 @@ def stage_memory(
         process=process,
         engine=engine,
         fragmentation=fragmentation,
-        host_reference=static.num_parameters * wide if config.algorithm.kl_coefficient > 0 else 0,
+        host=host_memory(
+            num_parameters=static.num_parameters,
+            num_trained=static.num_trained,
+            wide=wide,
+            replicas=derived.data_size * derived.context_size,
+            distributed=config.optimizer.distributed,
+            has_reference=config.algorithm.kl_coefficient > 0,
+            process=host_process,
+            engine=engine.host,
+        ),
     )
 
 
@@ -256,6 +267,7 @@ def plan_memory(
             micro_batches=workload.most_micro_batches,
             modules=modules_on(gpu, config),
             process=GIB * gib,
+            host_process=0.0 if gpu.is_cpu else GIB * assumptions.host_process_gib,
             engine=engine,
             fragmentation=0.0 if gpu.is_cpu else assumptions.fragmentation,
         )

@@ -30,6 +30,8 @@ class MemoryAdvice:
     stages: Sequence[StageMemory]
     workload: Workload
     engine: EngineMemory
+    host_bytes: float
+    """Of the machine's memory for each device; on a CPU that is the device's."""
 
     def on_training(self, *, without_full_recomputation: float) -> Iterator[Remark]:
         """``without_full_recomputation``: the peak in bytes with `model.recompute=selective`."""
@@ -58,6 +60,32 @@ class MemoryAdvice:
                 f"{without_full_recomputation / device_bytes:.0%} of the fullest device would be taken",
                 "model.recompute=selective",
             )
+
+    def on_host(self) -> Iterator[Remark]:
+        """Whether what lies beside the device has room; on a CPU it lies on the device."""
+
+        def taken(stage: StageMemory) -> float:
+            return stage.host.peak + (stage.peak if self.gpu.is_cpu else 0.0)
+
+        worst = max(self.stages, key=taken)
+        if taken(worst) <= self.host_bytes or worst.peak > self.device_bytes:  # the latter is said already
+            return
+        ranks = self.derived.world_size // self.derived.pipeline_size
+        fixes = [self._wider()]
+        if self.config.algorithm.kl_coefficient > 0:
+            fixes.append("algorithm.kl_coefficient=0")
+        if worst.host.engine:
+            fixes.append("rollout.sleep_mode=false")
+        fixes.append("--memory-gib" if self.gpu.is_cpu else "--assume host_gib=GIB where machines have more")
+        need = "needs" if ranks == 1 else "need"
+        yield Remark(
+            "host memory",
+            "cannot run",
+            f"{name_ranks(worst.stage * ranks, ranks)} (pipeline stage {worst.stage}) {need} "
+            f"{taken(worst) / GIB:.1f} GiB of the machine's memory (for the reference policy, a sleeping engine, "
+            f"checkpoints), and each has {self.host_bytes / GIB:.1f} GiB",
+            "; ".join(filter(None, fixes)),
+        )
 
     def _wider(self) -> str:
         """What spreads parameters, gradients and optimizer further; '' where nothing does."""

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from perl_megatron.plan.device_plan import DevicePlan
 from perl_megatron.plan.gpus import GIB
+from perl_megatron.plan.host_memory import HostMemory
 from perl_megatron.plan.memory import StageMemory
 from perl_megatron.plan.search import Proposal
 
@@ -93,13 +94,17 @@ def _memory(plan: DevicePlan) -> Table:
     for phase in plan.stages[0].phases:
         table.add_row(f"all in {phase}", *(_gib(stage.phases[phase]) for stage in plan.stages))
     table.add_row("peak", *(_peak(stage, plan.device.memory) for stage in plan.stages))
-    in_host: dict[str, Callable[[StageMemory], float]] = {
-        "reference, host memory": lambda one: one.host_reference,
-        "sleeping engine, host memory": lambda one: one.engine.host,
+    in_host: dict[str, Callable[[HostMemory], float]] = {
+        "host: process": lambda host: host.process,
+        "host: reference policy": lambda host: host.reference,
+        "host: sleeping engine": lambda host: host.engine,
+        "host: copy for a checkpoint": lambda host: host.checkpoint,
+        "host: resuming": lambda host: host.resume,
+        "host: all": lambda host: host.peak,
     }
-    for name, value in in_host.items():
-        if any(map(value, plan.stages)):
-            table.add_row(name, *(_gib(value(stage)) for stage in plan.stages))
+    for name, of in in_host.items():
+        if any(of(stage.host) for stage in plan.stages):
+            table.add_row(name, *(_gib(of(stage.host)) for stage in plan.stages))
     return table
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from perl_megatron.checkpoint import state_gather
 from perl_megatron.checkpoint.state import _sharded
+from perl_megatron.checkpoint.state_parts import StatePlanner
+from perl_megatron.plan.host_memory import host_memory
 from perl_megatron.train.actor import Actor
 
 
@@ -34,8 +39,7 @@ def states_in(content: dict[str, Any]) -> list[ShardedTensor]:
     return [part for part in parts if part.key.startswith("optimizer.state.")]
 
 
-def test_what_a_replica_writes_stays_untouched(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The zeros of the others take no memory as long as nothing is written to them."""
+def test_what_others_write_stays_untouched(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_gather, "PIECE_BYTES", 4000)
     whole, states = described(actor)
     states.fill(whole)
@@ -56,6 +60,39 @@ def test_what_a_replica_writes_stays_untouched(actor: Actor, monkeypatch: pytest
         assert torch.equal(part.data, right if part.replica_id == 0 else torch.zeros_like(right))
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_what_is_not_written_to_takes_no_memory() -> None:
+    size = 64 << 20
+    optimizer = SimpleNamespace(
+        gbuf_ranges=[{torch.float32: []}], buffers=[SimpleNamespace(numel=size, numel_unpadded=size)]
+    )
+    states = state_gather.GatheredStates()
+    before = resident_bytes()
+    described = states._describe(optimizer)  # type: ignore[arg-type]
+    assert resident_bytes() - before < 0.01 * 3 * 4 * size
+    tensors = described[0][torch.float32]
+    assert [tensors[name].shape for name in ("param", "exp_avg", "exp_avg_sq")] == [(size,)] * 3
+    tensors["param"][: size // 4] = 1
+    grown = resident_bytes() - before
+    assert 0.9 * size < grown < 1.2 * size
+
+
+def test_states_that_an_optimizer_has_not_made_yet(case: Any, topology: Any, encoder: Any) -> None:
+    """Fused Adams make theirs in the first step; torch's are made by the shim of megatron_adam, undone here."""
+    actor = Actor(make_config(case), topology, encoder, total_steps=10)
+    content, states = described(actor)
+    (part,) = getattr(actor.optimizer.megatron, "chained_optimizers", [actor.optimizer.megatron])
+    part.optimizer.state.clear()
+    states.fill(content)
+    found = {part.key.split(".")[2]: part.data for part in states_in(content)}
+    assert found["param"].any()
+    assert not found["exp_avg"].any()
+    assert not found["exp_avg_sq"].any()
+
+
 def test_pieces_are_as_small_as_they_should_be(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     pieces = state_gather._pieces
@@ -71,6 +108,28 @@ def test_pieces_are_as_small_as_they_should_be(actor: Actor, monkeypatch: pytest
     states.fill(content)
     assert len(sizes) > 30
     assert max(sizes) == 40_000
+
+
+def test_the_plan_knows_what_is_copied(actor: Actor, tmp_path: Path) -> None:
+    """Once by parameters; the other copy is the buffers'. Objects (none here but the steps) are not counted."""
+    content, metadata, states = _sharded(actor.modules, actor.optimizer.megatron, is_loading=False)
+    described = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
+    parts = StatePlanner().copy_parts(content, described, states, tmp_path)
+    copied = sum(
+        tensor.untyped_storage().nbytes() for _, _, (_, tensors) in parts.writer.write_buckets for _, tensor in tensors
+    )
+    count = sum(parameter.numel() for module in actor.modules for parameter in module.parameters())
+    planned = host_memory(
+        num_parameters=count,
+        num_trained=count,
+        wide=4,
+        replicas=1,
+        distributed=True,
+        has_reference=False,
+        process=0.0,
+        engine=0.0,
+    )
+    assert copied == planned.checkpoint - planned.resume
 
 
 def test_the_optimizer_keeps_nothing_of_it(actor: Actor) -> None:
