@@ -5,9 +5,10 @@ images, on the CPU in float32. Compared are
 
 - growth: peak resident memory less that of the process when everything is imported and the process group stands,
   against the plan without the process;
-- whole: peak resident memory, against the plan with what it assumes for a process.
+- whole: peak resident memory, against the plan with what it assumes for a process;
+- checkpoint, resume: what copying the state for a checkpoint adds, and reading it back, against the plan's host memory.
 
-For these two the plan is given the micro-batches that the actor makes of the batch. For
+For growth and whole the plan is given the micro-batches that the actor makes of the batch. For
 
 - bounds: peak resident memory, against what `perl-megatron plan --gpu cpu` says of an update
 
@@ -18,9 +19,11 @@ The batch then has prompts of that length, of images but for a word, and two que
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,12 +103,32 @@ def measure(name: str, folder: Path, recompute: str, *, filled: bool) -> dict[st
     measured = {"before": before, "growth": peak - before, "whole": peak, "bounds": peak}
     if filled:
         return planned_by_bounds(config, folder) | measured
+    measured |= measure_checkpoint(actor)
     plan = actor._schedule._layout.plan(sequences)
     micro_batches = [
         views_of([sequences[index].prompt for index in part], [len(sequences[index].response) for index in part])
         for part in plan
     ]
     return planned(config, folder, micro_batches) | measured
+
+
+def measure_checkpoint(actor: Any) -> dict[str, float]:
+    """What a checkpoint adds at most while its state is copied, and while it is read, in GiB."""
+    from perl_megatron.checkpoint.retention import Retention
+
+    def added(work: Callable[[], Any]) -> tuple[float, Any]:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = resident_gib("VmRSS")
+        outcome = work()
+        return resident_gib("VmHWM") - before, outcome
+
+    with tempfile.TemporaryDirectory() as folder:
+        copying, write = added(lambda: actor.prepare_save(Path(folder), 1, {}, Retention()))
+        checkpoint = write()
+        del write
+        reading, _ = added(lambda: actor.restore(checkpoint))
+    return {"checkpoint": copying, "resume": reading}
 
 
 def _numbers(folder: Path) -> Any:
@@ -117,6 +140,7 @@ def _numbers(folder: Path) -> Any:
 def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[str, Any]:
     """The plan of an update of these micro-batches in one process, in GiB."""
     from perl_megatron.batching.cost import CostModel
+    from perl_megatron.checkpoint.state_gather import PIECE_BYTES
     from perl_megatron.config.derive import derive
     from perl_megatron.plan.assumptions import Assumptions
     from perl_megatron.plan.engine import EngineShare
@@ -134,6 +158,7 @@ def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[s
         micro_batches=len(micro_batches),
         modules="torch",
         process=GIB * assumptions.cpu_workspace_gib,
+        host_process=0.0,
         engine=EngineShare(),
         fragmentation=0.0,
     )
@@ -141,6 +166,9 @@ def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[s
     return {
         "planned_growth": growth,
         "planned_whole": growth + assumptions.cpu_process_gib,
+        # The pieces that a device would hold are in this process.
+        "planned_checkpoint": (memory.host.checkpoint + PIECE_BYTES) / GIB,
+        "planned_resume": memory.host.resume / GIB,
         "parts": {name: value / GIB for name, value in memory.as_json().items() if isinstance(value, float)},
     }
 
@@ -184,7 +212,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_case(ACTOR_CASES[name], Path(folder))
             for recompute in ("none", "full"):
-                for keys, filled in ((("growth", "whole"), []), (("bounds",), ["--filled"])):
+                # Of a tiny policy's, nearly all is what the allocator keeps.
+                of_state = ("checkpoint", "resume") if name != "tiny" and recompute == "none" else ()
+                for keys, filled in ((("growth", "whole", *of_state), []), (("bounds",), ["--filled"])):
                     arguments = ["--case", name, "--folder", folder, "--recompute", recompute, *filled]
                     results = run_in_turn(
                         Path(__file__), [WORKER], arguments, rounds=options.rounds, threads=options.threads
