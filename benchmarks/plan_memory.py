@@ -140,7 +140,7 @@ def _numbers(folder: Path) -> Any:
 def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[str, Any]:
     """The plan of an update of these micro-batches in one process, in GiB."""
     from perl_megatron.batching.cost import CostModel
-    from perl_megatron.checkpoint.state_gather import PIECE_BYTES
+    from perl_megatron.checkpoint.state_gather import PIECE_BYTES, SINGLE
     from perl_megatron.config.derive import derive
     from perl_megatron.plan.assumptions import Assumptions
     from perl_megatron.plan.engine import EngineShare
@@ -168,7 +168,8 @@ def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[s
         "planned_whole": growth + assumptions.cpu_process_gib,
         # The pieces that a device would hold are in this process.
         "planned_checkpoint": (memory.host.checkpoint + PIECE_BYTES) / GIB,
-        "planned_resume": memory.host.resume / GIB,
+        # So are the joined weights themselves.
+        "planned_resume": (memory.host.resume + SINGLE * memory.static.num_joined) / GIB,
         "parts": {name: value / GIB for name, value in memory.as_json().items() if isinstance(value, float)},
     }
 

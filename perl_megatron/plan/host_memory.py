@@ -42,6 +42,7 @@ def host_memory(
     *,
     num_parameters: int,
     num_trained: int,
+    num_joined: int,
     wide: int,
     replicas: int,
     distributed: bool,
@@ -51,15 +52,17 @@ def host_memory(
 ) -> HostMemory:
     """Of a rank with so many parameters, of ``wide`` bytes each, that ``replicas`` ranks hold.
 
-    ``distributed``: whether the optimizer is. Its checkpoints hold a float32 copy of the parameters, those of others
-    only where the parameters are not float32 themselves.
+    ``num_joined``: numbers of the trained gate and up matrices, which lie apart in a checkpoint, so that they are
+    joined in new memory when it is read. ``distributed``: whether the optimizer is. Its checkpoints hold a float32 copy
+    of the parameters, those of others only where the parameters are not float32 themselves.
     """
     copies = 2 if distributed else 1
-    states = SINGLE * (3 if distributed or wide < SINGLE else 2) * num_trained
+    of_number = SINGLE * (3 if distributed or wide < SINGLE else 2)
+    states = of_number * num_trained
     return HostMemory(
         process=process,
         reference=num_parameters * wide if has_reference else 0,
         engine=engine,
         checkpoint=(copies * states + wide * num_parameters) / replicas,
-        resume=states,
+        resume=states + of_number * num_joined,
     )

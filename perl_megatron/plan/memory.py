@@ -38,6 +38,8 @@ class Static:
 
     num_parameters: int
     num_trained: int
+    num_joined: int
+    """Of the trained ones, those in gate and up matrices."""
     parameters: int
     gradients: int
     optimizer: int
@@ -149,6 +151,7 @@ def _static_memory(
     return Static(
         num_parameters=count(own),
         num_trained=count(own, trained),
+        num_joined=sum(one.count for one in own if one.part in trained and ".mlp.linear_fc1." in one.name),
         parameters=parameters,
         gradients=gradients,
         optimizer=optimized * (2 * SINGLE + (0 if wide == SINGLE else SINGLE)),
@@ -235,6 +238,7 @@ def stage_memory(
         host=host_memory(
             num_parameters=static.num_parameters,
             num_trained=static.num_trained,
+            num_joined=static.num_joined,
             wide=wide,
             replicas=derived.data_size * derived.context_size,
             distributed=config.optimizer.distributed,

@@ -122,6 +122,7 @@ def test_the_plan_knows_what_is_copied(actor: Actor, tmp_path: Path) -> None:
     planned = host_memory(
         num_parameters=count,
         num_trained=count,
+        num_joined=0,
         wide=4,
         replicas=1,
         distributed=True,

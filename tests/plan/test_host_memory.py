@@ -16,6 +16,8 @@ from perl_megatron.plan.parameters import total_count
 
 VLLM = ("rollout.engine=vllm", "rollout.gpu_memory_fraction=0.25", "data.max_prompt_tokens=64")
 NUMBERS = total_count(TINY)
+JOINED = 2 * TINY.ffn_size * TINY.hidden_size * TINY.num_layers
+JOINED += 2 * TINY.vision_ffn_size * (TINY.vision_hidden_size + 1) * TINY.vision_depth  # with its bias
 
 
 def plan_of(*settings: str, world_size: int = 1, gpu: str = "h100-80g", **how: Any) -> DevicePlan:
@@ -39,7 +41,7 @@ def test_bytes_a_number(settings: tuple[str, ...], replicas: int, copied: int, s
     (stage,) = plan_of(*VLLM, *settings, world_size=replicas).stages
     wide = 4 if "model.dtype=float32" in settings else 2
     assert stage.host.checkpoint == NUMBERS * copied / replicas
-    assert stage.host.resume == NUMBERS * states
+    assert stage.host.resume == (NUMBERS + JOINED) * states
     assert stage.host.reference == stage.host.engine == NUMBERS * wide
     most = max(stage.host.engine + stage.host.checkpoint, stage.host.resume)
     assert stage.host.peak == stage.host.process + stage.host.reference + most
