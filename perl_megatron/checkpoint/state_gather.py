@@ -36,6 +36,8 @@ PIECE_BYTES = 256 << 20
 """Of a state, that all data-parallel ranks together bring at a time. On the device of each, with what it sends."""
 SINGLE = 4
 _STATES = ("param", "exp_avg", "exp_avg_sq")
+_KEYS = "optimizer.state."
+"""What the keys of optimizer states begin with."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,17 @@ class GatheredStates:
             described[index] = {dtype: {**states, "numel_unpadded": buffer.numel_unpadded} for dtype in of_dtypes}
         return described
 
+    def are_own(self, key: str) -> bool:
+        """Whether the part of a checkpoint with this key is of what was filled: memory that no update changes."""
+        return bool(self._buffers) and key.startswith(_KEYS)
+
     def fill(self, sharded: Any) -> None:
         """Bring the states that this rank writes of ``sharded``, a description with main replicas. Collective."""
         wanted: dict[int, list[tuple[int, int]]] = {
             states.data_ptr(): [] for buffer in self._buffers for states in buffer.states.values()
         }
         for part in nested_values(sharded):
-            if self._buffers and isinstance(part, ShardedTensor) and part.key.startswith("optimizer.state."):
+            if self._buffers and isinstance(part, ShardedTensor) and part.key.startswith(_KEYS):
                 storage = part.data.untyped_storage().data_ptr()
                 assert storage in wanted, f"{part.key} is a copy, and would stay zero"
                 if is_main_replica(part.replica_id):

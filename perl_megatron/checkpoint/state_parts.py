@@ -11,6 +11,7 @@ import copy
 import io
 import os
 import queue
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ class StatePlanner:
         self._strategy.async_save(parts, folder)
         writer, metadata = self._strategy.take()
         self._structure = structure
-        _copy_to_cpu(writer)
+        _copy_to_cpu(writer, states.are_own)
         shared = io.BytesIO()
         if rank() == 0:
             torch.save(common, shared)
@@ -164,15 +165,16 @@ def _new_strategies() -> tuple[_PlanOnly, FullyParallelSaveStrategyWrapper | Non
     return strategy, FullyParallelSaveStrategyWrapper(strategy, replicas, do_cache_distribution=True)
 
 
-def _copy_to_cpu(writer: FileSystemWriterAsync) -> None:
-    """In place: the next update changes the tensors.
+def _copy_to_cpu(writer: FileSystemWriterAsync, is_own: Callable[[str], bool]) -> None:
+    """In place: the next update changes the tensors, but for those that ``is_own`` says, by key, are the writer's own.
 
     From a GPU, one copy after the other into ordinary memory. torch page-locks the memory of copies that need not be
     waited for, each block rounded up to a power of two, and never gives it back: up to twice the checkpoint's size.
     """
     for _, _, (_, tensors) in writer.write_buckets or ():
         for index, (item, tensor) in enumerate(tensors):
-            tensors[index] = (item, tensor.detach().to("cpu", copy=True))
+            if not is_own(item.index.fqn):
+                tensors[index] = (item, tensor.detach().to("cpu", copy=True))
 
 
 def _failure(error: Exception, folder: Path) -> UserError:

@@ -28,17 +28,20 @@ def test_copies_are_exact_in_size_and_independent() -> None:
     """No GPU is here; on one, torch page-locks (and rounds up) exactly what is asked for as non-blocking or pinned."""
     whole = torch.arange(1000.0)
     part = whole[:300]  # of a larger buffer, as the distributed optimizer's are
-    writer = SimpleNamespace(write_buckets=[("file", "key", ([], [("item", part), ("other", whole[300:])]))])
+    first, second, own = (SimpleNamespace(index=SimpleNamespace(fqn=name)) for name in ("first", "second", "own"))
+    ours = torch.ones(5)
+    writer = SimpleNamespace(write_buckets=[("file", "key", ([], [(first, part), (second, whole[300:]), (own, ours)]))])
     with Calls() as calls:
-        _copy_to_cpu(writer)  # type: ignore[arg-type]
+        _copy_to_cpu(writer, lambda key: key == "own")  # type: ignore[arg-type]
     assert len(calls.copies) == 2
     for options in calls.copies:
         assert not options.get("non_blocking")
         assert not options.get("pin_memory")
-    (_, _, (_, copies)) = writer.write_buckets[0]
+    (_, _, (_, [*copies, (_, uncopied)])) = writer.write_buckets[0]
+    assert uncopied is ours
     whole.zero_()
-    assert [(item, len(copy), copy.untyped_storage().nbytes()) for item, copy in copies] == [
-        ("item", 300, 1200),
-        ("other", 700, 2800),
+    assert [(item.index.fqn, len(copy), copy.untyped_storage().nbytes()) for item, copy in copies] == [
+        ("first", 300, 1200),
+        ("second", 700, 2800),
     ]
     assert torch.cat([copy for _, copy in copies]).equal(torch.arange(1000.0))
