@@ -140,8 +140,9 @@ def _numbers(folder: Path) -> Any:
 def planned(config: Any, folder: Path, micro_batches: list[list[Any]]) -> dict[str, Any]:
     """The plan of an update of these micro-batches in one process, in GiB."""
     from perl_megatron.batching.cost import CostModel
-    from perl_megatron.checkpoint.state_gather import PIECE_BYTES, SINGLE
+    from perl_megatron.checkpoint.state_gather import PIECE_BYTES
     from perl_megatron.config.derive import derive
+    from perl_megatron.plan.activations import SINGLE
     from perl_megatron.plan.assumptions import Assumptions
     from perl_megatron.plan.engine import EngineShare
     from perl_megatron.plan.gpus import GIB

@@ -34,7 +34,6 @@ from perl_megatron.runtime import platform
 
 PIECE_BYTES = 256 << 20
 """Of a state, that all data-parallel ranks together bring at a time. On the device of each, with what it sends."""
-SINGLE = 4
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 _KEYS = "optimizer.state."
 """What the keys of optimizer states begin with."""
@@ -135,8 +134,8 @@ def _pieces(mine: list[tuple[int, Tensor]], bucket: Any, group: dist.ProcessGrou
         group: its ranks.
     """
     share = bucket.grad_data.numel() // group.size()
-    step = min(share, max(1, PIECE_BYTES // SINGLE // group.size()))
-    sending = torch.zeros(step, device=platform.device())
+    step = min(share, max(1, PIECE_BYTES // torch.float32.itemsize // group.size()))
+    sending = torch.empty(step, device=platform.device())
     receiving = sending if group.size() == 1 else sending.new_empty(group.size() * step)
     for start in range(0, share, step):
         length = min(step, share - start)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SINGLE = 4
+from perl_megatron.plan.activations import SINGLE
 
 
 @dataclass(frozen=True)

@@ -37,19 +37,17 @@ class MemoryAdvice:
         """``without_full_recomputation``: the peak in bytes with `model.recompute=selective`."""
         config, device_bytes = self.config, self.device_bytes
         worst = max(self.stages, key=lambda stage: stage.peak)
-        ranks = self.derived.world_size // self.derived.pipeline_size
-        where = f"{name_ranks(worst.stage * ranks, ranks)} (pipeline stage {worst.stage})"
-        need = "needs" if ranks == 1 else "need"
+        they_need = self._they_need(worst)
         phase = worst.fullest_phase
         if worst.peak > device_bytes:
-            text = f"{where} {need} {worst.peak / GIB:.1f} GiB ({phase}), and a device has {device_bytes / GIB:.1f} GiB"
+            text = f"{they_need} {worst.peak / GIB:.1f} GiB ({phase}), and a device has {device_bytes / GIB:.1f} GiB"
             yield Remark("does not fit", "cannot run", text, "; ".join(self._ways_to_less(worst)))
         elif worst.peak > FULL * device_bytes:
             share = worst.peak / device_bytes
             yield Remark(
                 "tight",
                 "note",
-                f"{where} {need} {share:.0%} of a device ({phase}): the assumptions below decide whether it fits",
+                f"{they_need} {share:.0%} of a device ({phase}): the assumptions below decide whether it fits",
                 "; ".join(self._ways_to_less(worst)[:2]),
             )
         elif config.model.recompute == "full" and without_full_recomputation < FULL * device_bytes:
@@ -70,22 +68,25 @@ class MemoryAdvice:
         worst = max(self.stages, key=taken)
         if taken(worst) <= self.host_bytes or worst.peak > self.device_bytes:  # the latter is said already
             return
-        ranks = self.derived.world_size // self.derived.pipeline_size
         fixes = [self._wider()]
         if self.config.algorithm.kl_coefficient > 0:
             fixes.append("algorithm.kl_coefficient=0")
         if worst.host.engine:
             fixes.append("rollout.sleep_mode=false")
         fixes.append("--memory-gib" if self.gpu.is_cpu else "--assume host_gib=GIB where machines have more")
-        need = "needs" if ranks == 1 else "need"
         yield Remark(
             "host memory",
             "cannot run",
-            f"{name_ranks(worst.stage * ranks, ranks)} (pipeline stage {worst.stage}) {need} "
-            f"{taken(worst) / GIB:.1f} GiB of the machine's memory (for the reference policy, a sleeping engine, "
-            f"checkpoints), and each has {self.host_bytes / GIB:.1f} GiB",
+            f"{self._they_need(worst)} {taken(worst) / GIB:.1f} GiB of the machine's memory (for the reference policy, "
+            f"a sleeping engine, checkpoints), and each has {self.host_bytes / GIB:.1f} GiB",
             "; ".join(filter(None, fixes)),
         )
+
+    def _they_need(self, stage: StageMemory) -> str:
+        """The beginning of what is said of a stage's ranks."""
+        ranks = self.derived.world_size // self.derived.pipeline_size
+        need = "needs" if ranks == 1 else "need"
+        return f"{name_ranks(stage.stage * ranks, ranks)} (pipeline stage {stage.stage}) {need}"
 
     def _wider(self) -> str:
         """What spreads parameters, gradients and optimizer further; '' where nothing does."""
