@@ -13,6 +13,7 @@ from PIL import Image
 
 from perl_megatron.chat.messages import ChatRequest, Message
 from perl_megatron.errors import UserError
+from perl_megatron.runtime.image_errors import image_fault
 from perl_megatron.runtime.regular_file import open_regular
 
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
@@ -83,4 +84,6 @@ def _as_png(content: bytes, part: Path | bytes) -> bytes:
             image.save(target, "PNG")
             return target.getvalue()
     except Exception as error:  # Pillow's readers raise nearly anything on corrupt bytes
-        raise UserError(f"cannot read the image: {error}", where=where, fix="replace it by a whole image") from error
+        raise UserError(
+            f"cannot read the image: {image_fault(error)}", where=where, fix="replace it by a whole image"
+        ) from error

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from perl_megatron.data.image_store import MAX_IMAGE_BYTES
 from perl_megatron.errors import UserError
+from perl_megatron.runtime.image_errors import image_fault
 from perl_megatron.runtime.regular_file import open_regular
 
 MERGED_PATCH = 28
@@ -114,7 +115,7 @@ def _decode(path: Path, content: bytes | None = None) -> Image.Image:
     # that no file can have.
     except Exception as error:
         raise UserError(
-            f"cannot read the image: {error}",
+            f"cannot read the image: {image_fault(error)}",
             where=str(path),
             fix=f"replace the file by a whole image ({', '.join(FORMATS)})",
         ) from error

@@ -25,6 +25,7 @@ from perl_megatron.preparation.mantis import BrokenRow, Candidate, read_candidat
 from perl_megatron.preparation.question import Dropped, Kept, Question
 from perl_megatron.preparation.settings import RuleSettings, SourceSettings
 from perl_megatron.preparation.table_images import TableImages
+from perl_megatron.runtime.image_errors import image_fault
 from perl_megatron.types import IMAGE_PLACEHOLDER
 
 IMAGE_FOLDER = "images"
@@ -179,6 +180,6 @@ def _checked_size(content: bytes, *, decode: bool) -> tuple[int, int]:
     except UserError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on corrupt bytes
-        raise UserError(f"cannot read the image: {error}") from error
+        raise UserError(f"cannot read the image: {image_fault(error)}") from error
     smart_resize(height, width, min_pixels=MERGED_PATCH**2, max_pixels=MAX_SOURCE_PIXELS)  # refuses extreme shapes
     return (height, width) if is_rotated else (width, height)

@@ -98,7 +98,7 @@ def test_defaults_blank_lines_and_byte_order_marks(folder):
         (line(text="<image><image>image 3", contract={"references": ["index"]}), "q1", "does not exist"),
         (line(images=["scans/a.png", "scans/missing.png"]), "q1", r"image file not found \[.*scans/missing\.png\]"),
         (line(images=["scans/a.png", "scans/cut.png"]), "q1", r"cannot read the image: .*scans/cut\.png"),
-        (line(images=["scans/a.png", "train.jsonl"]), "q1", r"cannot read the image: .*train\.jsonl"),
+        (line(images=["scans/a.png", "train.jsonl"]), "q1", r"no image of a known format begins like .*train\.jsonl"),
         (line(images=["scans/a.png", "scans"]), "q1", "cannot read the image"),
         (line(images=["scans/a.png", "a\u0000b"]), "q1", r"path 'a.x00b' has a character that no file's name can have"),
         (line(images=["scans/a.png", "\ud800.png"]), None, "Invalid JSON"),
