@@ -66,9 +66,9 @@ class PromptEncoder:
         system prompt holds a special token.
         """
         self.model_path = Path(model_path)
-        processor, model_config, self.end_token_ids = _read_checkpoint(self.model_path)
-        self.tokenizer: Any = processor.tokenizer
-        self._image_processor = processor.image_processor
+        self.tokenizer: Any
+        model_config, self.tokenizer, self._image_processor = _read_checkpoint(self.model_path)
+        self.end_token_ids = _end_token_ids(self.model_path, self.tokenizer)
         size = self._image_processor.size
         self.min_pixels = int(size["shortest_edge"] if min_pixels is None else min_pixels)
         self.max_pixels = int(size["longest_edge"] if max_pixels is None else max_pixels)
@@ -288,8 +288,8 @@ def _expand(compact: Sequence[int], image_token_id: int, counts: np.ndarray) -> 
     return token_ids, starts
 
 
-def _read_checkpoint(path: Path) -> tuple[Any, Any, tuple[int, ...]]:
-    """Processor, model configuration and the ids that end a turn of the Qwen2.5-VL folder ``path``."""
+def _read_checkpoint(path: Path) -> tuple[Any, Any, Any]:
+    """Model configuration, tokenizer with chat template, and image processor of the Qwen2.5-VL folder ``path``."""
     where = "model.path"
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a Hugging Face model folder: it has no config.json", where=where)
@@ -297,7 +297,13 @@ def _read_checkpoint(path: Path) -> tuple[Any, Any, tuple[int, ...]]:
     if config.model_type != "qwen2_5_vl":
         raise UserError(f"{path} holds a {config.model_type} model", where=where, fix="use a Qwen2.5-VL checkpoint")
     try:
-        processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
+        # Not as one AutoProcessor, which would also load video processors and Mistral's tokenizer: half a second.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        image_processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        if not tokenizer.chat_template:  # older folders have it in a file that only the processor reads
+            tokenizer.chat_template = transformers.AutoProcessor.from_pretrained(
+                path, local_files_only=True
+            ).chat_template
     except Exception as error:  # the tokenizers library raises nothing more specific for a damaged file
         raise UserError(
             f"cannot read tokenizer and image processor of {path}: {error}",
@@ -305,12 +311,15 @@ def _read_checkpoint(path: Path) -> tuple[Any, Any, tuple[int, ...]]:
             fix="the folder needs tokenizer.json (or a SentencePiece tokenizer.model), the chat template and "
             "preprocessor_config.json of the model",
         ) from error
-    check_tokenizer(processor.tokenizer, path)
-    if not processor.tokenizer.chat_template:
-        processor.tokenizer.chat_template = processor.chat_template
-    ends = [processor.tokenizer.eos_token_id]
+    check_tokenizer(tokenizer, path)
+    return config, tokenizer, image_processor
+
+
+def _end_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a turn: the tokenizer's, and those of generation_config.json."""
+    ends = [tokenizer.eos_token_id]
     if (path / "generation_config.json").is_file():
         generation = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
         listed = generation.eos_token_id
         ends += listed if isinstance(listed, list) else [listed]
-    return processor, config, tuple(dict.fromkeys(int(index) for index in ends if index is not None))
+    return tuple(dict.fromkeys(int(index) for index in ends if index is not None))

@@ -9,6 +9,9 @@ import time
 import psutil
 
 GIB = 2**30
+SHARE = 0.01
+"""Of one core's time, at most, that sampling takes: the system goes over every page of every process for it, which
+takes seconds where a node's ranks have hundreds of GiB."""
 
 
 def tree_rss_gib(root_pid: int | None = None) -> float:
@@ -31,7 +34,7 @@ def tree_rss_gib(root_pid: int | None = None) -> float:
 
 
 class PeakMemory:
-    """Samples `tree_rss_gib` every `interval` seconds from construction to `close`.
+    """Samples `tree_rss_gib` from construction to `close`: every `interval` seconds, or as seldom as `SHARE` asks for.
 
     Args:
         root_pid: the process at the top; None: this one. The launcher's pid gives all ranks of the machine together.
@@ -48,7 +51,8 @@ class PeakMemory:
     @property
     def gib(self) -> float:
         """The highest sum seen so far."""
-        self._peak = max(self._peak, tree_rss_gib(self._root_pid))
+        if not self._peak:
+            self._sample()
         return self._peak
 
     def close(self) -> None:
@@ -56,6 +60,13 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
 
+    def _sample(self) -> float:
+        """How many seconds of a core it took."""
+        begin = time.thread_time()
+        self._peak = max(self._peak, tree_rss_gib(self._root_pid))
+        return time.thread_time() - begin
+
     def _sample_until_stopped(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._peak = max(self._peak, tree_rss_gib(self._root_pid))
+        pause = self._interval
+        while not self._stop.wait(pause):
+            pause = max(self._interval, self._sample() / SHARE)

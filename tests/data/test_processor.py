@@ -49,6 +49,23 @@ def test_tokens_and_patches_equal_transformers_full_processor(checkpoint, encode
     assert prompt.compact_ids == tuple(encoder.tokenizer(text).input_ids)
 
 
+def test_a_folder_in_the_published_layout_reads_the_same(checkpoint, encoder, tmp_path):
+    """Qwen2.5-VL was published with chat_template.json and preprocessor_config.json."""
+    folder = tmp_path / "published"
+    shutil.copytree(checkpoint, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings["image_processor"]))
+    view = make_view(make_images(tmp_path, SIZES))
+    published = PromptEncoder(folder, system_prompt="Think first.")
+    assert published.encode(view).token_ids.tolist() == encoder.encode(view).token_ids.tolist()
+    for key in encoder.encode(view).image_keys:
+        np.testing.assert_array_equal(published.patches(key), encoder.patches(key))
+
+
 def test_prompt_has_the_published_shape(encoder, tmp_path):
     view = make_view(make_images(tmp_path, [(28, 28)]), question="Which?")
     compact = encoder.tokenizer.decode(encoder.encode(view).compact_ids)

@@ -25,6 +25,13 @@ from perl_megatron.runtime import platform  # noqa: E402
 
 platform.install()
 
+# What a policy's folder makes every rank import: its tokenizer's and image processor's own modules.
+import transformers.models.auto.image_processing_auto  # noqa: E402
+import transformers.models.auto.tokenization_auto  # noqa: E402
+import transformers.models.qwen2.tokenization_qwen2  # noqa: E402
+import transformers.models.qwen2_5_vl.configuration_qwen2_5_vl  # noqa: E402
+import transformers.models.qwen2_vl.image_processing_qwen2_vl  # noqa: E402, F401
+
 import perl_megatron.jobs  # noqa: E402
 import perl_megatron.rollout.embedded  # noqa: E402, F401
 from perl_megatron import cli  # noqa: E402

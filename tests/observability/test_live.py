@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from perl_megatron.observability import memory
 from perl_megatron.observability.memory import PeakMemory, tree_rss_gib
 from perl_megatron.observability.phases import Phases
 from perl_megatron.observability.progress import RunProgress, step_line
@@ -73,6 +74,27 @@ def test_bar_on_a_terminal():
 def test_step_line_shows_what_is_there():
     assert step_line({}) == ""
     assert step_line({"throughput/tokens_per_second": 812.4}) == "812 tokens/s"
+
+
+def test_sampling_memory_takes_a_hundredth_of_a_core_at_most(monkeypatch):
+    taken = []
+
+    def sample(root_pid):
+        begin = time.thread_time()
+        while time.thread_time() - begin < 0.02:
+            pass
+        taken.append(time.monotonic())
+        return 1.0
+
+    monkeypatch.setattr(memory, "tree_rss_gib", sample)
+    peak = PeakMemory(interval=0.001)
+    until = time.monotonic() + 60
+    while len(taken) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert peak.gib == peak.gib == 1.0  # which takes no sample
+    peak.close()
+    first, second = taken
+    assert second - first >= 0.02 / memory.SHARE
 
 
 def test_peak_memory_counts_children():
