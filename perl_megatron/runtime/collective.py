@@ -97,6 +97,15 @@ def gather_objects(mine: Result) -> list[Result]:
     return gathered
 
 
+def gather_on_rank_zero(mine: Result) -> list[Result] | None:
+    """As ``gather_objects``, on rank 0 alone; None elsewhere. For what is large: the others need not unpack it."""
+    if world_size() == 1:
+        return [mine]
+    gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(mine, gathered, dst=0, group=_group.get())
+    return gathered
+
+
 def from_rank_zero(work: Callable[[], Result]) -> Result:
     """What ``work`` returns on rank 0, on every rank: what ranks may see otherwise (files, above all) is seen once.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
-from perl_megatron.runtime.collective import shared_map
+from perl_megatron.runtime.collective import gather_on_rank_zero, interleave, rank, together, world_size
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.verification.layout import IMAGE_TOKEN
 from perl_megatron.verification.tiny import TinyImages
@@ -48,16 +48,16 @@ class Reference:
 
 def compute_reference(
     folder: Path, sequences: Sequence[TrainingSequence], images: TinyImages, dtype: torch.dtype, max_norm: float
-) -> Reference:
+) -> Reference | None:
     """One step of GRPO at ratio 1, up to the gradient that is clipped at ``max_norm``, on the policy in ``folder``.
 
-    Collective: two ranks share the work, and all get the result.
+    Collective: two ranks share the work, and rank 0 gets the result; None elsewhere.
     """
-
-    def evaluate(dtype: torch.dtype) -> Evaluation:
-        return _evaluate(folder, sequences, images, dtype, max_norm)
-
-    return Reference(*shared_map(evaluate, (torch.float64, dtype)))
+    dtypes = (torch.float64, dtype)
+    mine = dtypes[rank() :: world_size()]
+    share = together(lambda: [_evaluate(folder, sequences, images, each, max_norm) for each in mine])
+    shares = gather_on_rank_zero(share)
+    return None if shares is None else Reference(*interleave(shares, len(dtypes)))
 
 
 def _evaluate(

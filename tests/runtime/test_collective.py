@@ -24,6 +24,7 @@ def test_one_process_needs_no_group() -> None:
         collective.barrier()
     assert collective.shared_map(str, [1, 2]) == ["1", "2"]
     assert collective.shared_batches(lambda mine: mine[::-1], [1, 2]) == [2, 1]
+    assert collective.gather_on_rank_zero("mine") == ["mine"]
     assert collective.from_rank_zero(lambda: "seen") == "seen"
     error = UserError("not here")
 
