@@ -1,7 +1,5 @@
-import gc
-import time
-
 import pytest
+from growth import is_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,21 +76,7 @@ def test_questions_without(text):
     ],
 )
 def test_no_text_takes_long(text):
-    """Eight times the text takes eight times as long, not sixty-four."""
-    few, many = (least_seconds(text(n)) for n in (1_000, 8_000))
-    assert many < 24 * few
-
-
-def least_seconds(text):
-    """Processor time of the quickest of three, without collecting the garbage of other tests."""
-    found = []
-    gc.disable()
-    for _ in range(3):
-        begin = time.process_time()
-        split_choice(text, "A")
-        found.append(time.process_time() - begin)
-    gc.enable()
-    return min(found)
+    assert is_linear(lambda n: split_choice(text(n), "A"), 8_000)
 
 
 words = st.text("abcdefgh ", min_size=1, max_size=12).map(str.strip).filter(bool)

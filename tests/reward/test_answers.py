@@ -1,9 +1,9 @@
 """Readers of answers: what each accepts, what each refuses, that none crashes or stalls."""
 
-import time
 from fractions import Fraction
 
 import pytest
+from growth import is_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -296,11 +296,10 @@ HOSTILE = st.one_of(
 
 @given(HOSTILE)
 @settings(deadline=None)
+@pytest.mark.timeout(60)
 def test_readers_never_crash_or_stall(answer):
-    start = time.process_time()
     for reader in READERS:
         reader(answer)
-    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(
@@ -308,8 +307,9 @@ def test_readers_never_crash_or_stall(answer):
 )
 @pytest.mark.parametrize("ending", ["", ")", "x"])
 def test_longest_answers_are_read_quickly(piece, ending):
-    answer = ("(" + piece * MAX_LENGTH)[: MAX_LENGTH - 1] + ending
-    start = time.process_time()
-    for reader in READERS:
-        reader(answer)
-    assert time.process_time() - start < 0.5
+    def read(length):
+        answer = ("(" + piece * length)[: length - 1] + ending
+        for reader in READERS:
+            reader(answer)
+
+    assert is_linear(read, MAX_LENGTH)
