@@ -70,8 +70,7 @@ SINGLE = {
     "gfx942": _both(Launch(64, 64, 32, warps=8, stages=2)),
 }
 """Target → settings for float32, which is multiplied as such (no tensor core keeps its precision)."""
-INTERPRETER = _both(Launch(128, 256, 32, warps=8, stages=1))
-"""Blocks as large as a GPU's: the interpreter takes nearly the same time for each, whatever its size."""
+INTERPRETER = _both(Launch(32, 64, 32, warps=4, stages=1))
 
 
 def target_of(device: torch.device) -> str:

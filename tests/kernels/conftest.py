@@ -13,6 +13,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.language as tl
     from triton.runtime import interpreter
 
+    from perl_megatron.kernels import triton_settings
+
+    # Blocks as large as a GPU's: the interpreter takes nearly the same time for each, whatever its size.
+    _blocks = triton_settings.Launch(128, 256, 32, warps=8, stages=1)
+    triton_settings.INTERPRETER = triton_settings.Settings(_blocks, _blocks)
+
     _create_dot = interpreter.InterpreterBuilder.create_dot
 
     def _as_float(handle):
