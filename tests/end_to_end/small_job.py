@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch_ranks import warm_ranks
+from warm_torchrun import can_fork
+
+from perl_megatron.config.layout import launched_processes
+from perl_megatron.config.load import load_config
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+RANK = Path(__file__).with_name("job_rank.py")
 SMALL = (
     "run.steps=4",
     "run.save_every=2",
@@ -51,6 +59,29 @@ class SmallJob:
     ) -> subprocess.CompletedProcess[str]:
         """Run it to its end; output is captured."""
         return call(self.command(command, config, *overrides, resume=resume), environment)
+
+    def run_warm(
+        self, command: str, config: str, *overrides: str, resume: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """As ``run``, where it is not the start that is tested: see ``call_warm``."""
+        return call_warm(self.command(command, config, *overrides, resume=resume))
+
+
+def call_warm(command: list[str], timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """Run a command of a job in ranks that have imported all (``warm_torchrun.py``), under torchrun itself.
+
+    A job of two ranks starts in a second and not in twelve. All output is in ``stdout``.
+    """
+    if not can_fork():
+        return call(command, timeout=timeout)
+    arguments = command[3:]  # behind python -m perl_megatron
+    overrides = [argument for argument in arguments[2:] if argument != "--resume"]
+    processes = launched_processes(load_config(REPOSITORY / arguments[1], overrides).config)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "ranks.log"
+        with warm_ranks(RANK, *arguments, log=log, processes=processes) as job:
+            status = job.wait(timeout)
+        return subprocess.CompletedProcess(command, status, stdout=log.read_text(errors="replace"), stderr="")
 
 
 def call(

@@ -25,7 +25,7 @@ def test_two_sources_with_broken_images(job: SmallJob) -> None:
     first, second = write(job.data / "first.jsonl", rows[:6]), write(job.data / "second.jsonl", rows[6:])
     sources = (f"data.train=[{first}, {second}]", "data.weights=[1, 1]", "data.check=draw")
     quiet = ("data.max_corrupt_fraction=0.5", "filter.no_signal=false", "rollout.engine=embedded", "evaluation.every=0")
-    result = job.run("train", "train.yaml", "run.name=drawn", *SMALL, *sources, *quiet)
+    result = job.run_warm("train", "train.yaml", "run.name=drawn", *SMALL, *sources, *quiet)
     assert result.returncode == 0, result.stdout + result.stderr
 
     ledger = job.work / "runs" / "drawn" / "groups.jsonl"

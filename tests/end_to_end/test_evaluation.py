@@ -11,7 +11,7 @@ from pathlib import Path
 
 import benchmark_copies
 import pytest
-from small_job import ENVIRONMENT, REPOSITORY, call
+from small_job import ENVIRONMENT, REPOSITORY, call, call_warm
 from tiny_checkpoint import make_policy
 
 from perl_megatron.launch.failures import EXIT_STOPPED
@@ -67,7 +67,7 @@ def test_killed_and_resumed(work: Path) -> None:
     process.communicate()
     num_before = len(log.read_bytes().split(b"\n")) - 1
     assert 4 <= num_before < 2 * PER_TASK
-    resumed = call(command(work, "run.name=killed"))
+    resumed = call_warm(command(work, "run.name=killed"))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     for benchmark, number in (("blink", 2 * PER_TASK), ("remi", 5)):
         assert rows(work, "killed", benchmark) == rows(work, "whole", benchmark)
@@ -85,9 +85,9 @@ def test_killed_and_resumed(work: Path) -> None:
 
 def test_two_processes_give_the_same(work: Path) -> None:
     """All ranks answer their share; one of them writes."""
-    result = call(command(work, "run.name=two", "parallel.data=2", "evaluation.benchmarks=remi"))
+    result = call_warm(command(work, "run.name=two", "parallel.data=2", "evaluation.benchmarks=remi"))
     assert result.returncode == 0, result.stdout + result.stderr
-    alone = call(command(work, "run.name=one", "evaluation.benchmarks=remi"))
+    alone = call_warm(command(work, "run.name=one", "evaluation.benchmarks=remi"))
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert rows(work, "two", "remi") == rows(work, "one", "remi")
 
@@ -153,7 +153,7 @@ def test_an_evaluation_that_is_told_to_end_does_so_after_its_chunk_and_goes_on(w
     assert "the same command goes on" in output
     asked = rows(work, "told", "remi")
     assert len(asked) == 4
-    result = call(command(work, "run.name=told", "evaluation.benchmarks=remi"))
+    result = call_warm(command(work, "run.name=told", "evaluation.benchmarks=remi"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert rows(work, "told", "remi")[:4] == asked
     assert len(rows(work, "told", "remi")) == 5

@@ -27,11 +27,11 @@ def ledger(run: Path) -> list[dict]:
 def test_carried_groups_survive_an_interruption(job: SmallJob) -> None:
     """The ledger and all numbers are those of a run that was not stopped."""
     whole = job.work / "runs" / "carrying"
-    result = job.run("train", "train.yaml", "run.name=carrying", *CARRYING)
+    result = job.run_warm("train", "train.yaml", "run.name=carrying", *CARRYING)
     assert result.returncode == 0, result.stdout + result.stderr
     run = interrupt(job, "carrying-stopped", *CARRYING, num_steps=4)
     assert max(row["step"] for row in ledger(run)) < 4
-    resumed = job.run("train", "train.yaml", "run.name=carrying-stopped", *CARRYING, resume=True)
+    resumed = job.run_warm("train", "train.yaml", "run.name=carrying-stopped", *CARRYING, resume=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     rows = ledger(run)
     assert rows == ledger(whole)
@@ -53,16 +53,16 @@ def test_the_run_ends_where_its_questions_do(job: SmallJob) -> None:
         *("run.name=epoch", *SMALL, "parallel.tensor=1", "rollout.engine=embedded", "run.steps=9"),
         *(f"data.train={few}", "data.evaluation=null", "filter.no_signal=false"),
     )
-    result = job.run("train", "train.yaml", *arguments, "data.epochs=1")
+    result = job.run_warm("train", "train.yaml", *arguments, "data.epochs=1")
     assert result.returncode == 0, result.stdout + result.stderr
     run = job.work / "runs" / "epoch"
     assert [row["groups/kept"] for row in steps(run)] == [4, 4, 2]
     assert "data.epochs = 1 are used up: 3 steps" in result.stdout + result.stderr
     assert (run / "export" / "config.json").is_file()
-    again = job.run("train", "train.yaml", *arguments, "data.epochs=1", resume=True)
+    again = job.run_warm("train", "train.yaml", *arguments, "data.epochs=1", resume=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(steps(run)) == 3
-    longer = job.run("train", "train.yaml", *arguments, "data.epochs=2", resume=True)
+    longer = job.run_warm("train", "train.yaml", *arguments, "data.epochs=2", resume=True)
     assert longer.returncode == 0, longer.stdout + longer.stderr
     assert [row["groups/kept"] for row in steps(run)] == [4, 4, 2, 4, 4, 2]
     assert [row["draw"] for row in ledger(run)] == list(range(20))
@@ -71,10 +71,10 @@ def test_the_run_ends_where_its_questions_do(job: SmallJob) -> None:
 def test_steps_that_keep_nothing_may_pass(job: SmallJob) -> None:
     """A group that is always right would be kept here, but has no signal: nothing is trained."""
     arguments = (*ONE_PROCESS, "run.steps=2", "filter.min_accuracy=1", "filter.max_refills=0", "data.evaluation=null")
-    refused = job.run("train", "train.yaml", "run.name=all-refused", *arguments)
+    refused = job.run_warm("train", "train.yaml", "run.name=all-refused", *arguments)
     assert "filter.skip_empty_steps=true" in refused.stdout + refused.stderr
     assert refused.returncode == 2
-    result = job.run("train", "train.yaml", "run.name=all-skipped", *arguments, "filter.skip_empty_steps=true")
+    result = job.run_warm("train", "train.yaml", "run.name=all-skipped", *arguments, "filter.skip_empty_steps=true")
     assert result.returncode == 0, result.stdout + result.stderr
     run = job.work / "runs" / "all-skipped"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""One step of published methods and of the ablation, as a user starts them."""
+"""One step of published methods and of the ablation, with a user's command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_an_arm_of_the_ablation(job: SmallJob) -> None:
     arms = yaml.safe_load((REPOSITORY / "examples" / "ablation" / "sweep.yaml").read_text())["arms"]
     place = ("run.name=released", f"run.directory={job.work / 'runs'}", "run.record_rollouts=true")
     settings = (*place, *ONE_STEP, "filter.max_refills=0")  # as the study has it
-    result = job.run("train", "../ablation/ablation.yaml", *arms["n_s = 1, released orders"], *settings)
+    result = job.run_warm("train", "../ablation/ablation.yaml", *arms["n_s = 1, released orders"], *settings)
     assert result.returncode == 0, result.stdout + result.stderr
     run = job.work / "runs" / "released"
     orders = {tuple(row["order"]) for row in rollouts(run) if row["view"] == 1}
@@ -32,7 +32,7 @@ def test_an_arm_of_the_ablation(job: SmallJob) -> None:
 
 def test_a_preset_with_everything_that_can_be_asked_of_a_group(job: SmallJob) -> None:
     """Two levels, leave-one-out, the KL and two parts of a group's own in the reward, questions about the order."""
-    result = job.run(
+    result = job.run_warm(
         *("train", "train.yaml", "preset=[paper, dapo]", "run.name=everything", *ONE_STEP),
         *("filter.no_signal=false", "filter.oversample=1.5", "algorithm.advantage_level=two_level"),
         *("algorithm.baseline=leave_one_out", "algorithm.kl_in=reward", "algorithm.kl_coefficient=0.05"),

@@ -54,7 +54,7 @@ class Nodes:
 
 def test_two_machines_are_told_to_go_and_resumed(job: SmallJob) -> None:
     """The second machine alone is told, somewhere in a step; all numbers are those of one machine."""
-    whole = job.run("train", "train.yaml", "run.name=one_machine", *TWO)
+    whole = job.run_warm("train", "train.yaml", "run.name=one_machine", *TWO)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     expected = job.work / "runs" / "one_machine"
     run = job.work / "runs" / "two_machines"

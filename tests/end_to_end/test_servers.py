@@ -63,7 +63,7 @@ def _is_healthy(address: str) -> bool:
 
 def run(job: SmallJob, name: str, *overrides: str, **options: bool) -> list[dict]:
     """The logged training steps."""
-    result = job.run("train", "train.yaml", f"run.name={name}", *SMALL, *overrides, **options)
+    result = job.run_warm("train", "train.yaml", f"run.name={name}", *SMALL, *overrides, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in (job.work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
@@ -144,7 +144,7 @@ def test_a_policy_is_evaluated_by_a_server(job: SmallJob, server: tuple[str, ...
     settings = ("parallel.tensor=1", "evaluation.max_records=6", "evaluation.num_orders=2")
     answers = []
     for name, engine in (("by_server", server), ("by_transformers", ("rollout.engine=embedded",))):
-        result = job.run("eval", "train.yaml", f"run.name={name}", *engine, *settings)
+        result = job.run_warm("eval", "train.yaml", f"run.name={name}", *engine, *settings)
         assert result.returncode == 0, result.stdout + result.stderr
         lines = (job.work / "runs" / f"{name}.evaluation.jsonl").read_text().splitlines()
         answers.append([json.loads(line)["response"] for line in lines])

@@ -106,7 +106,7 @@ def test_a_run_is_killed_and_preempted_and_gives_the_numbers_of_an_uninterrupted
     """On two nodes: killed before its first checkpoint, preempted by the signal that Slurm sends before a job's time is
     over, and by a job that goes first; these may come at any moment of a step.
     """
-    whole = job.run("train", "train.yaml", "run.name=not_in_slurm", *SETTINGS)
+    whole = job.run_warm("train", "train.yaml", "run.name=not_in_slurm", *SETTINGS)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     expected = job.work / "runs" / "not_in_slurm"
     launch = ("launch.nodes=2", "launch.grace_seconds=0.001")

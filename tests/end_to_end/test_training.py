@@ -1,4 +1,4 @@
-"""Whole runs of `perl-megatron train` on CPU, as a user starts them."""
+"""Whole runs of `perl-megatron train` on CPU; one of each kind as a user starts them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def evaluations(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def reference(job: SmallJob) -> Path:
     """An uninterrupted run in one process."""
-    result = job.run("train", "train.yaml", "run.name=reference", *ONE_PROCESS)
+    result = job.run_warm("train", "train.yaml", "run.name=reference", *ONE_PROCESS)
     assert result.returncode == 0, result.stdout + result.stderr
     return job.work / "runs" / "reference"
 
@@ -70,7 +70,7 @@ def test_tensor_parallel_with_vllm(job: SmallJob) -> None:
 def test_interrupted_and_resumed_is_bit_for_bit(job: SmallJob, reference: Path) -> None:
     """SIGTERM ends after the current step with a checkpoint; --resume then gives the uninterrupted run's numbers."""
     run = interrupt(job, "resumed", *ONE_PROCESS, num_steps=4)
-    resumed = job.run("train", "train.yaml", "run.name=resumed", *ONE_PROCESS, resume=True)
+    resumed = job.run_warm("train", "train.yaml", "run.name=resumed", *ONE_PROCESS, resume=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert steps(run) == steps(reference)
     assert [row["step"] for row in evaluations(run)] == [row["step"] for row in evaluations(reference)] == [0, 4]
@@ -88,7 +88,7 @@ def test_layouts_give_the_same_first_loss(job: SmallJob, reference: Path) -> Non
         ("tensor", ("parallel.tensor=2",)),
     ):
         arguments = (f"run.name={name}", *SMALL, "run.steps=1", "optimizer.schedule=constant", *layout)
-        result = job.run("train", "train.yaml", *arguments, "rollout.engine=embedded", "data.evaluation=null")
+        result = job.run_warm("train", "train.yaml", *arguments, "rollout.engine=embedded", "data.evaluation=null")
         assert result.returncode == 0, result.stdout + result.stderr
         first = steps(job.work / "runs" / name)[0]
         assert first["num_tokens"] == expected["num_tokens"]
@@ -113,7 +113,7 @@ def test_the_gap_between_engine_and_trainer_is_measured_and_corrected(job: Small
         ("masked", (*("algorithm.importance_correction=masked", "parallel.tensor=1"), *CONTEXT)),
         ("engine", ("algorithm.old_policy=engine", "parallel.tensor=1")),
     ):
-        result = job.run("train", "train.yaml", f"run.name={name}", *arguments, *settings)
+        result = job.run_warm("train", "train.yaml", f"run.name={name}", *arguments, *settings)
         assert result.returncode == 0, result.stdout + result.stderr
         first = steps(job.work / "runs" / name)[0]
         assert first["num_tokens"] == expected["num_tokens"]
@@ -163,7 +163,7 @@ def test_ctrl_c_on_two_processes_leaves_none_behind(job: SmallJob) -> None:
 
 def test_evaluation_of_the_export(job: SmallJob, reference: Path) -> None:
     """`eval` on the exported policy repeats the run's own last evaluation."""
-    result = job.run("eval", "train.yaml", "run.name=again", *ONE_PROCESS, f"model.path={reference / 'export'}")
+    result = job.run_warm("eval", "train.yaml", "run.name=again", *ONE_PROCESS, f"model.path={reference / 'export'}")
     assert result.returncode == 0, result.stdout + result.stderr
     again = (job.work / "runs" / "again.evaluation.jsonl").read_text()
     assert again == (reference / "evaluations" / "step-000004.jsonl").read_text()

@@ -17,27 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perl_megatron.runtime import environment
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-environment.prepare_process()
+import warm_libraries  # noqa: F401
 
-from perl_megatron.runtime import platform  # noqa: E402
-
-platform.install()
-
-# What a policy's folder makes every rank import: its tokenizer's and image processor's own modules.
-import transformers.models.auto.image_processing_auto  # noqa: E402
-import transformers.models.auto.tokenization_auto  # noqa: E402
-import transformers.models.qwen2.tokenization_qwen2  # noqa: E402
-import transformers.models.qwen2_5_vl.configuration_qwen2_5_vl  # noqa: E402
-import transformers.models.qwen2_vl.image_processing_qwen2_vl  # noqa: E402, F401
-
-import perl_megatron.jobs  # noqa: E402
-import perl_megatron.rollout.embedded  # noqa: E402, F401
-from perl_megatron import cli  # noqa: E402
-from perl_megatron.checkpoint.background import BackgroundWriter  # noqa: E402
-from perl_megatron.launch.ports import free_port  # noqa: E402
-from perl_megatron.observability.phases import Phases  # noqa: E402
+from perl_megatron import cli
+from perl_megatron.checkpoint.background import BackgroundWriter
+from perl_megatron.launch.ports import free_port
+from perl_megatron.observability.phases import Phases
 
 PHASES = ("evaluate", "sync", "generate", "log_probs", "update", "save", "export")
 WRITING = 32
