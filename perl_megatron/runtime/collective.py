@@ -64,8 +64,17 @@ def shared_map(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
 
 def shared_batches(function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
     """``shared_map`` for a function of many items: each rank calls it once, with its share."""
-    share = together(lambda: function(items[rank() :: world_size()]))
-    return interleave(gather_objects(share), len(items))
+    return interleave(gather_objects(_share(function, items)), len(items))
+
+
+def shared_map_on_rank_zero(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result] | None:
+    """As ``shared_map``, on rank 0 alone; None elsewhere. For what is large: the others need not unpack it."""
+    shares = gather_on_rank_zero(_share(lambda mine: [function(item) for item in mine], items))
+    return None if shares is None else interleave(shares, len(items))
+
+
+def _share(function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> Sequence[Result]:
+    return together(lambda: function(items[rank() :: world_size()]))
 
 
 def together(work: Callable[[], Result]) -> Result:
@@ -98,7 +107,7 @@ def gather_objects(mine: Result) -> list[Result]:
 
 
 def gather_on_rank_zero(mine: Result) -> list[Result] | None:
-    """As ``gather_objects``, on rank 0 alone; None elsewhere. For what is large: the others need not unpack it."""
+    """As ``gather_objects``, on rank 0 alone; None elsewhere."""
     if world_size() == 1:
         return [mine]
     gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from perl_megatron.checkpoint.qwen25_vl_table import published_name
-from perl_megatron.runtime.collective import gather_on_rank_zero, interleave, rank, together, world_size
+from perl_megatron.runtime.collective import shared_map_on_rank_zero
 from perl_megatron.train.batch import TrainingSequence
 from perl_megatron.verification.layout import IMAGE_TOKEN
 from perl_megatron.verification.tiny import TinyImages
@@ -53,11 +53,12 @@ def compute_reference(
 
     Collective: two ranks share the work, and rank 0 gets the result; None elsewhere.
     """
-    dtypes = (torch.float64, dtype)
-    mine = dtypes[rank() :: world_size()]
-    share = together(lambda: [_evaluate(folder, sequences, images, each, max_norm) for each in mine])
-    shares = gather_on_rank_zero(share)
-    return None if shares is None else Reference(*interleave(shares, len(dtypes)))
+
+    def evaluate(dtype: torch.dtype) -> Evaluation:
+        return _evaluate(folder, sequences, images, dtype, max_norm)
+
+    evaluations = shared_map_on_rank_zero(evaluate, (torch.float64, dtype))
+    return None if evaluations is None else Reference(*evaluations)
 
 
 def _evaluate(

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from growth import is_linear
+from growth import is_linear, least_seconds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -296,10 +296,8 @@ HOSTILE = st.one_of(
 
 @given(HOSTILE)
 @settings(deadline=None)
-@pytest.mark.timeout(60)
 def test_readers_never_crash_or_stall(answer):
-    for reader in READERS:
-        reader(answer)
+    assert least_seconds(lambda: [reader(answer) for reader in READERS]) < 0.5
 
 
 @pytest.mark.parametrize(

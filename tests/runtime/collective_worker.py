@@ -47,6 +47,8 @@ def main(output: Path) -> None:
     batches = collective.shared_batches(lambda mine: [(item, len(mine)) for item in mine], "abc")
     assert batches == [("a", 2), ("b", 1), ("c", 2)]
     assert collective.gather_on_rank_zero("ab"[rank] * (1 + rank)) == (["a", "bb"] if rank == 0 else None)
+    on_zero = collective.shared_map_on_rank_zero(lambda item: (item, rank), "abc")
+    assert on_zero == ([("a", 0), ("b", 1), ("c", 0)] if rank == 0 else None)
     agree_on_errors(rank)
     collective.barrier()
     impatient = collective.new_group(timeout_seconds=3)

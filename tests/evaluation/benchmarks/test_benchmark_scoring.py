@@ -1,5 +1,6 @@
 """Every scorer on right, wrong, unparsable and adversarial answers."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -261,11 +262,12 @@ def test_no_response_crashes_a_scorer(scorer, response):
 
 
 @pytest.mark.parametrize("scorer", [*SCORERS, *MATH_SCORERS])
-@pytest.mark.timeout(120)
 def test_hostile_answers_are_wrong_in_time(scorer):
     question = item(scorer, "A" if "choice" in scorer else "7", options=("cat", "dog") if "choice" in scorer else ())
+    start = time.process_time()
     for response in HOSTILE:
         assert not right(response, question), response[:40]
+    assert time.process_time() - start < 10
 
 
 def test_many_answers_are_compared_in_one_call(monkeypatch):
